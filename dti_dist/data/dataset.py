@@ -1,0 +1,373 @@
+"""The prepared data set, format version 1: what ``prepare`` writes and training reads.
+
+::
+
+    dataset.json                manifest and commit file: without it there is no data set
+    items/part-*.parquet        item_id (dense: the row number across parts), source_id, texts
+    train/part-*.parquet        one row per user sequence, see SEQUENCE_SCHEMA
+    valid/part-*.parquet
+    test/part-*.parquet
+
+A sequence holds one user's interactions in time order. Those before ``target_start`` are context
+only; the others are the split's targets. In train every interaction is a target; in valid and test
+the user's last ``context_limit`` earlier interactions come first.
+
+Parts are Parquet with zstd and page checksums. Rows lie in the order of the MD5 of ``user_id``, so
+neighbours are unrelated users and the same input gives the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+import dti_dist
+from dti_dist.data import storage
+from dti_dist.errors import UserError, nearest
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+SPLITS = ("train", "valid", "test")
+Split = Literal["train", "valid", "test"]
+
+SEQUENCE_SCHEMA = pa.schema(
+    [
+        ("user_id", pa.string()),  # the id in the source
+        ("item_ids", pa.list_(pa.int32())),  # dense ids, rows of the item table
+        ("labels", pa.list_(pa.int8())),  # 0 or 1
+        ("timestamps", pa.list_(pa.int64())),  # seconds since 1970-01-01 UTC
+        ("target_start", pa.int32()),  # number of context-only interactions
+    ]
+)
+
+
+def item_schema(text_columns: Iterable[str]) -> pa.Schema:
+    return pa.schema(
+        [("item_id", pa.int64()), ("source_id", pa.string())]
+        + [(name, pa.string()) for name in text_columns]
+    )
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+
+class SplitCounts(_Record):
+    """``interactions`` includes context; ``clicks`` are targets with label 1. The timestamps are
+    those of the first and the last target, in seconds since epoch; None in an empty split."""
+
+    rows: int = 0
+    interactions: int = 0
+    targets: int = 0
+    clicks: int = 0
+    first_timestamp: int | None = None
+    last_timestamp: int | None = None
+
+
+class Counts(_Record):
+    """Of the whole data set: ``interactions`` counts each one once, as the target it is."""
+
+    interactions: int
+    users: int
+    items: int
+    users_left_out: int = 0
+    interactions_left_out: int = 0
+    splits: dict[str, SplitCounts]
+
+
+class SplitRule(_Record):
+    """``boundaries``: the first timestamp of valid and of test (rule ``time`` only)."""
+
+    rule: Literal["time", "leave-last"]
+    fractions: tuple[float, float, float] | None = None
+    boundaries: dict[str, int] | None = None
+
+
+class FileEntry(_Record):
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Record):
+    """The content of ``dataset.json``."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    created_by: str = f"dti-dist {dti_dist.__version__}"
+    columns: dict[str, dict[str, str]] = Field(alias="schema")
+    counts: Counts
+    label_rate: float
+    context_limit: int
+    split: SplitRule
+    item_text_columns: list[str]
+    source: dict[str, Any] = {}
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for path in files:
+            if posixpath.isabs(path) or ".." in path.split("/") or "\\" in path or ":" in path:
+                raise ValueError(f"the path {path!r} leaves the data set's folder")
+        return files
+
+
+class BadShard(UserError):
+    """A part that is missing, truncated, corrupt or of another schema.
+
+    ``path`` is relative to the data set; ``row_group`` is None if the whole file is affected.
+    """
+
+    def __init__(self, message: str, path: str, row_group: int | None = None):
+        super().__init__(message)
+        self.path, self.row_group = path, row_group
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Parquet file of the data set. ``path`` is relative, as in the manifest."""
+
+    path: str
+    uri: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """One row group: a record batch of SEQUENCE_SCHEMA (or some of its columns), and its place."""
+
+    part: Part
+    row_group: int
+    rows: pa.RecordBatch
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared data set at a local path or an fsspec URL."""
+
+    uri: str
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, uri: str, check_files: bool = True) -> Dataset:
+        """Read and validate the manifest, and compare the files' names and sizes with it.
+
+        ``check_files=False`` leaves the files to be judged when they are read, which a reader that
+        can pass over a bad part wants. Raises UserError; content is for ``verify_checksums``.
+        """
+        dataset = cls(uri, _read_manifest(uri))
+        if check_files:
+            dataset._check_sizes()
+            for folder in ("items", *SPLITS):
+                for part in dataset._folder(folder)[:1]:
+                    dataset.open_part(part).close()
+        return dataset
+
+    def parts(self, split: str) -> list[Part]:
+        """The split's parts, in file-name order."""
+        if split not in SPLITS:
+            raise UserError(
+                f"unknown split {split!r}: expected one of {', '.join(SPLITS)}."
+                f"{nearest(split, SPLITS)}"
+            )
+        return self._folder(split)
+
+    def open_part(self, part: Part) -> pq.ParquetFile:
+        """The open Parquet file, its schema checked; use it with ``with``. Raises BadShard."""
+        fs, path = storage.filesystem(part.uri)
+        with _reading(part, None):
+            file = pq.ParquetFile(path, filesystem=fs, page_checksum_verification=True)
+        _check_schema(part, file.schema_arrow, self._schema(posixpath.dirname(part.path)))
+        return file
+
+    @property
+    def ceiling(self) -> dict[str, float] | None:
+        """AUC of the true click probabilities on valid and test, which no model can beat; None
+        where they are unknown, that is, for all but synthetic data."""
+        return self.manifest.source.get("ceiling")
+
+    def items_table(self) -> pa.Table:
+        """All items: item_id (int64, equal to the row number), source_id, text columns."""
+        tables = []
+        first = 0
+        for part in self._folder("items"):
+            with self.open_part(part) as file, _reading(part, None):
+                table = file.read()
+            if not np.array_equal(table["item_id"], np.arange(first, first + len(table))):
+                raise BadShard(
+                    f"{part.uri}: expected item_id to be the row number, {first} to "
+                    f"{first + len(table) - 1}; found other values. Run prepare again.",
+                    part.path,
+                )
+            first += len(table)
+            tables.append(table)
+        return pa.concat_tables(tables)
+
+    def verify_checksums(self) -> None:
+        """Read every file and compare its SHA-256; UserError names those that differ."""
+        self._check_sizes()
+        changed = [
+            path
+            for path, entry in self.manifest.files.items()
+            if storage.sha256(storage.join(self.uri, path)) != entry.sha256
+        ]
+        if changed:
+            raise BadShard(
+                f"{self.uri}: {len(changed)} of {len(self.manifest.files)} files differ from the "
+                f"SHA-256 in {MANIFEST}: {_some(changed)}. Restore them, or run prepare again.",
+                changed[0],
+            )
+
+    def _schema(self, folder: str) -> pa.Schema:
+        if folder == "items":
+            return item_schema(self.manifest.item_text_columns)
+        return SEQUENCE_SCHEMA
+
+    def _folder(self, folder: str) -> list[Part]:
+        return [
+            Part(path, storage.join(self.uri, path), entry.rows, entry.bytes, entry.sha256)
+            for path, entry in sorted(self.manifest.files.items())
+            if posixpath.dirname(path) == folder
+        ]
+
+    def _check_sizes(self) -> None:
+        found = storage.list_files(self.uri)
+        missing = [path for path in self.manifest.files if path not in found]
+        if missing:
+            raise BadShard(
+                f"{self.uri}: {MANIFEST} lists {len(self.manifest.files)} files; {len(missing)} "
+                f"are missing: {_some(missing)}. Copy the whole folder, or run prepare again.",
+                missing[0],
+            )
+        for path, entry in self.manifest.files.items():
+            if found[path] != entry.bytes:
+                raise BadShard(
+                    f"{storage.join(self.uri, path)}: expected {entry.bytes:,} bytes, as in "
+                    f"{MANIFEST}; found {found[path]:,}. The file is truncated or was replaced: "
+                    "copy it again, or run prepare again.",
+                    path,
+                )
+
+
+def iter_sequences(
+    dataset: Dataset,
+    split: str,
+    columns: list[str] | None = None,
+    row_groups: Iterable[tuple[str, int]] | None = None,
+) -> Iterator[SequenceBatch]:
+    """The split's sequences, one row group at a time, so memory does not grow with the data.
+
+    Args:
+        columns: names in SEQUENCE_SCHEMA; None reads all.
+        row_groups: (part path, row group) pairs to read, in this order; None reads all in order.
+
+    Raises:
+        BadShard: names the file, and the row group, that is missing, corrupt or of another schema.
+    """
+    for name in columns or []:
+        if name not in SEQUENCE_SCHEMA.names:
+            known = SEQUENCE_SCHEMA.names
+            raise UserError(
+                f"sequences have no column {name!r}: expected some of {', '.join(known)}."
+                f"{nearest(name, known)}"
+            )
+    parts = {part.path: part for part in dataset.parts(split)}
+    wanted: list[tuple[str, list[int] | None]] = (
+        [(path, None) for path in parts]
+        if row_groups is None
+        else [
+            (path, [number for _, number in group])
+            for path, group in groupby(row_groups, key=itemgetter(0))
+        ]
+    )
+    for path, numbers in wanted:
+        if path not in parts:
+            raise UserError(f"{dataset.uri}: {split} has no part {path!r}.{nearest(path, parts)}")
+        with dataset.open_part(parts[path]) as file:
+            for number in range(file.num_row_groups) if numbers is None else numbers:
+                with _reading(parts[path], number):
+                    table = file.read_row_group(number, columns=columns)
+                yield SequenceBatch(parts[path], number, table.combine_chunks().to_batches()[0])
+
+
+def _check_schema(part: Part, found: pa.Schema, expected: pa.Schema) -> None:
+    for field in expected:
+        position = found.get_field_index(field.name)
+        actual = found.field(position).type if position >= 0 else "no such column"
+        if actual != field.type:
+            raise BadShard(
+                f"{part.uri}: column {field.name!r}: expected {field.type}, found {actual}. "
+                "Run prepare again.",
+                part.path,
+            )
+
+
+@contextmanager
+def _reading(part: Part, row_group: int | None) -> Iterator[None]:
+    """Turn what Arrow says of a missing or broken file into a BadShard that names the place.
+
+    Network errors pass unchanged: trying again may help against them, and never against a broken
+    file. Arrow's own OSErrors about content carry no errno; the operating system's do.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            problem = "the file is missing"
+        elif isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+            raise
+        else:
+            reason = str(error).strip().split("\n")[0]
+            problem = f"expected a readable Parquet file, found a broken one ({reason})"
+        where = part.uri if row_group is None else f"{part.uri}, row group {row_group}"
+        message = f"{where}: {problem}. Copy it again, or run prepare again."
+        raise BadShard(message, part.path, row_group) from error
+
+
+def _read_manifest(uri: str) -> Manifest:
+    path = storage.join(uri, MANIFEST)
+    try:
+        with storage.open_file(path) as file:
+            content = file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{uri}: expected a prepared data set, found no {MANIFEST} there. Check the path, or "
+            f"make one with: dti-dist prepare … --out {uri}"
+        ) from error
+    try:
+        fields = json.loads(content)
+        version = fields["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: expected format_version {FORMAT_VERSION} or older, found {version}, "
+                f"written by {fields.get('created_by', 'a newer release')}. Update dti-dist."
+            )
+        return Manifest.model_validate(fields)
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        problem = (
+            "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            if isinstance(error, ValidationError)
+            else f"{type(error).__name__}: {error}"
+        )
+        raise UserError(
+            f"{path}: expected the manifest of a prepared data set, found: {problem}. "
+            "Run prepare again."
+        ) from error
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

@@ -1,0 +1,174 @@
+"""Item text tokenised once per tokenizer and template, then read through a memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dti_dist.console import progress, say
+from dti_dist.data.dataset import Dataset
+from dti_dist.data.template import Template
+from dti_dist.errors import UserError
+
+_BATCH = 8192  # items tokenised in one call: enough for the tokenizer's own threads
+
+
+@dataclass(frozen=True)
+class ItemTokens:
+    """Token ids of each item's text, and of the template's fixed pieces.
+
+    Attributes:
+        tokens: [total] int32, all items' tokens end to end.
+        offsets: [items + 1] int64; item i is tokens[offsets[i] : offsets[i + 1]].
+        label_ids: token ids of label 0 and label 1.
+        prefix: [P] int32, the prompt's prefix.
+        gaps: token ids of each time-gap bucket; empty without time gaps.
+        sum_id: token id of [SUM].
+        fingerprint: changes with items, template or tokenizer.
+        folder: where the cache lies.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    label_ids: tuple[int, int]
+    prefix: npt.NDArray[np.int32]
+    gaps: tuple[npt.NDArray[np.int32], ...]
+    sum_id: int
+    fingerprint: str
+    folder: Path
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers open the memory map themselves instead of receiving a copy of it."""
+        return {**vars(self), "tokens": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, tokens=_open_tokens(state["folder"]))
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    @property
+    def longest_interaction(self) -> int:
+        """Tokens of the longest interaction: gap words, item text and label."""
+        longest_gap = max((len(gap) for gap in self.gaps), default=0)
+        return longest_gap + int(self.lengths.max()) + 1
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def label_token_ids(tokenizer: Any, label_words: tuple[str, str]) -> tuple[int, int]:
+    """Ids of the label words. Raises UserError unless each is one token and they differ."""
+    ids = []
+    for label, word in enumerate(label_words):
+        tokens = encode(tokenizer, word)
+        if len(tokens) != 1:
+            pieces = tokenizer.convert_ids_to_tokens(tokens)
+            raise UserError(
+                f"template.label_words: {word!r} (label {label}) must be a single token of this "
+                f"tokenizer, found {len(tokens)}: {pieces}. Choose words that are single tokens; "
+                "a leading space often matters, as in ' Yes'."
+            )
+        ids.append(tokens[0])
+    if ids[0] == ids[1]:
+        raise UserError(f"template.label_words must differ, found {label_words!r}.")
+    return ids[0], ids[1]
+
+
+def fingerprint(dataset: Dataset, template: Template, tokenizer: Any, sum_id: int) -> str:
+    files = {
+        path: entry.sha256
+        for path, entry in dataset.manifest.files.items()
+        if path.startswith("items/")
+    }
+    parts = [
+        json.dumps(files, sort_keys=True),
+        template.config.model_dump_json(),
+        tokenizer.backend_tokenizer.to_str(),
+        str(sum_id),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def load_or_build(
+    dataset: Dataset, template: Template, tokenizer: Any, sum_id: int, cache_dir: Path
+) -> ItemTokens:
+    """Open the cached item tokens, or tokenise the items and cache them.
+
+    Safe when several processes build at once: each writes a folder of its own and the first
+    rename wins.
+    """
+    mark = fingerprint(dataset, template, tokenizer, sum_id)
+    folder = cache_dir / f"item-tokens-{mark}"
+    if not (folder / "done").exists():
+        _build(dataset, template, tokenizer, folder)
+    label_ids = label_token_ids(tokenizer, template.config.label_words)
+    return ItemTokens(
+        tokens=_open_tokens(folder),
+        offsets=np.load(folder / "offsets.npy"),
+        label_ids=label_ids,
+        prefix=np.asarray(encode(tokenizer, template.config.prefix), dtype=np.int32),
+        gaps=tuple(
+            np.asarray(encode(tokenizer, words), dtype=np.int32) for words in template.gap_words()
+        ),
+        sum_id=sum_id,
+        fingerprint=mark,
+        folder=folder,
+    )
+
+
+def _open_tokens(folder: Path) -> npt.NDArray[np.int32]:
+    return np.load(folder / "tokens.npy", mmap_mode="r")
+
+
+def _build(dataset: Dataset, template: Template, tokenizer: Any, folder: Path) -> None:
+    table = dataset.items_table().select(["source_id", *template.columns])
+    limit = template.config.max_item_tokens
+    pieces: list[npt.NDArray[np.int32]] = []
+    lengths = np.empty(table.num_rows, dtype=np.int64)
+    cut = 0
+    with progress("tokenising items", table.num_rows, "items") as bar:
+        row = 0
+        for batch in table.to_batches(max_chunksize=_BATCH):
+            rows = batch.to_pylist()
+            texts = [template.item_text(item) for item in rows]
+            encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for item, ids in zip(rows, encoded, strict=True):
+                if not ids:
+                    raise UserError(
+                        f"Item {item['source_id']!r} has no tokens under template.item "
+                        f"{template.config.item!r}. Give the item a text, or the template a word."
+                    )
+                cut += len(ids) > limit
+                lengths[row] = min(len(ids), limit)
+                pieces.append(np.asarray(ids[:limit], dtype=np.int32))
+                row += 1
+            bar.advance(len(rows))
+    if cut:
+        say(
+            f"{cut:,} of {table.num_rows:,} item texts were cut at template.max_item_tokens = "
+            f"{limit} tokens."
+        )
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    staging.mkdir(parents=True)
+    try:
+        np.save(staging / "tokens.npy", np.concatenate(pieces))
+        np.save(staging / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
+        (staging / "done").touch()
+        os.rename(staging, folder)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not (folder / "done").exists():
+            raise

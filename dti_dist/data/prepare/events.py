@@ -1,0 +1,252 @@
+"""Flat event logs (Parquet or CSV, local or any fsspec URL) and an item table."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+from fsspec.implementations.local import LocalFileSystem
+
+from dti_dist.data import storage
+from dti_dist.data.prepare.build import Source, Workspace, quote, sql_errors
+from dti_dist.data.prepare.label import label_expression
+from dti_dist.errors import UserError, nearest
+
+_FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".csv.gz": "csv",
+    ".csv.zst": "csv",
+    ".tsv": "csv",
+    ".tsv.gz": "csv",
+}
+_SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
+_INTEGERS = (*_SIGNED, *(f"U{name}" for name in _SIGNED))
+# Told apart by the largest timestamp: seconds reach 1e11 in the year 5138, and 1e11 milliseconds
+# were in 1973. With each, what turns it into microseconds.
+_UNITS = (
+    (1e11, "seconds", "* 1000000"),
+    (1e14, "milliseconds", "* 1000"),
+    (1e17, "microseconds", "* 1"),
+    (float("inf"), "nanoseconds", "/ 1000"),
+)
+
+
+@dataclass(frozen=True)
+class EventColumns:
+    """``item`` is the column of the events; ``item_key`` that of the item table."""
+
+    user: str
+    item: str
+    time: str
+    item_key: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Files that are read as one: a table function's call, and the type of each column."""
+
+    what: str
+    sql: str
+    types: dict[str, str]
+
+    def type_of(self, column: str, option: str) -> str:
+        if column not in self.types:
+            raise UserError(
+                f"{option} {column}: expected a column of {self.what}; found "
+                f"{', '.join(self.types)}.{nearest(column, self.types)}"
+            )
+        return self.types[column]
+
+    def id_column(self, column: str, option: str) -> str:
+        """The column as text. Floats are refused: their text is "1.0", which equals no "1"."""
+        found = self.type_of(column, option)
+        if found not in ("VARCHAR", "UUID", *_INTEGERS):
+            raise UserError(
+                f"{option} {column}: expected ids that are strings or integers; found {found} in "
+                f"{self.what}. Convert the column, or name another."
+            )
+        return f"CAST({quote(column)} AS VARCHAR)"
+
+
+def read_events(
+    workspace: Workspace,
+    paths: Sequence[str],
+    items: Sequence[str],
+    columns: EventColumns,
+    label: str,
+    name: str = "events",
+) -> Source:
+    """Event files and an item table as a Source.
+
+    ``paths`` and ``items`` are files, folders, globs or fsspec URLs, of Parquet or CSV (with a
+    header). The time column may be a date or timestamp, an ISO string, or a number since 1970 in
+    seconds, milliseconds, microseconds or nanoseconds, told apart by the largest one's magnitude.
+    Timestamps without a zone count as UTC. Raises UserError naming the option that is at fault.
+    """
+    connection = workspace.connection
+    ids = (columns.user, columns.item)
+    events = _open_table(connection, "the events", paths, text=ids)
+    user = events.id_column(columns.user, "--user-col")
+    item = events.id_column(columns.item, "--item-col")
+    time_us, unit = _time_us(connection, events, columns.time)
+    expression = label_expression(connection, label, list(events.types))
+    table = _open_table(connection, "the item table", items, (columns.item_key, *columns.texts))
+    texts = [_text(table, column) for column in columns.texts]
+    return Source(
+        name=name,
+        events=(
+            f"SELECT {user} AS user_id, {item} AS item_id, {time_us} AS time_us, "
+            f"{expression} AS label FROM {events.sql}"
+        ),
+        items=(
+            f"SELECT {table.id_column(columns.item_key, '--item-key')} AS source_id, "
+            f"{', '.join(texts)} FROM {table.sql}"
+        ),
+        text_columns=list(columns.texts),
+        description={
+            "kind": "events",
+            "paths": list(paths),
+            "items": list(items),
+            "columns": {
+                "user": columns.user,
+                "item": columns.item,
+                "time": columns.time,
+                "item_key": columns.item_key,
+            },
+            "label": label,
+            "time_unit": unit,
+        },
+        notes=[f"timestamps in {columns.time} are read as {unit}"],
+    )
+
+
+def _open_table(
+    connection: duckdb.DuckDBPyConnection, what: str, paths: Sequence[str], text: Sequence[str]
+) -> _Table:
+    """Files that DuckDB reads as one table; in CSV the ``text`` columns keep their exact text,
+    so that the id 007 does not become 7."""
+    files = [file for path in paths for file in _expand(connection, path)]
+    kinds = {_kind(file): file for file in files}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{what}: expected files of one format; found {' and '.join(kinds.values())}. "
+            "Name only those of one format."
+        )
+    listed = ", ".join(_literal(file) for file in files)
+    kind = next(iter(kinds))
+    options = "" if kind == "parquet" else ", header=true"
+    with sql_errors(f"{what}: reading {files[0]}" + (", …" if len(files) > 1 else "")):
+        relation = connection.sql(f"SELECT * FROM read_{kind}([{listed}]{options})")
+        if kind == "csv":
+            types = ", ".join(
+                f"{_literal(name)}: 'VARCHAR'" for name in relation.columns if name in text
+            )
+            options += f", types={{{types}}}" if types else ""
+            relation = connection.sql(f"SELECT * FROM read_csv([{listed}]{options})")
+        found = dict(zip(relation.columns, map(str, relation.types), strict=True))
+    return _Table(what, f"read_{kind}([{listed}]{options})", found)
+
+
+def _expand(connection: duckdb.DuckDBPyConnection, path: str) -> list[str]:
+    """The files that a file, folder, glob or URL stands for, sorted. Hidden ones and those that
+    begin with an underscore, such as Spark's _SUCCESS, are no data."""
+    fs, inner = storage.filesystem(path)
+    if isinstance(fs, LocalFileSystem):
+        prefix = ""
+    else:
+        protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+        prefix = f"{protocol}://"
+        if not connection.filesystem_is_registered(protocol):
+            connection.register_filesystem(fs)
+    if fs.isdir(inner):
+        found = [
+            file
+            for file in fs.find(inner)
+            if _kind(file, None)
+            and not any(
+                part.startswith((".", "_")) for part in posixpath.relpath(file, inner).split("/")
+            )
+        ]
+    elif fs.isfile(inner):
+        found = [inner]
+    else:
+        found = [file for file in fs.glob(inner) if fs.isfile(file)] if _is_glob(inner) else []
+    if not found:
+        endings = ", ".join(_FORMATS)
+        raise UserError(
+            f"{path}: expected a file, a folder or a glob of files ({endings}); found nothing "
+            "there. Check the path."
+        )
+    return [f"{prefix}{file.lstrip('/') if prefix else file}" for file in sorted(found)]
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _kind(file: str, default: str | None = "unknown") -> str | None:
+    for ending, kind in _FORMATS.items():
+        if file.lower().endswith(ending):
+            return kind
+    if default is None:
+        return None
+    raise UserError(
+        f"{file}: expected a file that ends in one of {', '.join(_FORMATS)}. Rename it, or convert "
+        "it to Parquet."
+    )
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _time_us(
+    connection: duckdb.DuckDBPyConnection, events: _Table, column: str
+) -> tuple[str, str]:
+    """An SQL expression for microseconds since epoch, and the unit found."""
+    found, name = events.type_of(column, "--time-col"), quote(column)
+    if found.startswith(("DATE", "TIMESTAMP")):
+        plain = name if "ZONE" in found else f"CAST({name} AS TIMESTAMP)"
+        return f"epoch_us({plain})", found.lower()
+    if found == "VARCHAR":
+        bad = _one(
+            connection,
+            f"SELECT min({name}) FROM {events.sql} WHERE {name} IS NOT NULL AND "
+            f"TRY_CAST({name} AS TIMESTAMPTZ) IS NULL",
+        )
+        if bad is not None:
+            raise UserError(
+                f"--time-col {column}: expected numbers or ISO dates such as 2024-05-01 or "
+                f"2024-05-01T12:30:00Z; found {bad!r} in {events.what}. Convert the column."
+            )
+        return f"epoch_us(CAST({name} AS TIMESTAMPTZ))", "ISO text"
+    if found not in _INTEGERS and not found.startswith(("FLOAT", "DOUBLE", "DECIMAL")):
+        raise UserError(
+            f"--time-col {column}: expected numbers, dates or ISO strings; found {found} in "
+            f"{events.what}. Name another column."
+        )
+    largest = _one(connection, f"SELECT max(abs({name}))::DOUBLE FROM {events.sql}") or 0.0
+    unit, to_us = next((unit, to_us) for limit, unit, to_us in _UNITS if largest < limit)
+    if found in _INTEGERS:
+        # Integers stay integers: 1e18 nanoseconds have more digits than a double.
+        return f"CAST({name} AS BIGINT) {to_us.replace('/', '//')}", unit
+    return f"CAST(floor({name} {to_us}) AS BIGINT)", unit
+
+
+def _one(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
+    with sql_errors("the events: reading the time column"):
+        return connection.sql(query).fetchall()[0][0]
+
+
+def _text(table: _Table, column: str) -> str:
+    """The column as text; a list's elements are joined by commas."""
+    found = table.type_of(column, "--text-cols")
+    if found.endswith("[]"):
+        return f"array_to_string({quote(column)}, ', ') AS {quote(column)}"
+    return f"CAST({quote(column)} AS VARCHAR) AS {quote(column)}"

@@ -1,0 +1,246 @@
+"""MovieLens in its three formats, from a folder, a zip, or downloaded: ratings become labels."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from dti_dist.console import progress, say
+from dti_dist.data.prepare.build import Source, Workspace
+from dti_dist.data.prepare.label import label_expression
+from dti_dist.errors import UserError
+
+DOWNLOADS = {
+    "100k": "ml-100k.zip",
+    "1m": "ml-1m.zip",
+    "latest-small": "ml-latest-small.zip",
+    "32m": "ml-32m.zip",
+}
+DOWNLOAD_URL = "https://files.grouplens.org/datasets/movielens/"
+DEFAULT_LABEL = "rating >= 4"
+_RATING_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
+_TIMEOUT_S = 60
+_BLOCK = 1 << 20
+
+Item = tuple[str, str, str]  # id, title, genres
+
+
+def _dat_items(lines: Iterator[str]) -> Iterator[Item]:
+    for line in lines:
+        item, title, genres = line.rstrip("\r\n").split("::")
+        yield item, title, genres.replace("|", ", ")
+
+
+# The order of the flags in u.item, which u.genre repeats.
+_GENRES_100K = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
+
+
+def _u_items(lines: Iterator[str]) -> Iterator[Item]:
+    for line in lines:
+        item, title, _, _, _, *flags = line.rstrip("\r\n").split("|")
+        chosen = [genre for genre, flag in zip(_GENRES_100K, flags, strict=True) if flag == "1"]
+        yield item, title, ", ".join(chosen)
+
+
+def _csv_items(lines: Iterator[str]) -> Iterator[Item]:
+    for row in csv.DictReader(lines):
+        genres = "" if row["genres"] == "(no genres listed)" else row["genres"]
+        yield row["movieId"], row["title"], genres.replace("|", ", ")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """``ratings_csv``: how DuckDB reads the ratings into _RATING_COLUMNS."""
+
+    ratings: str
+    items: str
+    encoding: str
+    read_items: Callable[[Iterator[str]], Iterator[Item]]
+    ratings_csv: str
+
+
+def _csv_options(delimiter: str, columns: list[str], header: bool) -> str:
+    types = {"rating": "DOUBLE", "timestamp": "BIGINT"}
+    listed = ", ".join(f"'{name}': '{types.get(name, 'VARCHAR')}'" for name in columns)
+    return (
+        f"delim='{delimiter}', header={header}, quote='', escape='', auto_detect=false, "
+        f"columns={{{listed}}}"
+    )
+
+
+# "1::1193::5::978300760", read with one colon as the delimiter, which every DuckDB can do, has an
+# empty column between any two.
+_DAT_COLUMNS = ["user_id", "_1", "item_id", "_2", "rating", "_3", "timestamp"]
+_FORMATS = (
+    _Format(
+        "ratings.dat", "movies.dat", "latin-1", _dat_items, _csv_options(":", _DAT_COLUMNS, False)
+    ),
+    _Format("u.data", "u.item", "latin-1", _u_items, _csv_options("\t", _RATING_COLUMNS, False)),
+    _Format(
+        "ratings.csv", "movies.csv", "utf-8", _csv_items, _csv_options(",", _RATING_COLUMNS, True)
+    ),
+)
+
+
+def read_movielens(workspace: Workspace, path: str, label: str = DEFAULT_LABEL) -> Source:
+    """A MovieLens folder or zip as a Source with the item texts title and genres.
+
+    ``label`` is an SQL expression over user_id, item_id, rating and timestamp. Raises UserError for
+    a path that holds none of the three formats, and for a line that does not fit its format.
+    """
+    origin = Path(path)
+    folder, found = _locate(origin, workspace.folder)
+    connection = workspace.connection
+    expression = label_expression(connection, label, _RATING_COLUMNS)
+    with open(folder / found.items, encoding=found.encoding, newline="") as lines:
+        try:
+            items = [
+                (item, move_article(title), genres)
+                for item, title, genres in found.read_items(iter(lines))
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{origin}: {found.items} is not in the MovieLens format that its name promises "
+                f"({error}). Download it again."
+            ) from error
+    columns = [pa.array(column, pa.string()) for column in zip(*items, strict=True)] or [
+        pa.array([], pa.string())
+    ] * 3
+    connection.register(
+        "movielens_items", pa.table(columns, names=["source_id", "title", "genres"])
+    )
+    ratings = str(folder / found.ratings).replace("'", "''")
+    return Source(
+        name=_name(origin),
+        events=(
+            f"SELECT user_id, item_id, timestamp * 1000000 AS time_us, {expression} AS label "
+            f"FROM read_csv('{ratings}', {found.ratings_csv})"
+        ),
+        items="SELECT * FROM movielens_items",
+        text_columns=["title", "genres"],
+        description={"kind": "movielens", "path": str(path), "label": label},
+    )
+
+
+def _name(origin: Path) -> str:
+    name = re.sub(r"^ml-", "", origin.resolve().name.removesuffix(".zip"))
+    return f"movielens-{name}"
+
+
+def _locate(origin: Path, scratch: Path) -> tuple[Path, _Format]:
+    """The folder that holds the files, unpacked from a zip if need be, and their format."""
+    if origin.is_dir():
+        for known in _FORMATS:
+            if (origin / known.ratings).exists() and (origin / known.items).exists():
+                return origin, known
+        holds = sorted(entry.name for entry in origin.iterdir())
+    elif origin.is_file():
+        try:
+            with zipfile.ZipFile(origin) as archive:
+                members = {os.path.basename(name): name for name in archive.namelist()}
+                for known in _FORMATS:
+                    if known.ratings in members and known.items in members:
+                        for name in (known.ratings, known.items):
+                            with archive.open(members[name]) as packed:
+                                _copy(packed, scratch / name)
+                        return scratch, known
+        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError) as error:  # type: ignore[attr-defined]
+            raise UserError(
+                f"{origin}: expected a folder or a zip archive; found a file that is neither, or "
+                f"a broken archive ({error}). Download it again."
+            ) from error
+        holds = sorted(members)
+    else:
+        raise UserError(
+            f"{origin}: no such folder or zip file. Give the path of a MovieLens folder, or "
+            "download one with: dti-dist prepare movielens --download 1m --out …"
+        )
+    wanted = "; ".join(f"{known.ratings} and {known.items}" for known in _FORMATS)
+    listed = ", ".join(holds[:8]) or "nothing"
+    raise UserError(
+        f"{origin}: expected the files of a MovieLens data set ({wanted}); found {listed}. Give the "
+        "folder that holds them."
+    )
+
+
+def _copy(source: io.BufferedIOBase | object, target: Path) -> None:
+    with open(target, "wb") as file:
+        shutil.copyfileobj(source, file)  # type: ignore[arg-type]
+
+
+_ARTICLES = "The|A|An|La|Le|Les|L'|Il|El|Los|Las|Lo|Der|Die|Das|Det|De|Den|En|Un|Una|Une|O|Os|As"
+_TRAILING_ARTICLE = re.compile(rf"(^|\()([^()]+?), ({_ARTICLES})(?= \(|\)|$)")
+
+
+def move_article(title: str) -> str:
+    """``"Matrix, The (1999)"`` → ``"The Matrix (1999)"``; other titles stay as they are."""
+
+    def reorder(match: re.Match[str]) -> str:
+        opening, rest, article = match.groups()
+        return f"{opening}{article}{'' if article.endswith(chr(39)) else ' '}{rest}"
+
+    return _TRAILING_ARTICLE.sub(reorder, title)
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dti-dist"
+
+
+def download(name: str, cache_dir: Path, base_url: str = DOWNLOAD_URL) -> Path:
+    """Fetch one of DOWNLOADS into the cache, unless it is there, and check it against the MD5 that
+    the site publishes beside it. Raises UserError when offline or when the MD5 differs."""
+    file_name = DOWNLOADS[name]
+    target, url = cache_dir / file_name, base_url + file_name
+    if target.exists():
+        say(f"using {target}, downloaded before")
+        return target
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    partial = cache_dir / f".{file_name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        with urllib.request.urlopen(f"{url}.md5", timeout=_TIMEOUT_S) as answer:
+            published = re.search(rb"\b[0-9a-f]{32}\b", answer.read(_BLOCK))
+        if published is None:
+            raise UserError(f"{url}.md5: expected an MD5 sum, found none. Try again later.")
+        found = _fetch(url, partial)
+        expected = published.group().decode()
+        if found != expected:
+            raise UserError(
+                f"{url}: expected the MD5 {expected}, as {file_name}.md5 says; the file that came "
+                f"has {found}. It was not kept. Try again."
+            )
+        os.replace(partial, target)
+    except OSError as error:  # URLError and time-outs are OSErrors
+        raise UserError(
+            f"{url}: expected to download it, but {getattr(error, 'reason', error)}. On a machine "
+            f"with internet access fetch it by hand, copy it here, and run: dti-dist prepare "
+            f"movielens {file_name} --out …"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _fetch(url: str, target: Path) -> str:
+    """Save a URL to a file; gives its MD5."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(target, "wb") as file:
+        size = int(answer.headers.get("Content-Length") or 0) or None
+        with progress(f"downloading {url}", size, "bytes") as bar:
+            while block := answer.read(_BLOCK):
+                file.write(block)
+                digest.update(block)
+                bar.advance(len(block))
+    return digest.hexdigest()

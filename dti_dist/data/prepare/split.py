@@ -1,0 +1,82 @@
+"""Cut whole histories into the sequences of train, valid and test. Knows numpy, and no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from dti_dist.data.dataset import SEQUENCE_SCHEMA, SPLITS, SplitRule
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Whole histories of some users, one after the other, each in time order.
+
+    Attributes:
+        user_ids: [users]
+        lengths: [users] interactions of each
+        columns: [interactions] item_id, label, timestamp, input_order (and probability)
+    """
+
+    user_ids: pa.Array
+    lengths: np.ndarray
+    columns: dict[str, np.ndarray]
+
+
+def positions(lengths: np.ndarray) -> np.ndarray:
+    """[interactions] the place of each in its own history, from 0."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) - np.repeat(starts, lengths)
+
+
+def target_ranges(
+    histories: Histories, rule: SplitRule
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Per split: [users] the place of its first target in the history, and of its end."""
+    lengths = histories.lengths
+    if rule.boundaries is None:
+        ends = [lengths - 2, lengths - 1]
+    else:
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        timestamps = histories.columns["timestamp"]
+        ends = [
+            np.bincount(owner[timestamps < rule.boundaries[split]], minlength=len(lengths))
+            for split in ("valid", "test")
+        ]
+    bounds = [np.zeros_like(lengths), *ends, lengths]
+    yield from zip(SPLITS, bounds[:-1], bounds[1:], strict=True)
+
+
+def inside(histories: Histories, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """[interactions] whether each lies in its user's range [begin, end)."""
+    lengths = histories.lengths
+    position = positions(lengths)
+    return (position >= np.repeat(begin, lengths)) & (position < np.repeat(end, lengths))
+
+
+def cut_sequences(
+    histories: Histories, begin: np.ndarray, end: np.ndarray, context_limit: int
+) -> pa.RecordBatch:
+    """The sequences whose targets are [begin, end), for the users who have any."""
+    has_targets = end > begin
+    start = np.where(has_targets, np.maximum(begin - context_limit, 0), end)
+    kept = inside(histories, start, end)
+    offsets = np.concatenate([[0], np.cumsum((end - start)[has_targets])])
+
+    def lists(column: str, kind: pa.DataType) -> pa.ListArray:
+        values = pa.array(histories.columns[column][kept], type=kind)
+        return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
+
+    return pa.RecordBatch.from_arrays(
+        [
+            histories.user_ids.filter(pa.array(has_targets)),
+            lists("item_id", pa.int32()),
+            lists("label", pa.int8()),
+            lists("timestamp", pa.int64()),
+            pa.array((begin - start)[has_targets], type=pa.int32()),
+        ],
+        schema=SEQUENCE_SCHEMA,
+    )

@@ -1,0 +1,72 @@
+"""One row group of user sequences as flat arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dti_dist.data.template import TIME_GAPS
+
+
+@dataclass(frozen=True)
+class SequenceBlock:
+    """User sequences end to end.
+
+    Attributes:
+        item_ids: [interactions] int32 dense item ids.
+        labels: [interactions] int8, 0 or 1.
+        timestamps: [interactions] int64 seconds, or None where not read.
+        offsets: [rows + 1] int64; row r is offsets[r] … offsets[r + 1].
+        target_start: [rows] int64.
+        rows: [rows] int64, row numbers in the whole split.
+    """
+
+    item_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int8]
+    timestamps: npt.NDArray[np.int64] | None
+    offsets: npt.NDArray[np.int64]
+    target_start: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+    @cached_property
+    def gap_buckets(self) -> npt.NDArray[np.int64]:
+        """[interactions] bucket of the time since the interaction before; 0 for a row's first."""
+        assert self.timestamps is not None, "time gaps need the timestamps column"
+        gaps = np.diff(self.timestamps, prepend=self.timestamps[:1])
+        gaps[self.offsets[:-1][np.diff(self.offsets) > 0]] = 0
+        return np.searchsorted([bound for bound, _ in TIME_GAPS], gaps, side="right")
+
+    @staticmethod
+    def from_arrow(rows: pa.RecordBatch, first_row: int) -> SequenceBlock:
+        def flat(name: str) -> np.ndarray:
+            return rows[name].flatten().to_numpy(zero_copy_only=False)
+
+        lengths = rows["item_ids"].value_lengths().to_numpy(zero_copy_only=False)
+        return SequenceBlock(
+            item_ids=flat("item_ids"),
+            labels=flat("labels"),
+            timestamps=flat("timestamps") if "timestamps" in rows.schema.names else None,
+            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+            target_start=rows["target_start"].to_numpy().astype(np.int64),
+            rows=np.arange(first_row, first_row + rows.num_rows),
+        )
+
+    @staticmethod
+    def join(blocks: list[SequenceBlock]) -> SequenceBlock:
+        """Several blocks as one, in the order given."""
+        bases = np.cumsum([0] + [len(block.item_ids) for block in blocks])
+        timestamps = [block.timestamps for block in blocks if block.timestamps is not None]
+        return SequenceBlock(
+            item_ids=np.concatenate([block.item_ids for block in blocks]),
+            labels=np.concatenate([block.labels for block in blocks]),
+            timestamps=np.concatenate(timestamps) if timestamps else None,
+            offsets=np.concatenate(
+                [[0]] + [b.offsets[1:] + base for b, base in zip(blocks, bases, strict=False)]
+            ),
+            target_start=np.concatenate([block.target_start for block in blocks]),
+            rows=np.concatenate([block.rows for block in blocks]),
+        )

@@ -1,0 +1,135 @@
+"""What a config names, opened: the data set, the tokenizer, item tokens and streams of packs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dti_dist.config import RunConfig
+from dti_dist.data import index as split_index
+from dti_dist.data import item_tokens
+from dti_dist.data.dataset import Dataset
+from dti_dist.data.item_tokens import ItemTokens
+from dti_dist.data.packing import pack_shape
+from dti_dist.data.stream import SampleSettings, StreamPlan
+from dti_dist.data.template import Template
+from dti_dist.errors import UserError
+from dti_dist.model import sources
+from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.tokenizer import SUM_TOKEN
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """An opened data set with a tokenizer and the tokens of its items."""
+
+    config: RunConfig
+    dataset: Dataset
+    tokenizer: Any
+    tokens: ItemTokens
+    cache_dir: Path
+
+    @staticmethod
+    def open(config: RunConfig, tokenizer_dir: Path) -> Inputs:
+        """Open what the config names; caches are built where missing.
+
+        The tokenizer is read from `tokenizer_dir`, or made and kept there, so that a run and what
+        follows it read the same tokens.
+        """
+        dataset = Dataset.open(config.data.path)
+        template = Template.for_items(config.template, dataset.manifest.item_text_columns)
+        if config.sample.context > dataset.manifest.context_limit:
+            raise UserError(
+                f"sample.context is {config.sample.context}, but the data set {dataset.uri} keeps "
+                f"only {dataset.manifest.context_limit} interactions before the targets of valid "
+                f"and test. Prepare it with --context-limit {config.sample.context} or more."
+            )
+        if (tokenizer_dir / "tokenizer.json").exists():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+            sum_id = int(tokenizer.convert_tokens_to_ids(SUM_TOKEN))
+        else:
+            tokenizer, sum_id = sources.load_tokenizer(config.model, dataset, template)
+            tokenizer.save_pretrained(str(tokenizer_dir))
+        cache_dir = _cache_dir(config, dataset)
+        tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache_dir)
+        return Inputs(config, dataset, tokenizer, tokens, cache_dir)
+
+    @property
+    def vocabulary(self) -> int:
+        """Embedding rows that the tokenizer needs."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def stream_plan(
+        self,
+        split: str,
+        *,
+        epochs: int = 1,
+        shuffle: bool = False,
+        k: int | None = None,
+        max_targets: int | None = None,
+    ) -> StreamPlan:
+        """How a split becomes packs.
+
+        Args:
+            k: targets per prompt where it differs from the config's; 1 is the sliding window.
+            max_targets: stop at the first whole users that have so many.
+        """
+        sample = self.config.sample
+        if k is not None:
+            sample = sample.model_copy(update={"paradigm": "dti", "targets": k})
+        index = split_index.load_or_build(
+            self.dataset, split, sample, self.tokens, self.cache_dir
+        ).first_users(max_targets, sample.k)
+        if not index.total_targets:
+            raise UserError(
+                f"{self.dataset.uri}: the split {split} has no target with at least "
+                f"sample.min_context = {sample.min_context} interactions before it. Lower it, or "
+                "prepare the data set with other fractions."
+            )
+        slots = self.config.pack.readout_slots if k is None else None
+        return StreamPlan(
+            dataset=self.dataset,
+            index=index,
+            tokens=self.tokens,
+            shape=pack_shape(self.config.pack.length, slots, index.tokens, index.targets),
+            samples=SampleSettings(sample.context, sample.k, sample.min_context),
+            window_interactions=self.config.data.shuffle_interactions,
+            seed=self.config.seed,
+            epochs=epochs,
+            shuffle=shuffle,
+        )
+
+    def untrained_model(self) -> CTRModel:
+        """The model before training, in float32 on the CPU: [SUM] added, nothing partitioned."""
+        config = self.config
+        causal_lm = sources.load_causal_lm(config.model, self.vocabulary, config.seed)
+        return self.wrap(causal_lm)
+
+    def wrap(self, causal_lm: Any) -> CTRModel:
+        """A causal LM with the config's attention and head."""
+        config = self.config
+        longest = (config.sample.context + 1) * self.tokens.longest_interaction
+        return CTRModel(
+            causal_lm,
+            head=config.model.head,
+            label_ids=self.tokens.label_ids,
+            n=config.sample.context,
+            attention=config.attention,
+            has_prefix=len(self.tokens.prefix) > 0,
+            longest_span=len(self.tokens.prefix) + longest,
+        )
+
+
+def _cache_dir(config: RunConfig, dataset: Dataset) -> Path:
+    if config.data.cache_dir:
+        return Path(config.data.cache_dir)
+    local = Path(dataset.uri.removeprefix("file://"))
+    if local.is_dir() and os.access(local, os.W_OK):
+        return local / "cache"
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return home / "dti-dist" / hashlib.sha256(dataset.uri.encode()).hexdigest()[:16]

@@ -1,0 +1,51 @@
+"""Tokenizers: from the model, from a GGUF file, or trained on the item text; with [SUM] added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dti_dist.data.dataset import Dataset
+from dti_dist.data.template import Template
+
+SUM_TOKEN = "[SUM]"
+
+
+def train_tokenizer(dataset: Dataset, template: Template, vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer of the item texts, with the label words as single tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(template.config.label_words) - 1,
+        special_tokens=["<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(dataset, template), trainer)
+    tokenizer.add_tokens(
+        [AddedToken(word, normalized=False) for word in template.config.label_words]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+def add_sum_token(tokenizer: Any) -> int:
+    """Add [SUM] where it is missing and return its id."""
+    if SUM_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [SUM_TOKEN]})
+    return int(tokenizer.convert_tokens_to_ids(SUM_TOKEN))
+
+
+def _texts(dataset: Dataset, template: Template) -> Iterator[str]:
+    yield from (words for words in template.gap_words() if words)
+    if template.config.prefix:
+        yield template.config.prefix
+    rows: Iterable[dict[str, str]] = (
+        row
+        for batch in dataset.items_table().select(list(template.columns)).to_batches(8192)
+        for row in batch.to_pylist()
+    )
+    yield from map(template.item_text, rows)

@@ -1,0 +1,145 @@
+"""Which of the job's processes this is, its device, and how the processes meet."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dti_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the job."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def first_on_node(self, make: Callable[[], T]) -> T:
+        """Call `make` on one rank of each node first, so that the others find its files.
+
+        An error of the first rank is raised on every rank, instead of leaving them waiting.
+        """
+        if self.world == 1:
+            return make()
+        result: T | None = None
+        error: Exception | None = None
+        if self.local_rank == 0:
+            try:
+                result = make()
+            except Exception as caught:
+                error = caught
+        faults: list[Exception | None] = [None] * self.world
+        dist.all_gather_object(faults, error)
+        for fault in faults:
+            if fault is not None:
+                raise fault
+        return make() if result is None else result
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all ranks."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """All ranks' values on rank 0; None elsewhere."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on all ranks."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def meet(device: str, timeout_minutes: int, cpu_threads: int | None) -> Ranks:
+    """Join the process group that torchrun, deepspeed, accelerate or srun laid out.
+
+    One process alone is a group of one. Raises UserError where CUDA is asked for and absent.
+    """
+    _complete_environment()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError(
+            "training.device is cuda, but torch sees no GPU on this machine. Check nvidia-smi and "
+            f"that torch is a CUDA build (found {torch.__version__}), or set training.device=cpu."
+        )
+    if device == "cpu" or not cuda:
+        # Before deepspeed is imported: it picks its accelerator then.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        chosen = torch.device("cpu")
+        torch.set_num_threads(cpu_threads or max((os.cpu_count() or 1) // local_world, 1))
+    else:
+        chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates, once per call and rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
+    if not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return Ranks(rank, world, local_rank, local_world, chosen)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _complete_environment() -> None:
+    environ = os.environ
+    if "RANK" not in environ:
+        if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+            environ["RANK"] = environ["SLURM_PROCID"]
+            environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
+            environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+            environ["LOCAL_WORLD_SIZE"] = environ["SLURM_NTASKS_PER_NODE"]
+        else:
+            environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    environ.setdefault("LOCAL_RANK", "0")
+    if "MASTER_ADDR" not in environ:
+        if environ["WORLD_SIZE"] != "1":
+            raise UserError(
+                "This job has several ranks but no MASTER_ADDR, so they can't meet. Start it with "
+                "torchrun, or set MASTER_ADDR and MASTER_PORT (launch/ has scripts that do)."
+            )
+        environ["MASTER_ADDR"] = "127.0.0.1"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            environ["MASTER_PORT"] = str(probe.getsockname()[1])

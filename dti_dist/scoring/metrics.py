@@ -1,0 +1,79 @@
+"""How good predictions are: ranking (AUC, GAUC), calibration (NE, ECE), and classification."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
+from torchmetrics.functional.classification import binary_calibration_error
+
+CALIBRATION_BINS = 15
+
+
+def click_metrics(
+    labels: npt.NDArray[np.integer],
+    probabilities: npt.NDArray[np.floating],
+    users: npt.NDArray[np.integer],
+) -> dict[str, float | int | None]:
+    """Metrics over targets; None where one is undefined because only one class occurs.
+
+    auc, log_loss, f1 and accuracy (threshold 0.5) are scikit-learn's. gauc: mean AUC of users,
+    weighted by their targets, users of one class left out. ne: log loss over the entropy of the
+    label rate (He et al., 2014). ece: torchmetrics' expected calibration error
+    over 15 equal bins.
+
+    Args:
+        labels: [targets] 0 or 1.
+        probabilities: [targets] of label 1.
+        users: [targets] any integer that names the user.
+    """
+    labels = labels.astype(np.int64)
+    probabilities = probabilities.astype(np.float64)
+    rate = float(labels.mean())
+    two_classes = 0.0 < rate < 1.0
+    loss = float(log_loss(labels, probabilities, labels=[0, 1]))
+    clicked = probabilities >= 0.5
+    gauc, users_of_one_class = _gauc(labels, probabilities, users)
+    return {
+        "auc": float(roc_auc_score(labels, probabilities)) if two_classes else None,
+        "log_loss": loss,
+        "f1": float(f1_score(labels, clicked, zero_division=0.0)),
+        "accuracy": float(accuracy_score(labels, clicked)),
+        "gauc": gauc,
+        "ne": loss / _entropy(rate) if two_classes else None,
+        "ece": float(
+            binary_calibration_error(
+                torch.from_numpy(probabilities), torch.from_numpy(labels), n_bins=CALIBRATION_BINS
+            )
+        ),
+        "targets": len(labels),
+        "users": len(np.unique(users)),
+        "users_of_one_class": users_of_one_class,
+        "label_rate": rate,
+        "mean_prediction": float(probabilities.mean()),
+    }
+
+
+def _entropy(rate: float) -> float:
+    return -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+
+
+def _gauc(
+    labels: npt.NDArray[np.int64],
+    probabilities: npt.NDArray[np.float64],
+    users: npt.NDArray[np.integer],
+) -> tuple[float | None, int]:
+    order = np.argsort(users, kind="stable")
+    bounds = np.flatnonzero(np.diff(users[order])) + 1
+    total = weight = 0.0
+    one_class = 0
+    for chosen in np.split(order, bounds):
+        if labels[chosen].min() == labels[chosen].max():
+            one_class += 1
+            continue
+        total += len(chosen) * roc_auc_score(labels[chosen], probabilities[chosen])
+        weight += len(chosen)
+    return (float(total / weight) if weight else None), one_class

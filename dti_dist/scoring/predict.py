@@ -1,0 +1,58 @@
+"""Predictions of every target of a stream, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dti_dist.data.stream import Batch
+from dti_dist.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """[targets] each: where the target lies in the split, its label and the probability of 1."""
+
+    row: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int32]
+    label: npt.NDArray[np.int8]
+    probability: npt.NDArray[np.float32]
+
+    @staticmethod
+    def join(parts: list[Predictions]) -> Predictions:
+        """All parts as one, sorted by row and position."""
+        fields = [
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("row", "position", "label", "probability")
+        ]
+        order = np.lexsort((fields[1], fields[0]))
+        return Predictions(*(field[order] for field in fields))
+
+
+@torch.no_grad()
+def predict(
+    model: Callable[[Batch], torch.Tensor],
+    batches: Iterable[Batch],
+    ranks: Ranks,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+) -> Predictions | None:
+    """Predict this rank's batches and join all ranks' predictions on rank 0 (None elsewhere)."""
+    parts: list[Predictions] = []
+    for batch in batches:
+        logits = model(batch.to(ranks.device)).float().cpu()
+        used = batch.weights > 0
+        parts.append(
+            Predictions(
+                batch.target_row[used].numpy(),
+                batch.target_position[used].numpy(),
+                batch.labels[used].numpy().astype(np.int8),
+                torch.sigmoid(logits[used]).numpy(),
+            )
+        )
+        on_batch(batch)
+    gathered = ranks.gather(Predictions.join(parts))
+    return None if gathered is None else Predictions.join(gathered)

@@ -1,0 +1,282 @@
+"""The main job: shards to packs to engine to checkpoints, told from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dti_dist.config import RunConfig
+from dti_dist.console import say
+from dti_dist.data.stream import PackStream, Share, StreamPlan, batches
+from dti_dist.errors import UserError
+from dti_dist.inputs import Inputs
+from dti_dist.model.ctr_model import click_loss
+from dti_dist.ranks import Ranks, leave, meet
+from dti_dist.scoring.metrics import click_metrics
+from dti_dist.scoring.predict import predict
+from dti_dist.training import checkpoint
+from dti_dist.training.engine import (
+    learning_rate,
+    micro_steps_per_step,
+    set_learning_rate,
+    start_engine,
+)
+from dti_dist.training.run_folder import RunFolder
+from dti_dist.training.signals import STOPPED_BY_SIGNAL, StopSignal
+from dti_dist.training.tracking import (
+    Interval,
+    MetricsFile,
+    StepDisplay,
+    memory_gib,
+    peak_flops,
+)
+
+
+def train(config: RunConfig) -> int:
+    """Train to the end of the last epoch, from the newest complete checkpoint if there is one.
+
+    Returns:
+        0 when training is done, 75 when a signal stopped it after a checkpoint.
+    """
+    settings = config.training
+    ranks = meet(settings.device, settings.collective_timeout_minutes, settings.cpu_threads)
+    micro_steps_per_step(settings, ranks.world)  # refuse a bad batch before any work
+    stop = StopSignal()
+    try:
+        return _Trainer(config, ranks, stop).run()
+    finally:
+        stop.restore()
+        leave()
+
+
+@dataclass
+class _Progress:
+    """What changes from step to step, and is restored with a checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    validations_without_gain: int = 0
+
+    def state(self, epoch_ends: list[int]) -> dict[str, Any]:
+        epoch = next((e for e, end in enumerate(epoch_ends) if self.step < end), len(epoch_ends))
+        start = epoch_ends[epoch - 1] if epoch else 0
+        return {**vars(self), "data": {"epoch": epoch, "step_in_epoch": self.step - start}}
+
+
+class _Trainer:
+    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopSignal):
+        self.config, self.ranks, self.stop = config, ranks, stop
+        self.folder = RunFolder(config.run_dir)
+        self.progress = _Progress()
+        self.saved_at: int | None = None
+
+    def run(self) -> int:
+        config, ranks = self.config, self.ranks
+        inputs, plan, validation, steps_per_epoch = ranks.first_on_node(self._open)
+        ends = [sum(steps_per_epoch[: epoch + 1]) for epoch in range(len(steps_per_epoch))]
+        self.epoch_ends = ends
+        self.total_steps = min(ends[-1], config.training.max_steps or ends[-1])
+        self.validation_plan = validation
+
+        model = inputs.untrained_model()
+        self.parameters = sum(p.numel() for p in model.backbone.parameters())
+        if config.training.activation_checkpointing:
+            model.enable_activation_checkpointing()
+        self.engine = start_engine(model, config.training, ranks)
+        self._resume()
+        if ranks.is_main:
+            self._introduce(plan, steps_per_epoch)
+
+        share = self._share(config.training.global_batch_packs)
+        stream = PackStream(plan, share, steps_per_epoch, self.progress.step)
+        data = config.data
+        loader = batches(stream, data.workers, data.prefetch, ranks.device.type == "cuda")
+        return self._loop(iter(loader))
+
+    def _open(self) -> tuple[Inputs, StreamPlan, StreamPlan, list[int]]:
+        config = self.config
+        if self.ranks.is_main:
+            self.folder.prepare(config)
+        inputs = Inputs.open(config, self.folder.tokenizer)
+        plan = inputs.stream_plan("train", epochs=config.training.epochs, shuffle=True)
+        validation = inputs.stream_plan("valid", max_targets=config.validation.max_targets)
+        return inputs, plan, validation, plan.steps_per_epoch(config.training.global_batch_packs)
+
+    def _share(self, global_packs: int) -> Share:
+        micro_packs = self.config.training.micro_batch_packs
+        return Share(global_packs, micro_packs, self.ranks.rank, self.ranks.world)
+
+    def _resume(self) -> None:
+        commit = checkpoint.newest(self.folder.checkpoints, self.ranks)
+        if commit is not None:
+            checkpoint.load(self.engine, commit, self.ranks)
+            state = dict(commit.state)
+            state.pop("data")
+            self.progress = _Progress(**state)
+            self.saved_at = self.progress.step
+            if self.ranks.is_main:
+                say(f"resuming from {commit.folder.name}, {commit.folder}")
+
+    def _introduce(self, plan: StreamPlan, steps_per_epoch: list[int]) -> None:
+        config = self.config
+        packs = config.training.global_batch_packs
+        say(
+            f"{config.sample.paradigm}, n={config.sample.context}, k={config.sample.k}, "
+            f"{config.attention.policy}: {plan.index.total_targets:,} targets in "
+            f"{len(plan.index.tokens):,} samples an epoch; packs of {plan.shape.length} + "
+            f"{plan.shape.slots} tokens, {packs} a step; {self.total_steps:,} steps "
+            f"({', '.join(f'{steps:,}' for steps in steps_per_epoch)} by epoch)"
+        )
+        say(
+            f"{self.parameters:,} parameters, {config.training.precision}, "
+            f"{self.ranks.world} rank(s) on {self.ranks.device.type}, DeepSpeed ZeRO stage "
+            f"{self.engine.zero_optimization_stage()}"
+        )
+
+    def _loop(self, loader: Any) -> int:
+        config, progress = self.config, self.progress
+        metrics = MetricsFile(self.folder.metrics, progress.step) if self.ranks.is_main else None
+        display = StepDisplay(self.ranks, self.total_steps, progress.step)
+        interval = Interval()
+        while progress.step < self.total_steps:
+            stopping, epoch = self._step(loader, interval)
+            display.step()
+            last = progress.step == self.total_steps
+            epoch_end = progress.step in self.epoch_ends
+            if progress.step % config.training.log_every == 0 or last:
+                record = self._record(interval, epoch)
+                interval = Interval()
+                if metrics:
+                    metrics.write(record)
+                display.logged(record)
+            if stopping:
+                break
+            if _due(progress.step, config.validation.every_steps) or epoch_end or last:
+                stop_early = self._validate(metrics)
+                interval.started = time.perf_counter()
+                if stop_early:
+                    break
+            if _due(progress.step, config.checkpoints.every_steps) or epoch_end:
+                self._save()
+                interval.started = time.perf_counter()
+        else:
+            stopping = False
+        self._save()
+        display.close()
+        if metrics:
+            metrics.close()
+        if stopping and progress.step < self.total_steps:
+            if self.ranks.is_main:
+                say(
+                    f"stopped by a signal after step {progress.step:,}; its checkpoint is "
+                    "complete. Start the same command again to go on."
+                )
+            return STOPPED_BY_SIGNAL
+        return 0
+
+    def _step(self, loader: Any, interval: Interval) -> tuple[bool, int]:
+        """One optimizer step; returns whether a rank was told to stop, and the step's epoch."""
+        engine, ranks, progress = self.engine, self.ranks, self.progress
+        rate = learning_rate(progress.step, self.total_steps, self.config.training)
+        set_learning_rate(engine, rate)
+        loss_sum, tokens, batch = 0.0, 0, None
+        micro_steps = engine.gradient_accumulation_steps()
+        for _ in range(micro_steps):
+            waiting = time.perf_counter()
+            batch = next(loader)
+            interval.data_wait_s += time.perf_counter() - waiting
+            assert batch.step == progress.step, "the stream and the loop must count alike"
+            loss = click_loss(engine(batch.to(ranks.device)), batch.to(ranks.device))
+            # DeepSpeed averages over ranks and micro-steps; a mean over the step's targets is asked
+            # for, however they are spread.
+            engine.backward(loss * (ranks.world * micro_steps / batch.step_targets))
+            engine.step()
+            loss_sum += loss.item()
+            tokens += batch.body_tokens + int(batch.weights.sum())
+        assert batch is not None
+        told = float(self.stop.received is not None)
+        loss_sum, tokens_sum, stopping = ranks.sum(loss_sum, float(tokens), told)
+        if not math.isfinite(loss_sum):
+            raise UserError(
+                f"The loss became {loss_sum} at step {progress.step + 1}. Resume from the last "
+                "checkpoint with a lower training.learning_rate or training.precision=fp32."
+            )
+        progress.step += 1
+        interval.steps += 1
+        interval.loss_sum += loss_sum
+        interval.targets += batch.step_targets
+        interval.tokens += int(tokens_sum)
+        return stopping > 0, batch.epoch
+
+    def _record(self, interval: Interval, epoch: int) -> dict[str, Any]:
+        figures = interval.figures()
+        norm = self.engine.get_global_grad_norm()
+        record = {
+            "step": self.progress.step,
+            "epoch": epoch,
+            "loss": figures.pop("loss"),
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(norm) if norm is not None else math.nan,
+            **figures,
+            "memory_gib": memory_gib(self.ranks.device),
+        }
+        peak = peak_flops(self.ranks.device)
+        if peak:
+            flops = 6 * self.parameters * record["tokens_per_s"]
+            record["mfu"] = flops / (peak * self.ranks.world)
+        return record
+
+    def _validate(self, metrics: MetricsFile | None) -> bool:
+        """Measure on valid, mark a new best; returns whether patience is at its end."""
+        config, progress = self.config, self.progress
+        figures = self._measure(self.validation_plan)
+        name = config.validation.metric
+        value = figures[name]
+        if value is None:
+            raise UserError(
+                "The validation targets all have the same label, so AUC is undefined. Raise "
+                "validation.max_targets or set validation.metric=log_loss."
+            )
+        gain = value if name == "auc" else -value
+        if progress.best is None or gain > progress.best:
+            progress.best, progress.validations_without_gain = gain, 0
+            self._save()
+            if self.ranks.is_main:
+                checkpoint.mark_best(self.folder.checkpoints, progress.step, name, value)
+        else:
+            progress.validations_without_gain += 1
+        if metrics:
+            metrics.write({"step": progress.step, "valid": figures})
+            say(
+                f"step {progress.step:,}: valid AUC {figures['auc']:.4f}  "
+                f"log loss {figures['log_loss']:.4f}  ({figures['targets']:,} targets)"
+            )
+        patience = config.validation.patience
+        return patience is not None and progress.validations_without_gain >= patience
+
+    def _measure(self, plan: StreamPlan) -> dict[str, Any]:
+        share = self._share(self.ranks.world * self.config.training.micro_batch_packs)
+        stream = PackStream(plan, share, plan.steps_per_epoch(share.global_packs))
+        self.engine.eval()
+        found = predict(self.engine, stream, self.ranks)
+        self.engine.train()
+        figures = None
+        if found is not None:
+            figures = click_metrics(found.label, found.probability, found.row)
+        return self.ranks.broadcast(figures)  # type: ignore[return-value]
+
+    def _save(self) -> None:
+        if self.saved_at == self.progress.step:
+            return
+        state = self.progress.state(self.epoch_ends)
+        folder = self.folder.checkpoints
+        checkpoint.save(self.engine, folder, self.progress.step, state, self.ranks)
+        if self.ranks.is_main:
+            checkpoint.remove_old(folder, self.config.checkpoints.keep_last)
+        self.saved_at = self.progress.step
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

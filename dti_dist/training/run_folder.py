@@ -1,0 +1,94 @@
+"""A run's folder: its resolved config, tokenizer, metrics and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dti_dist.config import RunConfig, load_config
+from dti_dist.errors import UserError
+
+# A run that goes on may change how it runs and reports, and not what it computes.
+_MAY_CHANGE = (
+    "run_dir",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "attention.backend",
+    "training.micro_batch_packs",
+    "training.activation_checkpointing",
+    "training.device",
+    "training.cpu_threads",
+    "training.log_every",
+    "training.collective_timeout_minutes",
+    "validation",
+    "checkpoints",
+    "evaluation",
+)
+
+
+class RunFolder:
+    """Paths of a run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
+    def read_config(self) -> RunConfig:
+        """The config of a run that was started. Raises UserError where there is none."""
+        if not self.config_file.exists():
+            raise UserError(
+                f"{self.path} is not a run's folder: it has no config.yaml. Give the run_dir of a "
+                "training run."
+            )
+        return load_config(self.config_file)
+
+    def prepare(self, config: RunConfig) -> None:
+        """Make the folder and keep the config; refuse a folder of a run that computes otherwise."""
+        if self.config_file.exists() and any(self.checkpoints.glob("step-*")):
+            old, new = self.read_config().model_dump(mode="json"), config.model_dump(mode="json")
+            changed = [
+                f"  {key}: {before!r} there, {after!r} now"
+                for key, before, after in _differences(old, new)
+                if not key.startswith(_MAY_CHANGE)
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.path} has checkpoints of a run with other settings:\n"
+                    + "\n".join(changed)
+                    + "\nGo on with the settings of config.yaml there, or choose another run_dir."
+                )
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.config_file.write_text(config.to_yaml(), encoding="utf-8")
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for name in {**old, **new}
+            for difference in _differences(
+                old.get(name), new.get(name), f"{key}.{name}" if key else name
+            )
+        ]
+    return [] if old == new else [(key, old, new)]

@@ -1,0 +1,123 @@
+"""Random packs: as a layout for the program, and as plain tokens for an oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from typing import NamedTuple
+
+import torch
+
+from dti_dist.attention.intervals import PackLayout
+
+
+class Token(NamedTuple):
+    """One token of a pack, in the words of the prompt."""
+
+    position: int  # in the pack
+    kind: str  # prefix, text, label, sum or pad
+    sample: int = -1
+    interaction: int = -1  # within the sample
+
+
+@dataclass(frozen=True)
+class Packs:
+    """B packs of L body tokens and S slots."""
+
+    layout: PackLayout
+    tokens: list[list[Token]]
+
+
+def random_packs(
+    random: Random,
+    packs: int = 2,
+    body_length: int = 48,
+    slots: int = 8,
+    max_prefix: int = 3,
+    samples: int = 4,
+    interactions: int = 6,
+) -> Packs:
+    """At most this many samples, interactions a sample and slots; what is left is padding."""
+    tokens = [
+        _random_pack(random, body_length, slots, max_prefix, samples, interactions)
+        for _ in range(packs)
+    ]
+    return Packs(_layout(tokens, body_length), tokens)
+
+
+def one_sample(text_lengths: list[int], targets: int) -> Packs:
+    """One pack of one sample without prefix or padding; its last interactions are targets."""
+    body: list[Token] = []
+    for interaction, length in enumerate(text_lengths):
+        _append_interaction(body, 0, interaction, length)
+    first = len(text_lengths) - targets
+    tail = [Token(len(body) + s, "sum", 0, first + s) for s in range(targets)]
+    return Packs(_layout([body + tail], len(body)), [body + tail])
+
+
+def _random_pack(
+    random: Random, body_length: int, slots: int, max_prefix: int, samples: int, interactions: int
+) -> list[Token]:
+    body: list[Token] = []
+    targets: list[tuple[int, int]] = []
+    for sample in range(random.randint(1, samples)):
+        prefix = random.randint(0, min(max_prefix, body_length - len(body)))
+        body += [Token(len(body) + i, "prefix", sample) for i in range(prefix)]
+        for interaction in range(random.randint(0, interactions)):
+            length = random.randint(1, 6)
+            if len(body) + length + 1 > body_length:
+                break
+            _append_interaction(body, sample, interaction, length)
+            if random.random() < 0.7 and len(targets) < slots:
+                targets.append((sample, interaction))
+    body += [Token(i, "pad") for i in range(len(body), body_length)]
+    tail = [Token(body_length + s, "sum", *target) for s, target in enumerate(targets)]
+    tail += [Token(body_length + s, "pad") for s in range(len(tail), slots)]
+    return body + tail
+
+
+def _append_interaction(body: list[Token], sample: int, interaction: int, length: int) -> None:
+    for i in range(length + 1):
+        kind = "text" if i < length else "label"
+        body.append(Token(len(body), kind, sample, interaction))
+
+
+def _layout(packs: list[list[Token]], body_length: int) -> PackLayout:
+    rows = [_layout_row(tokens, body_length) for tokens in packs]
+    units = max(1, *(len(row["unit_first"]) for row in rows))
+    for row in rows:
+        missing = units - len(row["unit_first"])
+        row["unit_start"] += [row["unit_start"][-1]] * missing
+        for name in ("unit_first", "prefix_start", "prefix_end"):
+            row[name] += [0] * missing
+    return PackLayout(
+        **{name: torch.tensor([row[name] for row in rows], dtype=torch.int32) for name in rows[0]}
+    )
+
+
+def _layout_row(tokens: list[Token], body_length: int) -> dict[str, list[int]]:
+    body, tail = tokens[:body_length], tokens[body_length:]
+    names = [(t.sample, t.interaction) for t in body if t.kind != "pad"]
+    starts = [i for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+    index = {names[start]: unit for unit, start in enumerate(starts)}
+    row: dict[str, list[int]] = {
+        "unit": [index.get((t.sample, t.interaction), -1) for t in tokens],
+        "unit_start": [*starts, len(names)],
+        "unit_first": [],
+        "prefix_start": [],
+        "prefix_end": [],
+        "readout_end": [],
+    }
+    spans = list(pairwise(row["unit_start"]))
+    for (sample, interaction), unit in index.items():
+        is_prefix = interaction < 0
+        row["unit_first"].append(unit if is_prefix else index[sample, 0])
+        has_prefix = not is_prefix and (sample, -1) in index
+        start, end = spans[index[sample, -1]] if has_prefix else (0, 0)
+        row["prefix_start"].append(start)
+        row["prefix_end"].append(end)
+    for t in tail:
+        used = t.kind == "sum"
+        row["readout_end"].append(spans[index[t.sample, t.interaction]][1] - 1 if used else 0)
+    return row

@@ -1,0 +1,237 @@
+"""Every backend is the dense attention, forward and backward."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dti_dist.attention import flex
+from dti_dist.attention.backend import AttentionPlans
+from dti_dist.attention.chunked import ChunkedPlan, chunked_attention
+from dti_dist.attention.dense import dense_mask
+from dti_dist.attention.flex import BLOCK, FlexPlan, compiled_graphs
+from dti_dist.attention.intervals import (
+    PackLayout,
+    VisibleIntervals,
+    body_intervals,
+    layer_windows,
+    readout_intervals,
+)
+from dti_dist.errors import UserError
+from tests.attention.random_packs import random_packs
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2}
+
+
+def make_plans(layout: PackLayout, policy: str, backend: str, prefix: bool) -> AttentionPlans:
+    windows = layer_windows(policy, n=3, num_layers=3, share=0.7)
+    return AttentionPlans(
+        layout, windows, backend, body_sees_prefix=prefix, readout_sees_prefix=prefix
+    )
+
+
+def random_qkv(
+    layout: PackLayout, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Laid out as a model makes them: [B, T, H, D] in memory."""
+    packs, tokens = layout.unit.shape
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(packs, tokens, h, head_dim, dtype=dtype, device=layout.unit.device)
+        .transpose(1, 2)
+        .requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    )
+    return q, k, v
+
+
+def forward_backward(plans: AttentionPlans, qkv: tuple[Tensor, ...], layer: int) -> list[Tensor]:
+    out = plans.attend(layer, *qkv, qkv[0].shape[-1] ** -0.5)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    return [out, *torch.autograd.grad(out, qkv, weight.to(out))]
+
+
+def assert_all_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y.to(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (9, 3)])
+@pytest.mark.parametrize("policy", ["windowed", "budget"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_chunked_equals_dense_forward_and_backward(dtype, heads, kv_heads, policy, prefix):
+    layout = random_packs(Random(0), body_length=200, slots=40, samples=8, interactions=20).layout
+    qkv = random_qkv(layout, heads, kv_heads, 8, dtype)
+    exact = tuple(x.detach().double().requires_grad_() for x in qkv)
+    for layer in range(3):
+        found = forward_backward(make_plans(layout, policy, "chunked", prefix), qkv, layer)
+        expected = forward_backward(make_plans(layout, policy, "dense", prefix), exact, layer)
+        assert_all_close(found, expected, TOLERANCE[dtype])
+
+
+@settings(max_examples=25, deadline=None)
+@given(random=st.randoms(use_true_random=False), chunk=st.integers(1, 60), prefix=st.booleans())
+def test_chunks_may_cut_a_pack_anywhere(random, chunk, prefix):
+    layout = random_packs(random).layout
+    length = layout.body_length
+    q, k, v = random_qkv(layout, 4, 2, 8, torch.float64)
+    expected = make_plans(layout, "windowed", "dense", prefix).attend(0, q, k, v, 0.3)
+    body = ChunkedPlan.build(body_intervals(layout, 3, prefix), chunk)
+    readout = ChunkedPlan.build(readout_intervals(layout, 3, prefix), chunk)
+    found = torch.cat(
+        [
+            chunked_attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], body, 0.3),
+            chunked_attention(q[:, :, length:], k, v, readout, 0.3),
+        ],
+        dim=2,
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_chunked_takes_rows_with_any_stride():
+    layout = random_packs(Random(1)).layout
+    plans = make_plans(layout, "windowed", "chunked", True)
+    q, k, v = random_qkv(layout, 4, 2, 8, torch.float64)
+    strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in (q, k, v)]
+    # The gradient of a sum is a single 1, expanded: stride 0 everywhere.
+    found = torch.autograd.grad(plans.attend(0, *strided, 0.3).sum(), strided)
+    expected = torch.autograd.grad((plans.attend(0, q, k, v, 0.3) * 1.0).sum(), (q, k, v))
+    assert_all_close(list(found), list(expected), 1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_chunked_can_be_recomputed_in_the_backward_pass(use_reentrant):
+    layout = random_packs(Random(2)).layout
+    plans = make_plans(layout, "budget", "chunked", True)
+    qkv = random_qkv(layout, 4, 2, 8, torch.float64)
+    expected = forward_backward(plans, qkv, 0)
+    out = checkpoint(plans.attend, 0, *qkv, 8**-0.5, use_reentrant=use_reentrant)
+    generator = torch.Generator().manual_seed(1)
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64))
+    assert_all_close([out, *(x.grad for x in qkv)], expected, 0.0)
+
+
+def test_an_unknown_backend_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'chunked'"):
+        make_plans(random_packs(Random(0)).layout, "windowed", "chunk", True)
+
+
+def test_tensors_of_another_batch_are_refused():
+    plans = make_plans(random_packs(Random(0)).layout, "windowed", "chunked", True)
+    q = torch.zeros(2, 4, 57, 8)
+    with pytest.raises(UserError, match=r"2 packs of 56 tokens.*found 2 of 57"):
+        plans.attend(0, q, q, q, 1.0)
+
+
+def flex_packs(random: Random, max_prefix: int = 3) -> PackLayout:
+    return random_packs(
+        random, 2, 3 * BLOCK, BLOCK, max_prefix=max_prefix, samples=5, interactions=60
+    ).layout
+
+
+def blocks_of(mask: Tensor) -> Tensor:
+    """[B, Tq, Tk] → [B, blocks of queries, blocks of keys, 128 · 128]."""
+    blocks = mask.unflatten(1, (-1, BLOCK)).unflatten(3, (-1, BLOCK))
+    return blocks.transpose(2, 3).flatten(3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    random=st.randoms(use_true_random=True),
+    window=st.sampled_from([0, 3, 100]),
+    prefix=st.booleans(),
+)
+def test_flex_visits_exactly_the_blocks_it_must_and_full_ones_are_full(random, window, prefix):
+    layout = flex_packs(random)
+    for intervals in (
+        body_intervals(layout, window, prefix),
+        readout_intervals(layout, window, prefix),
+    ):
+        check_blocks(intervals)
+
+
+def check_blocks(intervals: VisibleIntervals) -> Tensor:
+    """Returns the full blocks, bool [B, blocks of queries, blocks of keys]."""
+    mask = FlexPlan.build(intervals).block_mask
+    blocks = blocks_of(dense_mask(intervals))
+    assert torch.equal(mask.to_dense()[:, 0].bool(), blocks.any(dim=-1))
+    full = torch.zeros(blocks.shape[:3], dtype=torch.bool)
+    for b, row in torch.cartesian_prod(*(torch.arange(size) for size in full.shape[:2])).tolist():
+        count = mask.full_kv_num_blocks[b, 0, row]
+        full[b, row, mask.full_kv_indices[b, 0, row, :count].long()] = True
+    assert blocks.all(dim=-1)[full].all()
+    return full
+
+
+def test_flex_knows_the_full_blocks_of_a_long_causal_pack():
+    position = torch.arange(4 * BLOCK, dtype=torch.int32)
+    start = torch.zeros_like(position)
+    intervals = VisibleIntervals(start[None, None], position[None, None] + 1, 4 * BLOCK)
+    assert torch.equal(check_blocks(intervals)[0], torch.ones(4, 4, dtype=torch.bool).tril(-1))
+
+
+@pytest.fixture(scope="module")
+def flex_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def test_flex_forward_equals_dense_and_new_packs_do_not_recompile(flex_device):
+    graphs = []
+    for seed in range(4):
+        layout = flex_packs(Random(seed)).to(flex_device)
+        qkv = [x.detach() for x in random_qkv(layout, 9, 3, 16, torch.float32)]
+        for layer in range(3):
+            found = make_plans(layout, "budget", "flex", True).attend(layer, *qkv, 0.25)
+            expected = make_plans(layout, "budget", "dense", True).attend(layer, *qkv, 0.25)
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+        graphs.append(compiled_graphs())
+    assert graphs[0] >= 2  # body and readout
+    assert graphs == graphs[:1] * 4
+
+
+def test_flex_never_falls_back_to_the_unfused_attention(flex_device, monkeypatch):
+    layout = flex_packs(Random(0)).to(flex_device)
+    plans = make_plans(layout, "windowed", "flex", True)
+    qkv = [x.detach() for x in random_qkv(layout, 2, 1, 32, torch.float32)]
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(UserError, match=r"torch\.compile is switched off"),
+    ):
+        plans.attend(0, *qkv, 0.25)
+    monkeypatch.setattr(flex, "_MAX_GRAPHS", 0)
+    with pytest.raises(UserError, match="Keep the pack lengths constant"):
+        plans.attend(0, *qkv, 0.25)
+
+
+def test_flex_refuses_what_it_cannot_do():
+    with pytest.raises(UserError, match=r"multiples of 128.*48"):
+        make_plans(random_packs(Random(0)).layout, "windowed", "flex", True)
+    layout = flex_packs(Random(0))
+    plans = make_plans(layout, "windowed", "flex", True)
+    with pytest.raises(UserError, match=r"head dim of at least 16.*8"):
+        plans.attend(0, *random_qkv(layout, 4, 2, 8, torch.float32), 1.0)
+    with pytest.raises(UserError, match="chunked backend on a CPU"):
+        plans.attend(0, *random_qkv(layout, 4, 2, 16, torch.float32), 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 32), (9, 3, 64)])
+@pytest.mark.parametrize("policy", ["windowed", "budget"])
+def test_flex_equals_dense_forward_and_backward_on_cuda(heads, kv_heads, head_dim, policy):
+    layout = flex_packs(Random(0)).to("cuda")
+    qkv = random_qkv(layout, heads, kv_heads, head_dim, torch.float32)
+    exact = tuple(x.detach().double().requires_grad_() for x in qkv)
+    for layer in range(3):
+        found = forward_backward(make_plans(layout, policy, "flex", True), qkv, layer)
+        expected = forward_backward(make_plans(layout, policy, "dense", True), exact, layer)
+        # FlexAttention multiplies in TF32 where it may: 10 bits of mantissa.
+        assert_all_close(found, expected, 1e-2)
