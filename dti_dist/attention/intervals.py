@@ -96,13 +96,16 @@ def readout_intervals(layout: PackLayout, w_readout: int, prefix_visible: bool) 
     """
     length = layout.body_length
     unit = layout.unit[:, length:]
-    start = torch.where(unit < 0, 0, _window_start(layout, unit, w_readout))
-    ranges = [(start, layout.readout_end)]
+    ranges = [(_window_start(layout, unit, w_readout), layout.readout_end)]
     if prefix_visible:
         ranges.append(_prefix_range(layout, unit))
     slot = torch.arange(length, layout.unit.shape[1], device=unit.device).expand_as(unit)
     ranges.append((slot, slot + 1))
     return _stack(ranges, key_length=layout.unit.shape[1])
+
+
+# Padding reads unit 0 below. It begins at 0 and has no prefix before it, so the prefix range of
+# padding is empty, and so is the body range of an unused slot, whose readout_end is 0.
 
 
 def _window_start(layout: PackLayout, unit: Tensor, window: int) -> Tensor:
@@ -113,9 +116,7 @@ def _window_start(layout: PackLayout, unit: Tensor, window: int) -> Tensor:
 
 def _prefix_range(layout: PackLayout, unit: Tensor) -> tuple[Tensor, Tensor]:
     index = unit.clamp(min=0).long()
-    start = layout.prefix_start.gather(1, index)
-    end = layout.prefix_end.gather(1, index)
-    return start, torch.where(unit < 0, start, end)
+    return layout.prefix_start.gather(1, index), layout.prefix_end.gather(1, index)
 
 
 def _stack(ranges: list[tuple[Tensor, Tensor]], key_length: int) -> VisibleIntervals:

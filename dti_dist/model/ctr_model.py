@@ -31,8 +31,8 @@ class LabelWordHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, S, hidden] → [B, S] float32: the logit of label 1 minus that of label 0."""
-        no, yes = F.embedding(self.label_ids, self.weight)
-        return (hidden @ (yes - no)).float()
+        no, yes = _at_least_float32(F.embedding(self.label_ids, self.weight))
+        return _at_least_float32(hidden) @ (yes - no)
 
 
 class LinearHead(nn.Module):
@@ -44,7 +44,11 @@ class LinearHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, S, hidden] → [B, S] float32 logits."""
-        return F.linear(hidden, self.weight).squeeze(-1).float()
+        return _at_least_float32(hidden) @ _at_least_float32(self.weight[0])
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class CTRModel(nn.Module):

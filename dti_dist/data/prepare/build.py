@@ -294,7 +294,7 @@ def _load_events(connection: duckdb.DuckDBPyConnection, source: Source) -> None:
     if not re.match(r"BOOL|U?[A-Z]*INT|FLOAT|DOUBLE|DECIMAL", types["label"]):
         raise UserError(
             f"{source.name}: expected the label to be a boolean, or a number that is 0 or 1; found "
-            f"{types['label']}. Use a comparison, e.g. --label \"rating >= 4\" or "
+            f'{types["label"]}. Use a comparison, e.g. --label "rating >= 4" or '
             "\"event = 'click'\"."
         )
     probability = ", probability" if "probability" in types else ""
@@ -357,9 +357,7 @@ def _check_events(connection: duckdb.DuckDBPyConnection, source: Source) -> None
             )
 
 
-def _offending(
-    connection: duckdb.DuckDBPyConnection, condition: str
-) -> tuple[int, dict[str, Any]]:
+def _offending(connection: duckdb.DuckDBPyConnection, condition: str) -> tuple[int, dict[str, Any]]:
     """How many events meet the condition, and the first of them in input order."""
     found = _row(
         connection, f"SELECT count(*) AS rows, min(rowid) AS first FROM events WHERE {condition}"

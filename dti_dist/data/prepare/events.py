@@ -206,9 +206,7 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _time_us(
-    connection: duckdb.DuckDBPyConnection, events: _Table, column: str
-) -> tuple[str, str]:
+def _time_us(connection: duckdb.DuckDBPyConnection, events: _Table, column: str) -> tuple[str, str]:
     """An SQL expression for microseconds since epoch, and the unit found."""
     found, name = events.type_of(column, "--time-col"), quote(column)
     if found.startswith(("DATE", "TIMESTAMP")):

@@ -13,9 +13,7 @@ from dti_dist.errors import UserError, nearest
 _OPENING = "SELECT ("
 
 
-def label_expression(
-    connection: duckdb.DuckDBPyConnection, text: str, columns: list[str]
-) -> str:
+def label_expression(connection: duckdb.DuckDBPyConnection, text: str, columns: list[str]) -> str:
     """Check that ``text`` is one scalar SQL expression over ``columns``; give it in parentheses.
 
     Raises UserError for text that does not parse, that is more than one expression (statements,
@@ -24,29 +22,39 @@ def label_expression(
 
     def refuse(problem: str) -> UserError:
         return UserError(
-            f"--label {text!r}: expected one SQL expression over the columns of an interaction, "
-            f'e.g. "rating >= 4" or "event = \'click\'"; {problem}.'
+            f"--label {text!r}: {problem} Expected one SQL expression over the columns of an "
+            'interaction, e.g. "rating >= 4" or "event = \'click\'".'
         )
 
     parsed = _parse(connection, text)
     if parsed["error"]:
         position = int(parsed.get("position") or 0) - len(_OPENING) + 1
-        at = f" at character {position}" if 0 < position <= len(text) else " at its end"
-        raise refuse(f"DuckDB says: {parsed['error_message']}{at}")
+        at = f"character {position}" if 0 < position <= len(text) else "its end"
+        raise refuse(f"DuckDB can't read it: {parsed['error_message']}, at {at}.")
     if _clauses(parsed) != _clauses(_parse(connection, "1")):
-        raise refuse("found more than one expression")
+        raise refuse("it is more than one expression.")
     for node in _nodes(parsed["statements"][0]["node"]["select_list"]):
-        if node.get("class") in ("SUBQUERY", "STAR", "WINDOW"):
-            raise refuse(f"found a {node['class'].lower()}, which a label may not hold")
-        if node.get("class") == "COLUMN_REF":
+        kind = node.get("class")
+        if kind in ("SUBQUERY", "STAR", "WINDOW"):
+            raise refuse(f"a label may not hold a {kind.lower()}.")
+        if kind == "FUNCTION" and _is_aggregate(connection, node["function_name"]):
+            raise refuse(f"{node['function_name']}() is over many interactions; a label is of one.")
+        # SQL identifiers match whatever their case.
+        if kind == "COLUMN_REF":
             name = node["column_names"][0]
-            # SQL identifiers match whatever their case.
             if name.lower() not in (column.lower() for column in columns):
                 raise refuse(
-                    f"found no column {name!r} among {', '.join(columns)}."
-                    f"{nearest(name, columns)}".rstrip("?.")
+                    f"no column {name!r} among {', '.join(columns)}.{nearest(name, columns)}"
                 )
     return f"({text}\n)"
+
+
+def _is_aggregate(connection: duckdb.DuckDBPyConnection, function: str) -> bool:
+    found = connection.execute(
+        "SELECT DISTINCT function_type FROM duckdb_functions() WHERE function_name = ?",
+        [function.lower()],
+    ).fetchall()
+    return found == [("aggregate",)]
 
 
 def _parse(connection: duckdb.DuckDBPyConnection, text: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import urllib.error
 import urllib.request
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,11 @@ def _dat_items(lines: Iterator[str]) -> Iterator[Item]:
 
 
 # The order of the flags in u.item, which u.genre repeats.
-_GENRES_100K = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
+_GENRES_100K = (
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime"),
+    *("Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery"),
+    *("Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 
 
 def _u_items(lines: Iterator[str]) -> Iterator[Item]:
@@ -155,9 +159,10 @@ def _locate(origin: Path, scratch: Path) -> tuple[Path, _Format]:
                     if known.ratings in members and known.items in members:
                         for name in (known.ratings, known.items):
                             with archive.open(members[name]) as packed:
-                                _copy(packed, scratch / name)
+                                with open(scratch / name, "wb") as unpacked:
+                                    shutil.copyfileobj(packed, unpacked)
                         return scratch, known
-        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError) as error:  # type: ignore[attr-defined]
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise UserError(
                 f"{origin}: expected a folder or a zip archive; found a file that is neither, or "
                 f"a broken archive ({error}). Download it again."
@@ -171,14 +176,9 @@ def _locate(origin: Path, scratch: Path) -> tuple[Path, _Format]:
     wanted = "; ".join(f"{known.ratings} and {known.items}" for known in _FORMATS)
     listed = ", ".join(holds[:8]) or "nothing"
     raise UserError(
-        f"{origin}: expected the files of a MovieLens data set ({wanted}); found {listed}. Give the "
-        "folder that holds them."
+        f"{origin}: expected the files of a MovieLens data set ({wanted}); found {listed}. Give "
+        "the folder that holds them."
     )
-
-
-def _copy(source: io.BufferedIOBase | object, target: Path) -> None:
-    with open(target, "wb") as file:
-        shutil.copyfileobj(source, file)  # type: ignore[arg-type]
 
 
 _ARTICLES = "The|A|An|La|Le|Les|L'|Il|El|Los|Las|Lo|Der|Die|Das|Det|De|Den|En|Un|Una|Une|O|Os|As"

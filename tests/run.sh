@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Install what the tests need into .venv and run them. Arguments go to pytest: ./tests/run.sh -k pack
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,s3,smollm2]'
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+
+python -m pytest -n 2 --dist worksteal "$@"

@@ -1,0 +1,137 @@
+"""Small random users, items and models that tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dti_dist.config import AttentionConfig
+from dti_dist.data.item_tokens import ItemTokens
+from dti_dist.data.packing import PackShape, assign_packs, build_pack
+from dti_dist.data.samples import make_samples, sample_lengths
+from dti_dist.data.sequences import SequenceBlock
+from dti_dist.data.stream import Batch
+from dti_dist.data.template import TIME_GAPS
+from dti_dist.model.ctr_model import CTRModel
+
+VOCABULARY = 60
+NO, YES, SUM = 57, 58, 59
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def item_tokens(
+    rng: np.random.Generator, items: int = 30, prefix: int = 0, time_gaps: bool = False
+) -> ItemTokens:
+    """Items of 1 to 4 random tokens."""
+    lengths = rng.integers(1, 5, items)
+    gap_lengths = [0, *rng.integers(1, 3, len(TIME_GAPS))] if time_gaps else []
+    return ItemTokens(
+        tokens=rng.integers(0, NO, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        label_ids=(NO, YES),
+        prefix=rng.integers(0, NO, prefix).astype(np.int32),
+        gaps=tuple(rng.integers(0, NO, length).astype(np.int32) for length in gap_lengths),
+        sum_id=SUM,
+        fingerprint="test",
+        folder=Path("not-on-disk"),
+    )
+
+
+def users(
+    rng: np.random.Generator, lengths: list[int], items: int = 30, target_start: int = 0
+) -> SequenceBlock:
+    total = sum(lengths)
+    return SequenceBlock(
+        item_ids=rng.integers(0, items, total).astype(np.int32),
+        labels=rng.integers(0, 2, total).astype(np.int8),
+        timestamps=np.cumsum(rng.choice([10, 10_000, 200_000, 90_000_000], total)),
+        offsets=np.cumsum([0, *lengths]),
+        target_start=np.full(len(lengths), target_start),
+        rows=np.arange(len(lengths)) + 100,
+    )
+
+
+def batch_of(
+    block: SequenceBlock,
+    tokens: ItemTokens,
+    n: int,
+    k: int,
+    shape: PackShape,
+    min_context: int = 1,
+) -> Batch:
+    """All targets of the block, packed in order into as many packs as it takes."""
+    samples = make_samples(block.offsets, block.target_start, n, k, min_context)
+    pack_of = assign_packs(sample_lengths(samples, block, tokens), samples.targets, shape)
+    packs = [
+        build_pack(samples.take(np.flatnonzero(pack_of == pack)), block, tokens, shape)
+        for pack in range(pack_of.max() + 1)
+    ]
+    targets = int(samples.targets.sum())
+    return Batch.collate(packs, step=0, epoch=0, step_targets=targets, last_of_step=True)
+
+
+def causal_lm(family: str, layers: int = 3, seed: int = 0, **changes: Any) -> Any:
+    """A random-weight model of a family, in float64, with grouped key/value heads."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=4096,
+        **changes,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():  # wider than the default 0.02, so that differences are not lost
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+class Float64Rotary(torch.nn.Module):
+    """Rotary tables in float64, where transformers makes them in float32 whatever the model."""
+
+    def __init__(self, inv_freq: torch.Tensor):
+        super().__init__()
+        self.inv_freq = inv_freq.double()
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        angles = (position_ids[..., None].double() * self.inv_freq).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+
+def ctr_model(
+    family: str = "llama",
+    policy: str = "budget",
+    n: int = 4,
+    head: str = "yes_no",
+    has_prefix: bool = False,
+    backend: str = "auto",
+    budget: Any = "even",
+    **changes: Any,
+) -> CTRModel:
+    attention = AttentionConfig(policy=policy, budget=budget, backend=backend)
+    model = CTRModel(
+        causal_lm(family, **changes), head, (NO, YES), n, attention, has_prefix=has_prefix
+    )
+    if head == "linear":
+        torch.nn.init.normal_(model.head.weight)
+    return model.double()
+
+
+def logits_by_target(model: CTRModel, batch: Batch) -> dict[tuple[int, int], torch.Tensor]:
+    """(row, position) of each target → its logit, with gradient."""
+    logits = model(batch)
+    used = batch.weights > 0
+    keys = zip(batch.target_row[used].tolist(), batch.target_position[used].tolist(), strict=True)
+    return dict(zip(keys, logits[used], strict=True))
