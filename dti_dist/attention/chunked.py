@@ -116,7 +116,6 @@ class _ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, logsumexp = ctx.saved_tensors
-        grad_out = _dense_rows(grad_out)
         grad_q = torch.empty_like(q)
         # Neighbouring chunks share keys, so their gradients add up: not in 8 bits of mantissa.
         grad_k = torch.zeros_like(k, dtype=_accumulator(k.dtype))

@@ -26,8 +26,12 @@ def train_tokenizer(dataset: Dataset, template: Template, vocab_size: int) -> An
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(dataset, template), trainer)
+    # Whole words only: " No" must not be cut out of " Nova".
     tokenizer.add_tokens(
-        [AddedToken(word, normalized=False) for word in template.config.label_words]
+        [
+            AddedToken(word, single_word=True, normalized=False)
+            for word in template.config.label_words
+        ]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 

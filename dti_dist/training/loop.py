@@ -153,14 +153,14 @@ class _Trainer:
                 display.logged(record)
             if stopping:
                 break
+            paused = time.perf_counter()
             if _due(progress.step, config.validation.every_steps) or epoch_end or last:
                 stop_early = self._validate(metrics)
-                interval.started = time.perf_counter()
                 if stop_early:
                     break
             if _due(progress.step, config.checkpoints.every_steps) or epoch_end:
                 self._save()
-                interval.started = time.perf_counter()
+            interval.started += time.perf_counter() - paused  # not part of the steps' time
         else:
             stopping = False
         self._save()

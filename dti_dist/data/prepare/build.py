@@ -169,7 +169,7 @@ def build_dataset(
             _refuse_empty_split(connection, writer, rule)
             manifest = writer.finish(
                 name=source.name,
-                users=per_user.pop("users"),
+                users=per_user["users"],
                 users_left_out=left_out["users"],
                 interactions_left_out=left_out["interactions"],
                 context_limit=options.context_limit,
@@ -179,11 +179,11 @@ def build_dataset(
             )
     notes = list(source.notes)
     if disorder:
-        notes.append(f"{disorder:,} interactions stood out of time order in the input; sorted")
+        notes.append(f"interactions out of time order in the input, now sorted: {disorder:,}")
     if left_out["users"]:
         notes.append(
-            f"{left_out['users']:,} users with fewer than {_FEWEST_INTERACTIONS} interactions "
-            f"are left out ({left_out['interactions']:,} interactions)"
+            f"users left out, for they have fewer than {_FEWEST_INTERACTIONS} interactions: "
+            f"{left_out['users']:,}"
         )
     if ceiling:
         known = ", ".join(f"{split} {auc:.4f}" for split, auc in ceiling.items())
@@ -222,6 +222,8 @@ def _open_workspace(out_uri: str, options: BuildOptions) -> Iterator[Workspace]:
     beside = options.temp_directory
     if beside is None and storage.is_local(out_uri):
         beside = storage.parent_and_name(out_uri)[0]
+    if beside is not None:
+        Path(beside).mkdir(parents=True, exist_ok=True)
     name = storage.parent_and_name(out_uri)[1]
     with tempfile.TemporaryDirectory(prefix=f".{name}.work-", dir=beside) as folder:
         config: dict[str, Any] = {
@@ -230,7 +232,7 @@ def _open_workspace(out_uri: str, options: BuildOptions) -> Iterator[Workspace]:
         }
         if options.threads:
             config["threads"] = options.threads
-        with sql_errors("starting DuckDB"):
+        with sql_errors("starting DuckDB with --memory-limit and --threads as given"):
             connection = duckdb.connect(f"{folder}/work.duckdb", config=config)
             connection.execute("SET TimeZone = 'UTC'")  # for dates without a zone
         try:
@@ -247,7 +249,7 @@ def _row(connection: duckdb.DuckDBPyConnection, query: str) -> dict[str, Any]:
 
 def _stream(connection: duckdb.DuckDBPyConnection, query: str, rows: int) -> pa.RecordBatchReader:
     """The result as record batches of at most so many rows, on a cursor of its own: DuckDB allows
-    one unfinished result per cursor. It is called fetch_record_batch before DuckDB 1.4."""
+    one unfinished result per cursor. Older releases call it fetch_record_batch."""
     relation = connection.cursor().sql(query)
     read = getattr(relation, "to_arrow_reader", None) or relation.fetch_record_batch
     return read(rows)
@@ -315,15 +317,15 @@ def _check_events(connection: duckdb.DuckDBPyConnection, source: Source) -> None
             "paths."
         )
     for column, what in [
-        ("user_id", "user"),
-        ("item_id", "item"),
-        ("time_us", "timestamp"),
-        ("label", "label"),
+        ("user_id", "a user"),
+        ("item_id", "an item"),
+        ("time_us", "a timestamp"),
+        ("label", "a label"),
     ]:
         count, first = _offending(connection, f"{column} IS NULL")
         if count:
             raise UserError(
-                f"{source.name}: expected a {what} in every interaction; {count:,} have none (null)"
+                f"{source.name}: expected {what} in every interaction; {count:,} have none (null)"
                 f". The first is {_place(first)}. Remove or fill these rows, or check which column "
                 "the command reads."
             )

@@ -150,7 +150,7 @@ def _locate(origin: Path, scratch: Path) -> tuple[Path, _Format]:
         for known in _FORMATS:
             if (origin / known.ratings).exists() and (origin / known.items).exists():
                 return origin, known
-        holds = sorted(entry.name for entry in origin.iterdir())
+        holds = sorted(entry.name for entry in origin.iterdir() if entry.name[0] != ".")
     elif origin.is_file():
         try:
             with zipfile.ZipFile(origin) as archive:
@@ -158,9 +158,9 @@ def _locate(origin: Path, scratch: Path) -> tuple[Path, _Format]:
                 for known in _FORMATS:
                     if known.ratings in members and known.items in members:
                         for name in (known.ratings, known.items):
-                            with archive.open(members[name]) as packed:
-                                with open(scratch / name, "wb") as unpacked:
-                                    shutil.copyfileobj(packed, unpacked)
+                            target = scratch / name
+                            with archive.open(members[name]) as packed, target.open("wb") as file:
+                                shutil.copyfileobj(packed, file)
                         return scratch, known
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise UserError(
