@@ -18,6 +18,10 @@ from dti_dist.errors import UserError
 T = TypeVar("T")
 
 
+class OtherRankFailed(UserError):
+    """Another rank has raised, and says why."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all of the job."""
@@ -35,7 +39,8 @@ class Ranks:
     def first_on_node(self, make: Callable[[], T]) -> T:
         """Call `make` on one rank of each node first, so that the others find its files.
 
-        An error of the first rank is raised on every rank, instead of leaving them waiting.
+        An error of a first rank ends all ranks, instead of leaving them waiting; the others raise
+        OtherRankFailed.
         """
         if self.world == 1:
             return make()
@@ -46,11 +51,12 @@ class Ranks:
                 result = make()
             except Exception as caught:
                 error = caught
-        faults: list[Exception | None] = [None] * self.world
-        dist.all_gather_object(faults, error)
-        for fault in faults:
-            if fault is not None:
-                raise fault
+        failed: list[bool] = [False] * self.world
+        dist.all_gather_object(failed, error is not None)
+        if error is not None:
+            raise error
+        if any(failed):
+            raise OtherRankFailed(f"rank {failed.index(True)} failed; its message says why.")
         return make() if result is None else result
 
     def sum(self, *values: float) -> list[float]:

@@ -44,8 +44,13 @@ def train(config: RunConfig) -> int:
     ranks = meet(settings.device, settings.collective_timeout_minutes, settings.cpu_threads)
     micro_steps_per_step(settings, ranks.world)  # refuse a bad batch before any work
     stop = StopSignal()
+    trainer = _Trainer(config, ranks, stop)
     try:
-        return _Trainer(config, ranks, stop).run()
+        return trainer.run()
+    except BaseException:
+        if ranks.is_main:
+            trainer.folder.discard()
+        raise
     finally:
         stop.restore()
         leave()

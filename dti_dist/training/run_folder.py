@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._made_here = False
 
     @property
     def config_file(self) -> Path:
@@ -78,8 +80,14 @@ class RunFolder:
                     + "\n".join(changed)
                     + "\nGo on with the settings of config.yaml there, or choose another run_dir."
                 )
+        self._made_here = not self.path.exists()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.config_file.write_text(config.to_yaml(), encoding="utf-8")
+
+    def discard(self) -> None:
+        """Remove the folder if this object made it and no training has begun in it."""
+        if self._made_here and not self.metrics.exists():
+            shutil.rmtree(self.path)
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

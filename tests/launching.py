@@ -1,0 +1,125 @@
+"""Starting the real job in processes of its own, as users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SECONDS = 240  # a start takes about 10, so a job that is still there hangs
+
+
+def write_config(path: Path, data: Path | str, **sections: Any) -> Path:
+    """A config of a model of two tiny layers; sections are merged over the defaults here."""
+    config: dict[str, Any] = {
+        "run_dir": str(path.parent / "run"),
+        "data": {"path": str(data), "workers": 0},
+        "sample": {"context": 5, "targets": 8},
+        "template": {"item": "{title}"},
+        "pack": {"length": 256},
+        "model": {
+            "name": "scratch",
+            "scratch": {
+                "vocab_size": 400,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "layers": 2,
+                "heads": 2,
+                "key_value_heads": 1,
+            },
+        },
+        "training": {
+            "max_steps": 20,
+            "global_batch_packs": 4,
+            "learning_rate": 0.003,
+            "precision": "fp32",
+            "deepspeed": "cpu",
+            "device": "cpu",
+            "log_every": 1,
+        },
+        "validation": {"max_targets": 200},
+    }
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            config[name] = {**config.get(name, {}), **value}
+        else:
+            config[name] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(ranks: int, module: str = "dti_dist.training") -> list[str]:
+    """One process, or torchrun with several."""
+    if ranks == 1:
+        return [sys.executable, "-m", module]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc-per-node", str(ranks), "-m", module]
+
+
+def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK", "WORLD"))}
+    environ.update(OMP_NUM_THREADS="1", **environment)
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            arguments, stdout=out, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+        )
+
+
+def run(arguments: list[str], log: Path, expect: int = 0, **environment: str) -> str:
+    """Run to the end and return what was printed; fails when the exit code differs."""
+    process = start(arguments, log, **environment)
+    try:
+        code = process.wait(SECONDS)
+    finally:
+        kill(process)
+    text = log.read_text(errors="replace")
+    assert code == expect, f"exit {code}, expected {expect}:\n{text[-4000:]}"
+    return text
+
+
+def kill(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
+    """Signal the process and all that it started."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+    if number == signal.SIGKILL:
+        process.wait(30)
+
+
+def train(config: Path, *overrides: str, ranks: int = 1, expect: int = 0) -> str:
+    log = config.with_suffix(".log")
+    return run([*command(ranks), str(config), *overrides], log, expect)
+
+
+def metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """Complete lines of metrics.jsonl."""
+    path = Path(run_dir) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def losses(run_dir: Path | str) -> dict[int, float]:
+    lines = [line for line in metrics(run_dir) if "loss" in line]
+    by_step = {line["step"]: line["loss"] for line in lines}
+    assert len(by_step) == len(lines), "a step is logged twice"
+    return by_step
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+    """Return as soon as a step is logged; fails when the job ends before."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in metrics(run_dir)):
+            return
+        assert process.poll() is None, f"the job ended before step {step}"
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} within {SECONDS} s")

@@ -1,0 +1,186 @@
+"""The real job on real DeepSpeed ZeRO, in processes of its own."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launching import (
+    command,
+    kill,
+    losses,
+    metrics,
+    run,
+    start,
+    train,
+    wait_for_step,
+    write_config,
+)
+
+pytestmark = pytest.mark.slow
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(synthetic, tmp_path_factory):
+    """20 steps of fp32 ZeRO-3 on two ranks, which other runs are compared with."""
+    config = write_config(tmp_path_factory.mktemp("two") / "config.yaml", synthetic)
+    printed = train(config, ranks=2)
+    return config, printed
+
+
+def run_dir(config: Path) -> Path:
+    return Path(yaml.safe_load(config.read_text())["run_dir"])
+
+
+def assert_same_losses(first: dict[int, float], second: dict[int, float]) -> None:
+    assert set(first) == set(second) == set(range(1, 21))
+    assert max(abs(first[step] - second[step]) for step in first) < CLOSE
+    assert len({round(loss, 3) for loss in first.values()}) > 5, "the losses don't move"
+
+
+def test_two_ranks_of_zero_3_train_and_say_what_they_do(uninterrupted):
+    config, printed = uninterrupted
+    assert "2 rank(s) on cpu, DeepSpeed ZeRO stage 3" in printed
+    assert "step 20/20" in printed
+    lines = [line for line in metrics(run_dir(config)) if "loss" in line]
+    expected = {
+        *("step", "epoch", "loss", "learning_rate", "grad_norm", "targets", "tokens"),
+        *("targets_per_s", "tokens_per_s", "data_wait_s", "step_s", "memory_gib"),
+    }
+    assert all(expected <= set(line) for line in lines)
+    assert all(line["grad_norm"] > 0 and line["targets"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, []),
+        (1, ["training.micro_batch_packs=4", "training.activation_checkpointing=true"]),
+        (2, ["training.deepspeed=zero1"]),
+        (2, ["training.deepspeed=zero2", "training.micro_batch_packs=2", "data.workers=1"]),
+    ],
+    ids=["one process", "one micro-step, recomputed", "ZeRO-1", "ZeRO-2, data worker"],
+)
+def test_losses_do_not_depend_on_how_the_work_is_shared_out(
+    uninterrupted, synthetic, tmp_path, ranks, overrides
+):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    train(config, *overrides, ranks=ranks)
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
+
+
+def test_deepspeed_launcher_trains_the_same(uninterrupted, synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    port = ["--master_port", "29731"]
+    arguments = [*launcher, *port, "--module", "dti_dist.training", str(config)]
+    run(arguments, tmp_path / "log", DS_ACCELERATOR="cpu")
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
+
+
+def test_a_run_killed_at_step_10_goes_on_as_if_nothing_had_happened(
+    uninterrupted, synthetic, tmp_path
+):
+    config = write_config(tmp_path / "config.yaml", synthetic, checkpoints={"every_steps": 4})
+    process = start([*command(2), str(config)], tmp_path / "killed.log")
+    try:
+        wait_for_step(process, run_dir(config), 10)
+    finally:
+        kill(process)
+    assert max(losses(run_dir(config))) < 20
+    printed = train(config, ranks=2)
+    assert "resuming from step-0000000" in printed
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
+
+
+def test_a_signal_makes_a_checkpoint_and_an_exit_code_of_its_own(
+    uninterrupted, synthetic, tmp_path
+):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    process = start([*command(1), str(config)], tmp_path / "log")
+    try:
+        wait_for_step(process, run_dir(config), 3)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 75
+    finally:
+        kill(process)
+    stopped_at = max(losses(run_dir(config)))
+    assert stopped_at < 20
+    assert f"stopped by a signal after step {stopped_at}" in (tmp_path / "log").read_text()
+    train(config)
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
+
+
+def test_bf16_trains_and_rotary_frequencies_stay_float32(uninterrupted, synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    train(config, "training.precision=bf16", ranks=2)
+    fp32, bf16 = losses(run_dir(uninterrupted[0])), losses(run_dir(config))
+    assert max(abs(fp32[step] - bf16[step]) for step in fp32) < 0.05
+    assert any(abs(fp32[step] - bf16[step]) > 1e-6 for step in fp32)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(uninterrupted, tmp_path):
+    config, _ = uninterrupted
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir(config), copy)
+    folders = sorted((copy / "checkpoints").glob("step-*"))
+    for name, damage in (
+        ("step-00000030", lambda folder: (folder / "commit.json").unlink()),
+        ("step-00000031", lambda folder: next(folder.glob("*optim*")).write_bytes(b"short")),
+        ("step-00000032", lambda folder: next(folder.glob("*model*")).unlink()),
+    ):
+        damaged = copy / "checkpoints" / name
+        shutil.copytree(folders[-1], damaged)
+        damage(damaged)
+    log = tmp_path / "log"
+    printed = run([*command(2), str(config), f"run_dir={copy}"], log)
+    assert "step-00000030: never committed" in printed
+    assert "step-00000031" in printed
+    assert "committed were" in printed
+    assert "step-00000032" in printed
+    assert "is missing" in printed
+    assert f"resuming from {folders[-1].name}" in printed
+
+
+def test_another_number_of_ranks_is_refused_with_what_to_do(uninterrupted, tmp_path):
+    config, _ = uninterrupted
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir(config), copy)
+    printed = run([*command(1), str(config), f"run_dir={copy}"], tmp_path / "log", expect=2)
+    assert "was written by 2 ranks, and this job has 1" in printed
+
+
+def test_validation_marks_the_best_checkpoint_keeps_it_and_stops_early(synthetic, tmp_path):
+    config = write_config(
+        tmp_path / "config.yaml",
+        synthetic,
+        training={"learning_rate": 1e-9, "max_steps": 20},  # nothing learnt: no gain after first
+        validation={"every_steps": 2, "patience": 3, "metric": "log_loss"},
+        checkpoints={"every_steps": 2, "keep_last": 1},
+    )
+    train(config)
+    folder = run_dir(config) / "checkpoints"
+    validations = [line for line in metrics(run_dir(config)) if "valid" in line]
+    assert max(line["step"] for line in validations) < 20
+    best = json.loads((folder / "best.json").read_text())
+    by_step = {line["step"]: line["valid"]["log_loss"] for line in validations}
+    assert best == {
+        "step": min(by_step, key=by_step.get),
+        "metric": "log_loss",
+        "value": min(by_step.values()),
+    }
+    kept = {int(path.name.removeprefix("step-")) for path in folder.glob("step-*")}
+    assert kept == {best["step"], max(by_step)}
+
+
+def test_a_finished_run_started_again_takes_no_step(uninterrupted):
+    config, _ = uninterrupted
+    before = losses(run_dir(config))
+    printed = train(config, ranks=2)
+    assert "resuming from step-00000020" in printed
+    assert losses(run_dir(config)) == before
