@@ -130,7 +130,7 @@ def draw_prompt(drawing: Drawing, left: float, top: float, seen: np.ndarray) -> 
     Args:
         seen: bool [k, body tokens].
     """
-    cell, gap, height = 48.0, 18.0, 34.0
+    cell, gap, height = 44.0, 10.0, 34.0
     x = left
     starts, ends, sums = [], [], []
     token_at: list[float] = []  # of each body token
@@ -145,7 +145,7 @@ def draw_prompt(drawing: Drawing, left: float, top: float, seen: np.ndarray) -> 
                 x + cell / 2,
                 top + 21.5,
                 name,
-                12,
+                11.5,
                 text_anchor="middle",
                 fill=PAPER if colour == LABEL else INK,
                 font_weight=600 if colour == SUM else 400,
@@ -159,7 +159,7 @@ def draw_prompt(drawing: Drawing, left: float, top: float, seen: np.ndarray) -> 
         (
             N,
             INTERACTIONS - 1,
-            f"targets, k = {K}: each is predicted at its [SUM], before its label",
+            f"targets, k = {K}: predicted at [SUM], before the label",
         ),
     ]:
         y, a, b = top - 8, starts[first] + 2, ends[last] - 2

@@ -11,13 +11,15 @@ from typing import Any
 
 from dti_dist import __version__
 from dti_dist.console import say
-from dti_dist.errors import UserError
+from dti_dist.errors import OtherRankFailed, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
         return args.run(args)
+    except OtherRankFailed:
+        return 2
     except UserError as error:
         say(f"dti-dist {args.command}: {error}")
         return 2
@@ -27,6 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before, between and after options, which argparse alone refuses."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +83,25 @@ def _parser() -> argparse.ArgumentParser:
         "--max-targets", type=_positive, help="the first whole users that have so many targets"
     )
     _add_checkpoint_option(evaluate)
+
+    verify = _command(
+        commands,
+        "verify",
+        _verify,
+        "prove on your own model, data and settings that targets are isolated",
+        "dti-dist verify launch/recipes/ml1m_smollm2_135m.yaml data.path=data/ml1m",
+    )
+    verify.add_argument("config", metavar="CONFIG", help="YAML file; see launch/recipes/")
+    verify.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    verify.add_argument(
+        "--samples", type=_positive, default=2, help="prompts to check (default: 2)"
+    )
+    verify.add_argument(
+        "--dtype",
+        choices=("fp64", "fp32", "bf16"),
+        help="default: fp32 on a CPU, the run's precision on a GPU",
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     export = _command(
         commands,
@@ -137,6 +170,29 @@ def _evaluate(args: argparse.Namespace) -> int:
                 f"{reached:.3f}"
             )
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from dti_dist.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dti_dist.reporting.verify import table, verify
+
+    checks = verify(config, args.samples, args.dtype)
+    if args.json:
+        print(json.dumps([{**vars(check), "verdict": check.verdict} for check in checks], indent=2))
+    else:
+        print(table(checks))
+    if any(check.verdict == "measured" for check in checks):
+        say(
+            f"Under {config.attention.policy} targets see beyond n through the layers. What is "
+            "measured above is that leak, in logits: training profits from it, and inference by "
+            "sliding-window prompts has to do without. attention.policy=budget has none."
+        )
+    broken = [check.claim for check in checks if check.verdict == "BROKEN"]
+    if broken:
+        say(f"{len(broken)} of {len(checks)} promises of the settings are broken.")
+    return 1 if broken else 0
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -1,12 +1,22 @@
-"""One typed, validated configuration: YAML, then ``a.b=c`` overrides, then checks across settings."""
+"""One typed, validated configuration: YAML, then ``a.b=c`` overrides, then checks across keys."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from dti_dist.errors import UserError, nearest
@@ -17,7 +27,14 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_empty_section_is_the_defaults(cls, given: Any) -> Any:
+        return {} if given is None else given
 
 
 class DataConfig(Section):
@@ -53,13 +70,13 @@ class SampleConfig(Section):
         """Targets per prompt that the paradigm really uses."""
         return self.targets if self.paradigm == "dti" else 1
 
-    @model_validator(mode="after")
-    def _min_context_within_context(self) -> SampleConfig:
-        if self.min_context > self.context:
-            raise ValueError(
-                f"min_context ({self.min_context}) must not exceed context ({self.context})"
-            )
-        return self
+    @field_validator("min_context")
+    @classmethod
+    def _within_context(cls, value: int, info: ValidationInfo) -> int:
+        context = info.data.get("context", value)
+        if value > context:
+            raise ValueError(f"expected at most sample.context, which is {context}, found {value}")
+        return value
 
 
 class TemplateConfig(Section):
@@ -83,15 +100,15 @@ class PackConfig(Section):
         None, description="S: [SUM] slots of a pack, a multiple of 128. Default: from the index."
     )
 
-    @model_validator(mode="after")
-    def _multiples_of_128(self) -> PackConfig:
-        for name, value in (("length", self.length), ("readout_slots", self.readout_slots)):
-            if value is not None and value % 128:
-                raise ValueError(
-                    f"{name} must be a multiple of 128 (FlexAttention's block), found {value}; "
-                    f"try {value + 128 - value % 128}"
-                )
-        return self
+    @field_validator("length", "readout_slots")
+    @classmethod
+    def _multiple_of_128(cls, value: int | None) -> int | None:
+        if value is not None and value % 128:
+            raise ValueError(
+                f"expected a multiple of 128 (FlexAttention's block), found {value}; "
+                f"try {value + 128 - value % 128}"
+            )
+        return value
 
 
 class ScratchConfig(Section):
@@ -108,7 +125,7 @@ class ScratchConfig(Section):
     def _heads_divide(self) -> ScratchConfig:
         if self.hidden_size % self.heads or self.heads % self.key_value_heads:
             raise ValueError(
-                "heads must divide hidden_size and key_value_heads must divide heads, found "
+                "expected heads to divide hidden_size and key_value_heads to divide heads, found "
                 f"hidden_size {self.hidden_size}, heads {self.heads}, "
                 f"key_value_heads {self.key_value_heads}"
             )
@@ -140,6 +157,18 @@ class AttentionConfig(Section):
     backend: Literal["auto", "flex", "chunked", "dense"] = Field(
         "auto", description="auto: flex on CUDA, chunked on CPU."
     )
+
+    @field_validator("budget", mode="wrap")
+    @classmethod
+    def _preset_or_windows(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            hint = nearest(value, ("even", "early", "late")) if isinstance(value, str) else ""
+            raise ValueError(
+                "expected 'even', 'early', 'late' or a list of whole numbers from 0 on, the body "
+                f"window of each layer, found {value!r}{'.' + hint if hint else ''}"
+            ) from None
 
 
 class ValidationConfig(Section):
@@ -185,6 +214,13 @@ class TrainingConfig(Section):
         60, description="How long ranks wait for each other, index building included."
     )
 
+    @field_validator("betas")
+    @classmethod
+    def _decay_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"expected two numbers from 0 to below 1, found {list(value)}")
+        return value
+
 
 class EvaluationConfig(Section):
     prompt: Literal["sliding_window", "streaming"] = Field(
@@ -228,12 +264,12 @@ class RunConfig(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides and validate the whole.
 
-    Raises UserError for an unreadable file, an unknown key (naming the nearest), a wrong type or a
-    value out of range.
+    Raises UserError for an unreadable file, an unknown or repeated key (naming the nearest), a
+    wrong type or a value out of range.
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise UserError(
             f"Config {path} could not be read: {error.strerror or error}. "
@@ -242,7 +278,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"Config {path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"Config {path} must be a mapping of sections, found {type(raw).__name__}.")
+        found = "an empty file" if raw is None else f"{raw!r:.60}"
+        raise UserError(
+            f"Config {path}: expected a mapping of sections such as 'data: {{path: …}}', "
+            f"found {found}."
+        )
     for override in overrides or []:
         _apply_override(raw, override)
     return validate_config(raw, where=str(path))
@@ -251,44 +291,96 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def validate_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
     """Validate a plain mapping. Raises UserError listing every fault."""
     try:
-        return RunConfig.model_validate(raw)
+        # An absent section is an empty one, so that the key it lacks is named.
+        return RunConfig.model_validate({"data": {}, **raw})
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
         raise UserError(f"{where}: {error.error_count()} setting(s) to mend:\n{faults}") from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win; here the second one is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    *sections, last = key.strip().split(".")
+    if not equals or not all([*sections, last]):
         raise UserError(
             f"Override {override!r} must have the form section.key=value, "
             "for example training.epochs=2."
         )
-    *sections, last = key.split(".")
     target = raw
     for section in sections:
-        child = target.setdefault(section, {})
-        if not isinstance(child, dict):
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
             raise UserError(f"Override {override!r}: {section} is a value, not a section.")
-        target = child
+    if isinstance(target.get(last), dict):
+        raise UserError(
+            f"Override {override!r}: {last} is a section, not a value. Override its keys one by "
+            f"one, as in {key.strip()}.key=value."
+        )
     try:
-        target[last] = yaml.safe_load(value)
+        target[last] = yaml.load(value, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise UserError(f"Override {override!r}: the value is not valid YAML: {error}") from error
+
+
+# pydantic's kinds of faults, in a user's words; the fields are those of the fault's context.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a section of settings",
+    "literal_error": "{expected}",
+    "greater_than_equal": "{ge:g} or more",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "{le:g} or less",
+    "too_long": "{max_length} values",
+    "invalid_key": "a name",
+}
 
 
 def _explain(fault: ErrorDetails) -> str:
     location = [str(part) for part in fault["loc"]]
     key = ".".join(location)
-    if fault["type"] == "extra_forbidden":
+    kind, found, context = fault["type"], fault["input"], fault.get("ctx", {})
+    if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
         return f"{key}: unknown key.{nearest(location[-1], known)} Known: {', '.join(known)}."
-    if fault["type"] == "missing":
+    if kind == "missing":
         return f"{key}: required, but not set."
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        return f"{key}: {message}." if key else f"{message}."
-    return f"{key}: {message}, found {fault['input']!r}."
+    if kind == "value_error":
+        message = f"{key}: {context['error']}" if key else str(context["error"])
+        return message if message.endswith("?") else f"{message}."
+    expected = _EXPECTED.get(kind, fault["msg"].removeprefix("Input should be ")).format(**context)
+    hint = ""
+    if kind == "literal_error" and isinstance(found, str):
+        hint = nearest(found, re.findall(r"'([^']+)'", expected))
+    elif kind == "string_type" and isinstance(found, bool | int | float):
+        read_as = "true or false" if isinstance(found, bool) else "a number"
+        hint = f" Put it in quotes, or YAML reads it as {read_as}."
+    return f"{key}: expected {expected}, found {found!r}.{hint}"
 
 
 def _known_keys(sections: list[str]) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from tqdm import tqdm
 
@@ -55,3 +56,15 @@ def progress(
         yield bar
     finally:
         bar.close()
+
+
+@contextmanager
+def without_library_chatter() -> Iterator[None]:
+    """Hide what libraries print while they load or save: bars in logs, lines where results go."""
+    chatter = io.StringIO()
+    try:
+        with redirect_stdout(chatter), redirect_stderr(chatter):
+            yield
+    except BaseException:
+        sys.stderr.write(chatter.getvalue())
+        raise

@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class OtherRankFailed(UserError):
+    """Another rank has raised and says why, so this one ends without a message."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``" Did you mean 'title'?"``, or an empty string when nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

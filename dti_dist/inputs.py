@@ -77,8 +77,9 @@ class Inputs:
 
         Args:
             k: targets per prompt where it differs from the config's; 1 is the sliding window.
-            max_targets: stop at the first whole users that have so many.
+            max_targets: stop at the first whole users that have so many; without shuffling.
         """
+        assert not (shuffle and max_targets), "the first users are a part of the last row group"
         sample = self.config.sample
         if k is not None:
             sample = sample.model_copy(update={"paradigm": "dti", "targets": k})
@@ -126,8 +127,24 @@ class Inputs:
 
 
 def _cache_dir(config: RunConfig, dataset: Dataset) -> Path:
-    if config.data.cache_dir:
-        return Path(config.data.cache_dir)
+    given = config.data.cache_dir
+    if given and "://" in given:
+        raise UserError(
+            f"data.cache_dir: expected a local folder, found {given!r}: item tokens are read "
+            "through a memory map. Name a folder on this machine's disk, or leave it out."
+        )
+    folder = Path(given).expanduser() if given else _default_cache_dir(dataset)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The cache folder {folder} can't be made: {error.strerror or error}. Set "
+            "data.cache_dir to a folder that you may write to."
+        ) from error
+    return folder
+
+
+def _default_cache_dir(dataset: Dataset) -> Path:
     local = Path(dataset.uri.removeprefix("file://"))
     if local.is_dir() and os.access(local, os.W_OK):
         return local / "cache"

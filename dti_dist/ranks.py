@@ -13,13 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dti_dist.errors import UserError
+from dti_dist.errors import OtherRankFailed, UserError
 
 T = TypeVar("T")
-
-
-class OtherRankFailed(UserError):
-    """Another rank has raised, and says why."""
 
 
 @dataclass(frozen=True)
@@ -124,28 +120,42 @@ def meet(device: str, timeout_minutes: int, cpu_threads: int | None) -> Ranks:
 
 
 def leave() -> None:
+    """Leave the process group, and leave the environment as it was."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _set_here:
+        os.environ.pop(_set_here.pop(), None)
+
+
+_set_here: list[str] = []  # environment variables of a group of one, or taken from Slurm's
+
+
+def _set(**variables: str) -> None:
+    for name, value in variables.items():
+        os.environ[name] = value
+        _set_here.append(name)
 
 
 def _complete_environment() -> None:
     environ = os.environ
     if "RANK" not in environ:
         if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
-            environ["RANK"] = environ["SLURM_PROCID"]
-            environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
-            environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
-            environ["LOCAL_WORLD_SIZE"] = environ["SLURM_NTASKS_PER_NODE"]
+            _set(
+                RANK=environ["SLURM_PROCID"],
+                WORLD_SIZE=environ["SLURM_NTASKS"],
+                LOCAL_RANK=environ["SLURM_LOCALID"],
+                LOCAL_WORLD_SIZE=environ["SLURM_NTASKS_PER_NODE"],
+            )
         else:
-            environ.update(RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    environ.setdefault("LOCAL_RANK", "0")
+            _set(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     if "MASTER_ADDR" not in environ:
         if environ["WORLD_SIZE"] != "1":
             raise UserError(
                 "This job has several ranks but no MASTER_ADDR, so they can't meet. Start it with "
-                "torchrun, or set MASTER_ADDR and MASTER_PORT (launch/ has scripts that do)."
+                "torchrun, or set MASTER_ADDR and MASTER_PORT to a free port of the first rank's "
+                "machine."
             )
-        environ["MASTER_ADDR"] = "127.0.0.1"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            environ["MASTER_PORT"] = str(probe.getsockname()[1])
+            port = probe.getsockname()[1]
+        _set(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

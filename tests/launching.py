@@ -36,6 +36,7 @@ def write_config(path: Path, data: Path | str, **sections: Any) -> Path:
             },
         },
         "training": {
+            "epochs": 2,
             "max_steps": 20,
             "global_batch_packs": 4,
             "learning_rate": 0.003,

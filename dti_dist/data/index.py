@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import uuid
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from dti_dist.data.packing import PackShape, assign_packs
 from dti_dist.data.samples import IntArray, make_samples, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 
-_FORMAT = 1  # raise when what is stored, or the cutting of samples, changes
+_FORMAT = 2  # raise when what is stored, or the cutting of samples, changes
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SplitIndex:
         row_groups: where the sequences lie.
         interactions: [row groups] interactions in each.
         sample_offsets: [row groups + 1] bounds of each row group's samples.
-        tokens: [samples] int32 body tokens; targets: [samples] uint16.
+        tokens: [samples] int32 body tokens; targets: [samples] int32.
         row_targets: [rows] int32 targets of each user sequence.
     """
 
@@ -49,7 +50,7 @@ class SplitIndex:
     interactions: IntArray
     sample_offsets: IntArray
     tokens: npt.NDArray[np.int32]
-    targets: npt.NDArray[np.uint16]
+    targets: npt.NDArray[np.int32]
     row_targets: npt.NDArray[np.int32]
     fingerprint: str
 
@@ -82,34 +83,40 @@ class SplitIndex:
         )
 
 
-def read_block(dataset: Dataset, row_group: RowGroup, timestamps: bool) -> SequenceBlock:
+def read_block(dataset: Dataset, row_group: RowGroup, tokens: ItemTokens) -> SequenceBlock:
     """Read one row group. Raises BadShard naming the file and row group when it can't be read."""
-    columns = ["item_ids", "labels", "target_start"] + (["timestamps"] if timestamps else [])
     split = row_group.part.split("/")[0]
     place = [(row_group.part, row_group.number)]
-    (batch,) = iter_sequences(dataset, split, columns, place)
+    (batch,) = iter_sequences(dataset, split, _columns(tokens), place)
     return SequenceBlock.from_arrow(batch.rows, row_group.first_row)
+
+
+def _columns(tokens: ItemTokens) -> list[str]:
+    """Timestamps are read only where time gaps are written."""
+    return ["item_ids", "labels", "target_start"] + (["timestamps"] if tokens.gaps else [])
 
 
 def load_or_build(
     dataset: Dataset, split: str, sample: SampleConfig, tokens: ItemTokens, cache_dir: Path
 ) -> SplitIndex:
-    """Open the split's index from the cache, or read the split once and build it."""
+    """Open the split's index from the cache, or read the split once and build it.
+
+    Safe when several processes build at once: each writes a file of its own, and their content is
+    the same.
+    """
     mark = _fingerprint(dataset, split, sample, tokens)
     path = cache_dir / f"index-{split}-{mark}.npz"
-    row_groups = _row_groups(dataset, split)
-    if not path.exists():
-        _build(dataset, split, sample, tokens, row_groups, path)
-    with np.load(path) as stored:
-        return SplitIndex(
-            row_groups=row_groups,
-            interactions=stored["interactions"],
-            sample_offsets=stored["sample_offsets"],
-            tokens=stored["tokens"],
-            targets=stored["targets"],
-            row_targets=stored["row_targets"],
-            fingerprint=mark,
-        )
+    stored = _load(path)
+    if stored is None:
+        stored = _build(dataset, split, sample, tokens)
+        _save(path, stored)
+    parts = [part.path for part in dataset.parts(split)]
+    places = zip(stored.pop("part"), stored.pop("number"), stored.pop("first_row"), strict=True)
+    return SplitIndex(
+        row_groups=tuple(RowGroup(parts[part], int(n), int(row)) for part, n, row in places),
+        fingerprint=mark,
+        **stored,
+    )
 
 
 def _fingerprint(dataset: Dataset, split: str, sample: SampleConfig, tokens: ItemTokens) -> str:
@@ -118,53 +125,59 @@ def _fingerprint(dataset: Dataset, split: str, sample: SampleConfig, tokens: Ite
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _row_groups(dataset: Dataset, split: str) -> tuple[RowGroup, ...]:
-    groups: list[RowGroup] = []
-    first_row = 0
-    for part in dataset.parts(split):
-        with dataset.open_part(part) as file:
-            metadata = file.metadata
-        for number in range(metadata.num_row_groups):
-            groups.append(RowGroup(part.path, number, first_row))
-            first_row += metadata.row_group(number).num_rows
-    return tuple(groups)
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """None where the file is missing or was cut short, as by a crash of the machine."""
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.npz")
+    try:
+        np.savez(staging, allow_pickle=False, **arrays)
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _build(
-    dataset: Dataset,
-    split: str,
-    sample: SampleConfig,
-    tokens: ItemTokens,
-    row_groups: tuple[RowGroup, ...],
-    path: Path,
-) -> None:
-    sizes: list[npt.NDArray[np.int32]] = []
-    targets: list[npt.NDArray[np.uint16]] = []
-    row_targets: list[npt.NDArray[np.int32]] = []
-    interactions: list[int] = []
-    with progress(f"indexing {split}", len(row_groups), "row groups") as bar:
-        for row_group in row_groups:
-            block = read_block(dataset, row_group, timestamps=bool(tokens.gaps))
+    dataset: Dataset, split: str, sample: SampleConfig, tokens: ItemTokens
+) -> dict[str, np.ndarray]:
+    """The arrays of SplitIndex, and of each row group: part, number in it, first row."""
+    parts = {part.path: number for number, part in enumerate(dataset.parts(split))}
+    places: list[tuple[int, int, int, int]] = []
+    sizes = [np.empty(0, dtype=np.int32)]
+    targets = [np.empty(0, dtype=np.int32)]
+    row_targets = [np.empty(0, dtype=np.int32)]
+    first_row = 0
+    with progress(f"indexing {split}", dataset.manifest.counts.splits[split].rows, "rows") as bar:
+        for batch in iter_sequences(dataset, split, _columns(tokens)):
+            block = SequenceBlock.from_arrow(batch.rows, first_row)
             samples = make_samples(
                 block.offsets, block.target_start, sample.context, sample.k, sample.min_context
             )
             sizes.append(sample_lengths(samples, block, tokens).astype(np.int32))
-            targets.append(samples.targets.astype(np.uint16))
+            targets.append(samples.targets.astype(np.int32))
             of_rows = np.bincount(samples.row, samples.targets, minlength=len(block.rows))
             row_targets.append(of_rows.astype(np.int32))
-            interactions.append(len(block.item_ids))
-            bar.advance()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.npz")
-    np.savez(
-        staging,
-        interactions=np.array(interactions, dtype=np.int64),
-        sample_offsets=np.cumsum([0] + [len(size) for size in sizes]),
-        tokens=np.concatenate(sizes),
-        targets=np.concatenate(targets),
-        row_targets=np.concatenate(row_targets),
-    )
-    os.replace(staging, path)
+            places.append((parts[batch.part.path], batch.row_group, first_row, len(block.item_ids)))
+            first_row += len(block.rows)
+            bar.advance(len(block.rows))
+    part, number, start, interactions = np.array(places, dtype=np.int64).reshape(-1, 4).T
+    return {
+        "part": part,
+        "number": number,
+        "first_row": start,
+        "interactions": interactions,
+        "sample_offsets": np.cumsum([len(size) for size in sizes]),
+        "tokens": np.concatenate(sizes),
+        "targets": np.concatenate(targets),
+        "row_targets": np.concatenate(row_targets),
+    }
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 
 _BATCH = 8192  # items tokenised in one call: enough for the tokenizer's own threads
+_FILES = ("tokens.npy", "offsets.npy")
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,28 @@ class ItemTokens:
     folder: Path
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers open the memory map themselves instead of receiving a copy of it."""
-        return {**vars(self), "tokens": None}
+        """Workers open the memory maps themselves instead of receiving a copy of them."""
+        names = {field.name for field in fields(self)} - {"tokens", "offsets"}
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, tokens=_open_tokens(state["folder"]))
+        tokens, offsets = _open(state["folder"])
+        vars(self).update(state, tokens=tokens, offsets=offsets)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        return np.diff(self.offsets)
+        offsets = np.asarray(self.offsets)
+        return offsets[1:] - offsets[:-1]
+
+    @cached_property
+    def gap_lengths(self) -> npt.NDArray[np.int64]:
+        """[gap buckets] tokens of each bucket's words."""
+        return np.array([len(gap) for gap in self.gaps], dtype=np.int64)
 
     @property
     def longest_interaction(self) -> int:
         """Tokens of the longest interaction: gap words, item text and label."""
-        longest_gap = max((len(gap) for gap in self.gaps), default=0)
-        return longest_gap + int(self.lengths.max()) + 1
+        return int(self.gap_lengths.max(initial=0)) + int(self.lengths.max()) + 1
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -112,12 +121,13 @@ def load_or_build(
     """
     mark = fingerprint(dataset, template, tokenizer, sum_id)
     folder = cache_dir / f"item-tokens-{mark}"
-    if not (folder / "done").exists():
-        _build(dataset, template, tokenizer, folder)
     label_ids = label_token_ids(tokenizer, template.config.label_words)
+    if not _complete(folder):
+        _build(dataset, template, tokenizer, folder)
+    tokens, offsets = _open(folder)
     return ItemTokens(
-        tokens=_open_tokens(folder),
-        offsets=np.load(folder / "offsets.npy"),
+        tokens=tokens,
+        offsets=offsets,
         label_ids=label_ids,
         prefix=np.asarray(encode(tokenizer, template.config.prefix), dtype=np.int32),
         gaps=tuple(
@@ -129,46 +139,66 @@ def load_or_build(
     )
 
 
-def _open_tokens(folder: Path) -> npt.NDArray[np.int32]:
-    return np.load(folder / "tokens.npy", mmap_mode="r")
+def _open(folder: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    tokens, offsets = (np.load(folder / name, mmap_mode="r") for name in _FILES)
+    return tokens, offsets
+
+
+def _complete(folder: Path) -> bool:
+    """False where the files are missing or were cut short, as by a crash of the machine."""
+    try:
+        _open(folder)
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
 
 
 def _build(dataset: Dataset, template: Template, tokenizer: Any, folder: Path) -> None:
+    arrays = _tokenise(dataset, template, tokenizer)
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    staging.mkdir(parents=True)
+    try:
+        for name, array in zip(_FILES, arrays, strict=True):
+            np.save(staging / name, np.asarray(array))
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            if not _complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _tokenise(
+    dataset: Dataset, template: Template, tokenizer: Any
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     table = dataset.items_table().select(["source_id", *template.columns])
     limit = template.config.max_item_tokens
-    pieces: list[npt.NDArray[np.int32]] = []
-    lengths = np.empty(table.num_rows, dtype=np.int64)
+    tokens: list[npt.NDArray[np.int32]] = []
+    lengths: list[npt.NDArray[np.int64]] = []
     cut = 0
     with progress("tokenising items", table.num_rows, "items") as bar:
-        row = 0
         for batch in table.to_batches(max_chunksize=_BATCH):
             rows = batch.to_pylist()
             texts = [template.item_text(item) for item in rows]
             encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for item, ids in zip(rows, encoded, strict=True):
-                if not ids:
-                    raise UserError(
-                        f"Item {item['source_id']!r} has no tokens under template.item "
-                        f"{template.config.item!r}. Give the item a text, or the template a word."
-                    )
-                cut += len(ids) > limit
-                lengths[row] = min(len(ids), limit)
-                pieces.append(np.asarray(ids[:limit], dtype=np.int32))
-                row += 1
+            full = np.array([len(ids) for ids in encoded])
+            if not full.all():
+                item = rows[int(np.argmin(full))]
+                raise UserError(
+                    f"Item {item['source_id']!r} has no tokens under template.item "
+                    f"{template.config.item!r}. Give the item a text, or the template a word."
+                )
+            cut += int((full > limit).sum())
+            lengths.append(np.minimum(full, limit))
+            tokens.append(
+                np.fromiter(chain.from_iterable(ids[:limit] for ids in encoded), dtype=np.int32)
+            )
             bar.advance(len(rows))
     if cut:
         say(
             f"{cut:,} of {table.num_rows:,} item texts were cut at template.max_item_tokens = "
             f"{limit} tokens."
         )
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    staging.mkdir(parents=True)
-    try:
-        np.save(staging / "tokens.npy", np.concatenate(pieces))
-        np.save(staging / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-        (staging / "done").touch()
-        os.rename(staging, folder)
-    except OSError:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not (folder / "done").exists():
-            raise
+    return np.concatenate(tokens), np.cumsum(np.concatenate([[0], *lengths]))

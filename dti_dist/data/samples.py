@@ -69,7 +69,7 @@ def interaction_lengths(block: SequenceBlock, tokens: ItemTokens) -> IntArray:
     """[interactions] tokens of each interaction in a block: gap words, item text, label."""
     lengths = tokens.lengths[block.item_ids] + 1
     if tokens.gaps:
-        lengths += np.array([len(gap) for gap in tokens.gaps])[block.gap_buckets]
+        lengths += tokens.gap_lengths[block.gap_buckets]
     return lengths
 
 

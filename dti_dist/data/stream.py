@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dti_dist.data.dataset import Dataset
-from dti_dist.data.index import EpochPlan, SplitIndex, read_block
+from dti_dist.data.index import EpochPlan, SplitIndex, Window, read_block
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import Pack, PackShape, build_pack
 from dti_dist.data.samples import IntArray, Samples, make_samples
@@ -48,34 +49,34 @@ class Batch:
     step_targets: int
     last_of_step: bool
 
+    @property
+    def body_length(self) -> int:
+        """L, the body tokens of a pack."""
+        return self.tokens.shape[1] - self.readout_end.shape[1]
+
     @staticmethod
     def collate(packs: list[Pack], **about_step: Any) -> Batch:
         units = max(len(pack.unit_first) for pack in packs)
         units = -(-max(units, 1) // _UNIT_PADDING) * _UNIT_PADDING
 
-        def stack(name: str) -> torch.Tensor:
-            return torch.from_numpy(np.stack([getattr(pack, name) for pack in packs]))
-
-        def padded(name: str, size: int) -> torch.Tensor:
+        def stack(name: str, size: int | None = None) -> torch.Tensor:
+            """[B, size], what is missing filled with 0, or with the last unit's end."""
             rows = [getattr(pack, name) for pack in packs]
-            last = [row[-1] if name == "unit_start" else 0 for row in rows]
-            return torch.from_numpy(
-                np.stack(
-                    [
-                        np.pad(row, (0, size - len(row)), constant_values=value)
-                        for row, value in zip(rows, last, strict=True)
-                    ]
-                )
-            )
+            table = np.zeros((len(rows), size or len(rows[0])), dtype=rows[0].dtype)
+            for line, row in zip(table, rows, strict=True):
+                line[: len(row)] = row
+                if name == "unit_start":
+                    line[len(row) :] = row[-1]
+            return torch.from_numpy(table)
 
         return Batch(
             tokens=stack("tokens"),
             positions=stack("positions"),
             unit=stack("unit"),
-            unit_start=padded("unit_start", units + 1),
-            unit_first=padded("unit_first", units),
-            prefix_start=padded("prefix_start", units),
-            prefix_end=padded("prefix_end", units),
+            unit_start=stack("unit_start", units + 1),
+            unit_first=stack("unit_first", units),
+            prefix_start=stack("prefix_start", units),
+            prefix_end=stack("prefix_end", units),
             readout_end=stack("readout_end"),
             labels=stack("labels"),
             weights=stack("weights"),
@@ -104,6 +105,13 @@ class Share:
     micro_packs: int
     rank: int = 0
     ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.global_packs % (self.ranks * self.micro_packs):
+            raise ValueError(
+                f"{self.global_packs} packs of a step can't be shared out evenly over {self.ranks} "
+                f"ranks with {self.micro_packs} packs a micro-step"
+            )
 
     @property
     def micro_steps(self) -> int:
@@ -181,6 +189,7 @@ class PackStream(IterableDataset):
         reader = _EpochReader(self.plan, epoch)
         share, G = self.share, self.share.global_packs
         for step in range(max(self.start_step - first_step, 0), steps):
+            step_targets = reader.targets(step * G, (step + 1) * G)
             for micro_step in range(share.micro_steps):
                 # Numbered over the whole run: the loader takes from its workers in turn.
                 at = (first_step + step - self.start_step) * share.micro_steps + micro_step
@@ -191,45 +200,55 @@ class PackStream(IterableDataset):
                     [reader.pack(pack) for pack in wanted],
                     step=first_step + step,
                     epoch=epoch,
-                    step_targets=reader.targets(step * G, (step + 1) * G),
+                    step_targets=step_targets,
                     last_of_step=micro_step == share.micro_steps - 1,
                 )
 
 
 class _EpochReader:
-    """Builds an epoch's packs by number; packs are asked for in rising order."""
+    """Builds an epoch's packs by number, which must not fall from one call to the next.
+
+    Windows are planned when they are reached, so an epoch starts without looking at all of it.
+    """
 
     def __init__(self, plan: StreamPlan, epoch: int):
         self.plan = plan
-        self.epoch_plan = plan.epoch(epoch)
-        self.windows = self.epoch_plan.windows()
-        # Sizes alone are kept of all windows, so that memory grows with packs and not samples.
-        targets = [window.pack_targets for window in self.epoch_plan]
-        self.first_pack = np.cumsum([0] + [len(window) for window in targets])
-        self.targets_before = np.cumsum(np.concatenate([[0], *targets]))
-        self.open_window = -1
+        self.unplanned = iter(plan.epoch(epoch))
+        self.planned: deque[Window] = deque()
+        self.first_pack = self.end_pack = 0  # bounds of the planned windows
+        self.opened: Window | None = None
 
     def targets(self, first_pack: int, end_pack: int) -> int:
-        last = len(self.targets_before) - 1
-        return int(
-            self.targets_before[min(end_pack, last)] - self.targets_before[min(first_pack, last)]
-        )
+        """How many targets the packs from first_pack to end_pack - 1 have."""
+        self._plan(first_pack, end_pack)
+        targets = np.concatenate([window.pack_targets for window in self.planned])
+        return int(targets[first_pack - self.first_pack : end_pack - self.first_pack].sum())
 
     def pack(self, number: int) -> Pack:
-        if number >= self.first_pack[-1]:
+        self._plan(number, number + 1)
+        if number >= self.end_pack:
             return self._empty_pack()
-        window = int(np.searchsorted(self.first_pack, number, side="right")) - 1
-        if window != self.open_window:
-            self._open(window)
-        at = number - self.first_pack[window]
+        if self.planned[0] is not self.opened:
+            self._open(self.planned[0])
+        at = number - self.first_pack
         chosen = self.by_pack[self.pack_bounds[at] : self.pack_bounds[at + 1]]
         return build_pack(self.samples.take(chosen), self.block, self.plan.tokens, self.plan.shape)
 
-    def _open(self, number: int) -> None:
-        plan, window = self.plan, self.epoch_plan.window(number, self.windows[number])
+    def _plan(self, first_pack: int, end_pack: int) -> None:
+        """Hold the windows of these packs: forget those before, so that memory stays bounded."""
+        while True:
+            while self.planned and self.first_pack + self.planned[0].packs <= first_pack:
+                self.first_pack += self.planned.popleft().packs
+            if self.end_pack >= end_pack or (window := next(self.unplanned, None)) is None:
+                return
+            self.planned.append(window)
+            self.end_pack += window.packs
+
+    def _open(self, window: Window) -> None:
+        plan = self.plan
         self.block = SequenceBlock.join(
             [
-                read_block(plan.dataset, plan.index.row_groups[g], bool(plan.tokens.gaps))
+                read_block(plan.dataset, plan.index.row_groups[g], plan.tokens)
                 for g in window.row_groups
             ]
         )
@@ -247,7 +266,7 @@ class _EpochReader:
         self.pack_bounds: IntArray = np.searchsorted(
             window.pack_of[grouped], np.arange(window.packs + 1)
         )
-        self.open_window = number
+        self.opened = window
 
     def _empty_pack(self) -> Pack:
         none = np.empty(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The prompt's text: prefix, interactions, label words and time gaps, rendered from item columns."""
+"""The prompt's text: prefix, interactions, label words and time gaps, from item columns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dti_dist.config import TemplateConfig
 from dti_dist.errors import UserError, nearest
 
+# Upper bounds in seconds, each with the words for a gap below it.
 TIME_GAPS: tuple[tuple[int, str], ...] = (
     (60 * 60, ""),  # the same sitting needs no word
     (24 * 60 * 60, "\n(hours later)"),
@@ -16,8 +17,7 @@ TIME_GAPS: tuple[tuple[int, str], ...] = (
     (30 * 24 * 60 * 60, "\n(weeks later)"),
     (365 * 24 * 60 * 60, "\n(months later)"),
 )
-LONGEST_TIME_GAP = "\n(years later)"
-"""Upper bounds in seconds with the words for a gap below them; then what is longer than all."""
+LONGEST_TIME_GAP = "\n(years later)"  # for all that is longer
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,12 @@ class Template:
 
     @staticmethod
     def for_items(config: TemplateConfig, item_text_columns: Sequence[str]) -> Template:
-        """Raises UserError when the item template names a column that the items don't have."""
+        """Raises UserError when the item template is not a format string of the items' columns."""
         try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(config.item) if name]
+            pieces = list(string.Formatter().parse(config.item))
         except ValueError as error:
-            raise UserError(
-                f"template.item {config.item!r} is not a format string: {error}. "
-                "Write columns in braces, as in '{title}:'."
-            ) from error
+            raise _not_a_format(config.item, error) from error
+        fields = [name for _, name, _, _ in pieces if name is not None]
         if not fields:
             raise UserError(
                 f"template.item {config.item!r} names no item column, so all items would read "
@@ -49,7 +47,12 @@ class Template:
                     f"{nearest(field, item_text_columns)} "
                     f"Item text columns: {', '.join(item_text_columns)}."
                 )
-        return Template(config, tuple(dict.fromkeys(fields)))
+        template = Template(config, tuple(dict.fromkeys(fields)))
+        try:
+            template.item_text(dict.fromkeys(fields, ""))
+        except (ValueError, LookupError, AttributeError) as error:  # such as {title:d}
+            raise _not_a_format(config.item, error) from error
+        return template
 
     def item_text(self, row: dict[str, str]) -> str:
         return self.config.item.format_map(row)
@@ -59,3 +62,10 @@ class Template:
         if not self.config.time_gaps:
             return []
         return [words for _, words in TIME_GAPS] + [LONGEST_TIME_GAP]
+
+
+def _not_a_format(item: str, error: Exception) -> UserError:
+    return UserError(
+        f"template.item {item!r} is not a format string of item columns: {error}. "
+        "Write columns in braces, as in '{title}:', and a brace itself twice."
+    )

@@ -83,7 +83,12 @@ class CTRModel(nn.Module):
         self.has_prefix = has_prefix
 
     def enable_activation_checkpointing(self) -> None:
-        self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone = self.backbone
+        # Renamed in transformers 5.2x; the old name warns there.
+        enable = getattr(
+            backbone, "activation_checkpointing_enable", backbone.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B, S] float32 logits of label 1; those of unused slots are finite and meaningless."""

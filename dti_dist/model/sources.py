@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dti_dist.config import ModelConfig
+from dti_dist.console import without_library_chatter
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
@@ -122,7 +123,7 @@ def _pretrained(source: Source) -> Any:
     with _explaining(source):
         model_config = AutoConfig.from_pretrained(source.name, **source.arguments)
     check_family(model_config)
-    with _explaining(source):
+    with _explaining(source), without_library_chatter():
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.name, dtype=torch.float32, output_loading_info=True, **source.arguments
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 
 import dti_dist
 from dti_dist.config import RunConfig
+from dti_dist.console import without_library_chatter
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
@@ -43,7 +45,8 @@ def export(run_dir: str, out: str, which: str = "best", dtype: str | None = None
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype or config.training.precision]
     staging = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
-        hugging_face_model(model).to(chosen).save_pretrained(staging)
+        with without_library_chatter():
+            hugging_face_model(model).to(chosen).save_pretrained(staging)
         inputs.tokenizer.save_pretrained(staging)
         settings = dti_settings(config, inputs, commit.step)
         (staging / DTI_CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
@@ -61,8 +64,6 @@ def hugging_face_model(model: CTRModel) -> Any:
 
     A fresh model, because one that was read from GGUF can't be saved as safetensors.
     """
-    import copy
-
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     family = copy.deepcopy(model.config)

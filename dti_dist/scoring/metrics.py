@@ -30,30 +30,30 @@ def click_metrics(
         probabilities: [targets] of label 1.
         users: [targets] any integer that names the user.
     """
-    labels = labels.astype(np.int64)
-    probabilities = probabilities.astype(np.float64)
-    rate = float(labels.mean())
+    clicks = labels.astype(np.int64)
+    predicted = probabilities.astype(np.float64)
+    rate = float(clicks.mean())
     two_classes = 0.0 < rate < 1.0
-    loss = float(log_loss(labels, probabilities, labels=[0, 1]))
-    clicked = probabilities >= 0.5
-    gauc, users_of_one_class = _gauc(labels, probabilities, users)
+    loss = float(log_loss(clicks, predicted, labels=[0, 1]))
+    positive = predicted >= 0.5
+    gauc, users_of_one_class = _gauc(clicks, predicted, users)
     return {
-        "auc": float(roc_auc_score(labels, probabilities)) if two_classes else None,
+        "auc": float(roc_auc_score(clicks, predicted)) if two_classes else None,
         "log_loss": loss,
-        "f1": float(f1_score(labels, clicked, zero_division=0.0)),
-        "accuracy": float(accuracy_score(labels, clicked)),
+        "f1": float(f1_score(clicks, positive, zero_division=0.0)),
+        "accuracy": float(accuracy_score(clicks, positive)),
         "gauc": gauc,
         "ne": loss / _entropy(rate) if two_classes else None,
         "ece": float(
             binary_calibration_error(
-                torch.from_numpy(probabilities), torch.from_numpy(labels), n_bins=CALIBRATION_BINS
+                torch.from_numpy(predicted), torch.from_numpy(clicks), n_bins=CALIBRATION_BINS
             )
         ),
-        "targets": len(labels),
+        "targets": len(clicks),
         "users": len(np.unique(users)),
         "users_of_one_class": users_of_one_class,
         "label_rate": rate,
-        "mean_prediction": float(probabilities.mean()),
+        "mean_prediction": float(predicted.mean()),
     }
 
 

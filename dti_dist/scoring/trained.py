@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
+from dti_dist.console import without_library_chatter
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
@@ -36,11 +38,14 @@ def choose_checkpoint(run: RunFolder, which: str) -> Commit:
 
 def load_weights(model: CTRModel, commit: Commit) -> None:
     """Fill the model with the checkpoint's float32 weights. Raises UserError if keys differ."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns where it has to find out
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-        str(commit.folder.parent), commit.folder.name
-    )
+    with without_library_chatter():
+        state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+            str(commit.folder.parent), commit.folder.name
+        )
     own = model.state_dict()
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from dti_dist.config import TrainingConfig
 from dti_dist.errors import UserError
 from dti_dist.ranks import Ranks
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-_FOLDERS = (_PACKAGE.parent / "deepspeed_configs", _PACKAGE / "deepspeed_configs")
+_FOLDERS = (
+    Path(__file__).resolve().parents[2] / "deepspeed_configs",  # a checkout
+    Path(sys.prefix) / "share" / "dti-dist" / "deepspeed_configs",  # an installed wheel
+)
 
 
 def micro_steps_per_step(training: TrainingConfig, world: int) -> int:

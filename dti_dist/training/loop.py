@@ -239,24 +239,25 @@ class _Trainer:
         figures = self._measure(self.validation_plan)
         name = config.validation.metric
         value = figures[name]
-        if value is None:
-            raise UserError(
-                "The validation targets all have the same label, so AUC is undefined. Raise "
-                "validation.max_targets or set validation.metric=log_loss."
-            )
+        if value is None:  # AUC of targets that all have the same label
+            if self.ranks.is_main:
+                say(
+                    "validation: all targets have the same label, so AUC is undefined and no "
+                    "checkpoint is best. Raise validation.max_targets or choose metric log_loss."
+                )
+            return False
         gain = value if name == "auc" else -value
         if progress.best is None or gain > progress.best:
             progress.best, progress.validations_without_gain = gain, 0
-            self._save()
-            if self.ranks.is_main:
-                checkpoint.mark_best(self.folder.checkpoints, progress.step, name, value)
+            self._save(best=value)
         else:
             progress.validations_without_gain += 1
         if metrics:
             metrics.write({"step": progress.step, "valid": figures})
+            auc = "undefined" if figures["auc"] is None else f"{figures['auc']:.4f}"
             say(
-                f"step {progress.step:,}: valid AUC {figures['auc']:.4f}  "
-                f"log loss {figures['log_loss']:.4f}  ({figures['targets']:,} targets)"
+                f"step {progress.step:,}: valid AUC {auc}  log loss {figures['log_loss']:.4f}  "
+                f"({figures['targets']:,} targets)"
             )
         patience = config.validation.patience
         return patience is not None and progress.validations_without_gain >= patience
@@ -267,18 +268,21 @@ class _Trainer:
         self.engine.eval()
         found = predict(self.engine, stream, self.ranks)
         self.engine.train()
-        figures = None
+        figures: dict[str, Any] = {}
         if found is not None:
             figures = click_metrics(found.label, found.probability, found.row)
-        return self.ranks.broadcast(figures)  # type: ignore[return-value]
+        return self.ranks.broadcast(figures)
 
-    def _save(self) -> None:
+    def _save(self, best: float | None = None) -> None:
         if self.saved_at == self.progress.step:
             return
         state = self.progress.state(self.epoch_ends)
         folder = self.folder.checkpoints
         checkpoint.save(self.engine, folder, self.progress.step, state, self.ranks)
         if self.ranks.is_main:
+            if best is not None:
+                metric = self.config.validation.metric
+                checkpoint.mark_best(folder, self.progress.step, metric, best)
             checkpoint.remove_old(folder, self.config.checkpoints.keep_last)
         self.saved_at = self.progress.step
 

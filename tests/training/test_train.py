@@ -94,7 +94,7 @@ def test_a_run_killed_at_step_10_goes_on_as_if_nothing_had_happened(
         kill(process)
     assert max(losses(run_dir(config))) < 20
     printed = train(config, ranks=2)
-    assert "resuming from step-0000000" in printed
+    assert "resuming from step-000000" in printed
     assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
 
 
@@ -159,7 +159,7 @@ def test_validation_marks_the_best_checkpoint_keeps_it_and_stops_early(synthetic
     config = write_config(
         tmp_path / "config.yaml",
         synthetic,
-        training={"learning_rate": 1e-9, "max_steps": 20},  # nothing learnt: no gain after first
+        training={"learning_rate": 1e-30, "max_steps": 20},  # learns nothing
         validation={"every_steps": 2, "patience": 3, "metric": "log_loss"},
         checkpoints={"every_steps": 2, "keep_last": 1},
     )

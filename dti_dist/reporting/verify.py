@@ -1,0 +1,311 @@
+"""`dti-dist verify`: the isolation of targets, proven on a user's own model, data and settings."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dti_dist.attention.intervals import is_exact
+from dti_dist.config import RunConfig
+from dti_dist.console import say
+from dti_dist.data.index import read_block
+from dti_dist.data.packing import assign_packs, build_pack, pack_shape
+from dti_dist.data.samples import Samples, make_samples, sample_lengths
+from dti_dist.data.stream import Batch
+from dti_dist.inputs import Inputs
+from dti_dist.model.ctr_model import CTRModel, LinearHead, click_loss
+from dti_dist.scoring.trained import choose_checkpoint, trained_model
+from dti_dist.training import checkpoint
+from dti_dist.training.run_folder import RunFolder
+
+# In float64 what is left is the rounding of transformers' rotary tables, which are float32.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1}
+_EDITS_PER_PACK = 4
+
+Logits = dict[tuple[int, int], float]
+"""(row, position) of a target → its logit."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the proof.
+
+    Attributes:
+        claim: what must hold.
+        compared: numbers compared; 0 where the samples offer nothing to compare.
+        largest: largest absolute difference found.
+        tolerance: largest allowed; None where the policy makes no promise and the leak is measured.
+    """
+
+    claim: str
+    compared: int
+    largest: float
+    tolerance: float | None
+
+    @property
+    def verdict(self) -> str:
+        if not self.compared:
+            return "not tested"
+        if self.tolerance is None:
+            return "measured"
+        return "holds" if self.largest <= self.tolerance else "BROKEN"
+
+
+def verify(config: RunConfig, samples: int = 4, dtype: str | None = None) -> list[Check]:
+    """Check the invariants of isolation on real samples of the training split.
+
+    The model is the run's best checkpoint where there is one, else the config's untrained model.
+
+    Args:
+        samples: streaming prompts to check, those with the most interactions.
+        dtype: fp64, fp32 or bf16; default: float32 on a CPU, the run's precision on a GPU.
+    """
+    run = RunFolder(config.run_dir)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = (run.tokenizer / "tokenizer.json").exists()
+        inputs = Inputs.open(config, run.tokenizer if made else Path(scratch))
+        subject = _Subject.open(inputs, run, samples, dtype)
+        return [check() for check in subject.checks()]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model in evaluation mode, and the same targets in streaming and sliding-window prompts."""
+
+    model: CTRModel
+    device: torch.device
+    dtype: torch.dtype
+    n: int
+    exact: bool
+    label_ids: tuple[int, int]
+    samples: Samples
+    streaming: list[Batch]
+    sliding: list[Batch]
+    alone: list[Batch]
+
+    @staticmethod
+    def open(inputs: Inputs, run: RunFolder, count: int, dtype: str | None) -> _Subject:
+        config = inputs.config
+        cuda = config.training.device != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if cuda else "cpu")
+        default = config.training.precision if cuda else "fp32"
+        chosen = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[
+            dtype or default
+        ]
+        model = _model(inputs, run)
+        for parameter in model.parameters():  # buffers stay: rotary frequencies
+            parameter.data = parameter.data.to(chosen)
+        model = model.to(device).eval()
+
+        plan = inputs.stream_plan("train")
+        block = read_block(plan.dataset, plan.index.row_groups[0], plan.tokens)
+        n, k, least = config.sample.context, config.sample.k, config.sample.min_context
+        samples = make_samples(block.offsets, block.target_start, n, k, least)
+        # Those with the most targets and context: there isolation has most to do.
+        fullest = np.argsort(-(samples.end - samples.first), kind="stable")[:count]
+        samples = samples.take(np.sort(fullest))
+        single = make_samples(block.offsets, block.target_start, n, 1, least)
+        wanted = {
+            (row, position)
+            for row, first, end in zip(samples.row, samples.first_target, samples.end, strict=True)
+            for position in range(first, end)
+        }
+        mine = [pair in wanted for pair in zip(single.row, single.first_target, strict=True)]
+        single = single.take(np.flatnonzero(mine))
+
+        def packed(chosen: Samples) -> list[Batch]:
+            sizes = sample_lengths(chosen, block, inputs.tokens)
+            shape = pack_shape(config.pack.length, None, sizes, chosen.targets)
+            pack_of = assign_packs(sizes, chosen.targets, shape)
+            return [
+                Batch.collate(
+                    [build_pack(chosen.take(members), block, inputs.tokens, shape)],
+                    step=0,
+                    epoch=0,
+                    step_targets=int(chosen.targets.sum()),
+                    last_of_step=True,
+                ).to(device)
+                for members in (np.flatnonzero(pack_of == p) for p in range(pack_of.max() + 1))
+            ]
+
+        alone = [packed(samples.take(np.array([i])))[0] for i in range(len(samples))]
+        exact = is_exact(config.attention.policy)
+        return _Subject(
+            model,
+            device,
+            chosen,
+            n,
+            exact,
+            inputs.tokens.label_ids,
+            samples,
+            packed(samples),
+            packed(single),
+            alone,
+        )
+
+    def checks(self) -> Iterator[Callable[[], Check]]:
+        yield self.own_label
+        yield self.older_than_n
+        yield self.other_samples
+        yield self.sum_tokens
+        yield self.streaming_equals_sliding_window
+        yield self.same_gradients
+
+    @property
+    def close(self) -> float:
+        return _TOLERANCE[self.dtype]
+
+    @torch.no_grad()
+    def logits(self, batches: list[Batch]) -> Logits:
+        found: Logits = {}
+        for batch in batches:
+            used = batch.weights > 0
+            keys = zip(
+                batch.target_row[used].tolist(), batch.target_position[used].tolist(), strict=True
+            )
+            found.update(zip(keys, self.model(batch)[used].tolist(), strict=True))
+        return found
+
+    def edits(self) -> Iterator[tuple[Batch, Logits, int, int]]:
+        """(batch, its logits, b, slot): some used slots of each pack, spread over it."""
+        for batch in self.streaming:
+            before = self.logits([batch])
+            for b in range(len(batch.tokens)):
+                used = int(batch.weights[b].sum())
+                for slot in np.linspace(0, used - 1, min(_EDITS_PER_PACK, used)).astype(int):
+                    yield batch, before, b, int(slot)
+
+    def own_label(self) -> Check:
+        compared, largest, moved = 0, 0.0, 0
+        for batch, before, b, slot in self.edits():
+            tokens = batch.tokens.clone()
+            at = batch.readout_end[b, slot]
+            no, yes = self.label_ids
+            tokens[b, at] = no if tokens[b, at] == yes else yes
+            after = self.logits([replace(batch, tokens=tokens)])
+            row, position = self._key(batch, b, slot)
+            for key, value in before.items():
+                difference = abs(after[key] - value)
+                if key[0] == row and key[1] > position:
+                    moved += difference > 0
+                else:
+                    compared += 1
+                    largest = max(largest, difference)
+        claim = "a target's label reaches neither its own prediction nor an earlier one"
+        if not moved and any(size > 1 for size in self.samples.targets):
+            claim += " (but no later one saw it either)"
+            return Check(claim, compared, float("inf"), 0.0)
+        return Check(claim, compared, largest, 0.0)
+
+    def older_than_n(self) -> Check:
+        compared, largest = 0, 0.0
+        for batch, before, b, slot in self.edits():
+            unit = int(batch.unit[b, batch.body_length + slot])
+            start, end = (int(batch.unit_start[b, u]) for u in (unit, unit + 1))
+            tokens = batch.tokens.clone()
+            tokens[b, start:end] = tokens[b, start:end].flip(0)
+            tokens[b, end - 1] = tokens[b, start]
+            after = self.logits([replace(batch, tokens=tokens)])
+            row, position = self._key(batch, b, slot)
+            for key, value in before.items():
+                if key[0] == row and key[1] > position + self.n:
+                    compared += 1
+                    largest = max(largest, abs(after[key] - value))
+        claim = f"what lies more than n = {self.n} interactions back reaches no prediction"
+        return Check(claim, compared, largest, 0.0 if self.exact else None)
+
+    def other_samples(self) -> Check:
+        claim = "a sample's predictions are the same alone and beside others in a pack"
+        return self._equal(claim, self.logits(self.streaming), self.logits(self.alone), self.close)
+
+    def sum_tokens(self) -> Check:
+        compared, largest = 0, 0.0
+        for batch in self.streaming:
+            before = self.logits([batch])
+            unit, weights = batch.unit.clone(), batch.weights.clone()
+            removed = slice(batch.body_length, None, 2)  # every other [SUM]
+            unit[:, removed] = -1
+            weights[:, ::2] = 0
+            after = self.logits([replace(batch, unit=unit, weights=weights)])
+            compared += len(after)
+            largest = max([largest, *(abs(after[key] - before[key]) for key in after)])
+        return Check("removing a [SUM] changes no other prediction", compared, largest, self.close)
+
+    def streaming_equals_sliding_window(self) -> Check:
+        return self._equal(
+            "streaming and sliding-window prompts give the same predictions",
+            self.logits(self.streaming),
+            self.logits(self.sliding),
+            self.close if self.exact else None,
+        )
+
+    def same_gradients(self) -> Check:
+        streaming, sliding = self._gradients(self.streaming), self._gradients(self.sliding)
+        largest = 0.0
+        for name, gradient in streaming.items():
+            scale = float(gradient.abs().max())
+            if scale > 0:
+                difference = float((gradient - sliding[name]).abs().max())
+                largest = max(largest, difference / scale)
+        compared = sum(gradient.numel() for gradient in streaming.values())
+        claim = "and the same gradients (relative to each tensor's largest)"
+        # Sums over many terms in another order: a rounding more than the predictions have.
+        return Check(claim, compared, largest, 10 * self.close if self.exact else None)
+
+    def _gradients(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        self.model.zero_grad(set_to_none=True)
+        for batch in batches:
+            (click_loss(self.model(batch), batch) / batch.step_targets).backward()
+        found = {
+            name: parameter.grad.double().cpu()
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    @staticmethod
+    def _equal(claim: str, first: Logits, second: Logits, tolerance: float | None) -> Check:
+        if first.keys() != second.keys():
+            raise AssertionError("both ways of packing must have the same targets")
+        largest = max(abs(first[key] - second[key]) for key in first)
+        return Check(claim, len(first), largest, tolerance)
+
+    @staticmethod
+    def _key(batch: Batch, b: int, slot: int) -> tuple[int, int]:
+        return int(batch.target_row[b, slot]), int(batch.target_position[b, slot])
+
+
+def _model(inputs: Inputs, run: RunFolder) -> CTRModel:
+    if checkpoint.complete_checkpoints(run.checkpoints)[0]:
+        commit = choose_checkpoint(run, "best")
+        say(f"model: {run.path}, {commit.folder.name}")
+        return trained_model(inputs, commit)
+    say(f"model: {inputs.config.model.name}, before training")
+    model = inputs.untrained_model()
+    if isinstance(model.head, LinearHead):
+        torch.nn.init.normal_(model.head.weight)  # zeros would hide every difference
+    return model
+
+
+def table(checks: list[Check]) -> str:
+    """The checks as aligned text."""
+    rows = [("claim", "compared", "largest difference", "tolerance", "verdict")]
+    for check in checks:
+        tolerance = "none promised" if check.tolerance is None else f"{check.tolerance:g}"
+        rows.append(
+            (check.claim, f"{check.compared:,}", f"{check.largest:.3g}", tolerance, check.verdict)
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,71 @@
+"""A prepared data set of several parts and row groups, and what a stream needs of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dti_dist.config import SampleConfig, TemplateConfig
+from dti_dist.data import index, item_tokens
+from dti_dist.data.dataset import Dataset, iter_sequences
+from dti_dist.data.index import SplitIndex
+from dti_dist.data.item_tokens import ItemTokens
+from dti_dist.data.packing import pack_shape
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
+from dti_dist.data.prepare.synthetic import read_synthetic
+from dti_dist.data.stream import SampleSettings, StreamPlan
+from dti_dist.data.template import Template
+from dti_dist.model.tokenizer import add_sum_token, train_tokenizer
+
+
+def build_shards(folder: Path, seed: int = 0) -> Dataset:
+    """50 users of 20 interactions: train has 3 parts of 3 row groups or so."""
+    options = BuildOptions(shard_interactions=300, row_group_interactions=100)
+    read = partial(read_synthetic, users=50, items=40, interactions_per_user=20, seed=seed)
+    build_dataset(read, str(folder), options)
+    return Dataset.open(str(folder))
+
+
+def tokenise(dataset: Dataset, cache: Path, vocab_size: int = 320, **template: Any) -> ItemTokens:
+    made = Template.for_items(TemplateConfig(**template), dataset.manifest.item_text_columns)
+    tokenizer = train_tokenizer(dataset, made, vocab_size)
+    sum_id = add_sum_token(tokenizer)
+    return item_tokens.load_or_build(dataset, made, tokenizer, sum_id, cache)
+
+
+def stream_plan(
+    dataset: Dataset,
+    tokens: ItemTokens,
+    cache: Path,
+    *,
+    split: str = "train",
+    n: int = 4,
+    k: int = 3,
+    length: int = 128,
+    window_interactions: int = 1_000_000,
+    seed: int = 0,
+    epochs: int = 1,
+    shuffle: bool = True,
+    change: Any = lambda index: index,
+) -> StreamPlan:
+    sample = SampleConfig(context=n, targets=k)
+    made: SplitIndex = change(index.load_or_build(dataset, split, sample, tokens, cache))
+    shape = pack_shape(length, None, made.tokens, made.targets)
+    settings = SampleSettings(n, k, sample.min_context)
+    return StreamPlan(
+        dataset, made, tokens, shape, settings, window_interactions, seed, epochs, shuffle
+    )
+
+
+def all_targets(dataset: Dataset, split: str = "train", min_context: int = 1) -> dict:
+    """(row, position) of every target → its label, read without the code under test."""
+    found = {}
+    row = 0
+    for batch in iter_sequences(dataset, split):
+        for sequence in batch.rows.to_pylist():
+            for position, label in enumerate(sequence["labels"]):
+                if position >= max(sequence["target_start"], min_context):
+                    found[row, position] = label
+            row += 1
+    return found

@@ -1,0 +1,349 @@
+"""The stream's contract: the same steps for any ranks and workers, and from any step on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import fields
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dti_dist.data import stream as stream_module
+from dti_dist.data.dataset import Dataset
+from dti_dist.data.index import read_block
+from dti_dist.data.packing import pack_shape
+from dti_dist.data.stream import Batch, PackStream, Share, batches
+from tests.data.shards import all_targets, build_shards, stream_plan, tokenise
+
+ONE_RANK = Share(global_packs=4, micro_packs=4)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    return build_shards(tmp_path_factory.mktemp("shards") / "data")
+
+
+@pytest.fixture(scope="module")
+def plan(dataset, tmp_path_factory):
+    """Makes plans over one data set and one cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    tokens = tokenise(dataset, cache)
+    return lambda **settings: stream_plan(dataset, tokens, cache, **settings)
+
+
+def read(plan, share, start_step=0, workers=0):
+    """All batches of one rank; workers take turns as in torch's DataLoader."""
+    stream = PackStream(plan, share, plan.steps_per_epoch(share.global_packs), start_step)
+    if not workers:
+        return list(stream)
+    of_workers = []
+    for worker in range(workers):
+        info = SimpleNamespace(id=worker, num_workers=workers)
+        with mock.patch.object(stream_module, "get_worker_info", return_value=info):
+            of_workers.append(list(stream))
+    longest = max(map(len, of_workers))
+    return [made[turn] for turn in range(longest) for made in of_workers if turn < len(made)]
+
+
+def packs_of(batch):
+    """Per pack of a batch: its targets as (row, position), and its tokens."""
+    return [
+        (
+            list(zip(row[used].tolist(), position[used].tolist(), strict=True)),
+            tokens.tolist(),
+        )
+        for row, position, used, tokens in zip(
+            batch.target_row,
+            batch.target_position,
+            batch.weights > 0,
+            batch.tokens,
+            strict=True,
+        )
+    ]
+
+
+def steps_of(of_ranks):
+    """The packs of each optimizer step, in order, put together from the batches of all ranks."""
+    steps = {}
+    for at_once in zip(*of_ranks, strict=True):
+        assert len({(batch.step, batch.epoch, batch.last_of_step) for batch in at_once}) == 1
+        for batch in at_once:
+            steps.setdefault(batch.step, []).extend(packs_of(batch))
+    return steps
+
+
+def targets_of(packs):
+    return [target for targets, _ in packs for target in targets]
+
+
+def order(made):
+    """All targets, in the order of training."""
+    steps = steps_of([read(made, ONE_RANK)])
+    return [target for packs in steps.values() for target in targets_of(packs)]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch))
+    )
+
+
+layouts = st.sampled_from(
+    [
+        Share(global_packs, micro_packs, 0, ranks)
+        for global_packs in (1, 4, 6)
+        for ranks in (1, 2, 3, 6)
+        for micro_packs in (1, 2, 3)
+        if global_packs % (ranks * micro_packs) == 0
+    ]
+)
+plans = {
+    "seed": st.integers(0, 3),
+    "shuffle": st.booleans(),
+    "window_interactions": st.sampled_from([1, 250, 1_000_000]),
+    "epochs": st.integers(1, 2),
+}
+
+
+@settings(max_examples=25)
+@given(
+    layout=layouts,
+    workers=st.integers(0, 3),
+    start=st.floats(0, 1),
+    made=st.fixed_dictionaries(plans),
+)
+def test_a_step_is_the_same_for_any_ranks_micro_steps_workers_and_starts(
+    plan, layout, workers, start, made
+):
+    made = plan(**made)
+    G = layout.global_packs
+    total = sum(made.steps_per_epoch(G))
+    start = round(start * total)
+    whole = steps_of([read(made, Share(G, G))])
+    assert list(whole) == list(range(total))
+    of_ranks = [
+        read(made, Share(G, layout.micro_packs, rank, layout.ranks), start, workers)
+        for rank in range(layout.ranks)
+    ]
+    # Resuming gives exactly the rest, and every rank the same number of batches.
+    assert steps_of(of_ranks) == {step: whole[step] for step in range(start, total)}
+    assert {len(of_rank) for of_rank in of_ranks} == {(total - start) * layout.micro_steps}
+    for batch in (batch for of_rank in of_ranks for batch in of_rank):
+        assert batch.step_targets == len(targets_of(whole[batch.step])) > 0
+    for of_rank in of_ranks:
+        ends = [batch.last_of_step for batch in of_rank]
+        assert ends == [*[False] * (layout.micro_steps - 1), True] * (total - start)
+
+
+@settings(max_examples=15)
+@given(made=st.fixed_dictionaries(plans), k=st.sampled_from([1, 3, 8]), G=st.integers(1, 9))
+def test_every_target_comes_exactly_once_in_an_epoch_with_its_label(plan, dataset, made, k, G):
+    made = plan(**made, k=k)
+    expected = all_targets(dataset)
+    found = [{} for _ in range(made.epochs)]
+    for batch in read(made, Share(G, G)):
+        used = batch.weights > 0
+        keys = zip(
+            batch.target_row[used].tolist(), batch.target_position[used].tolist(), strict=True
+        )
+        for key, label in zip(keys, batch.labels[used].tolist(), strict=True):
+            assert key not in found[batch.epoch]
+            found[batch.epoch][key] = label
+    assert found == [expected] * made.epochs
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_targets_of_valid_and_test_are_what_comes_after_target_start(plan, dataset, split):
+    found = order(plan(split=split, shuffle=False))
+    assert sorted(found) == sorted(all_targets(dataset, split))
+
+
+@pytest.mark.parametrize("G", [2, 5, 7])
+def test_the_tail_of_an_epoch_is_packs_of_zero_weight(plan, G):
+    made = plan(epochs=2)
+    packs = [sum(window.packs for window in made.epoch(epoch)) for epoch in range(2)]
+    assert made.steps_per_epoch(G) == [-(-count // G) for count in packs]
+    whole = read(made, Share(G, 1))
+    for epoch, count in enumerate(packs):
+        weights = [float(batch.weights.sum()) for batch in whole if batch.epoch == epoch]
+        assert len(weights) % G == 0
+        assert len(weights) - count < G
+        assert all(weight > 0 for weight in weights[:count])
+        assert all(weight == 0 for weight in weights[count:])
+
+
+def test_an_epoch_may_be_smaller_than_one_step(plan):
+    (batch,) = read(plan(), Share(1000, 1000))
+    assert batch.step_targets == int(batch.weights.sum())
+    others = [read(plan(), Share(1000, 10, rank, 100))[0] for rank in (0, 99)]
+    assert [int(other.weights.sum()) > 0 for other in others] == [True, False]
+    assert {other.step_targets for other in others} == {batch.step_targets}
+
+
+# --- the order -------------------------------------------------------------------------------
+
+
+def test_epochs_and_seeds_differ_in_order_and_not_in_content(plan):
+    made = plan(epochs=2)
+    both = order(made)
+    first, second = both[: len(both) // 2], both[len(both) // 2 :]
+    other_seed = order(plan(seed=1))
+    assert first != second
+    assert first != other_seed
+    assert second != other_seed
+    assert sorted(first) == sorted(second) == sorted(other_seed)
+    assert order(plan()) == first
+    # Samples of the same row groups too are shuffled anew by each epoch and seed.
+    orders = [
+        tuple(epoch.window(0, (0, 1, 2)).order)
+        for epoch in (made.epoch(0), made.epoch(1), plan(seed=1).epoch(0))
+    ]
+    assert len(set(orders)) == 3
+
+
+def test_without_shuffling_every_epoch_and_seed_has_the_order_of_the_files(plan):
+    both = order(plan(shuffle=False, epochs=2, seed=5))
+    assert both[: len(both) // 2] == both[len(both) // 2 :] == order(plan(shuffle=False))
+    rows = np.array([row for row, _ in order(plan(shuffle=False, length=4096))])
+    # Best fit moves a sample by some packs at most; one pack here holds several users.
+    assert np.corrcoef(rows, np.arange(len(rows)))[0, 1] > 0.99
+
+
+def test_shuffling_mixes_neighbours_across_row_groups(plan):
+    made = plan()
+    first_rows = [group.first_row for group in made.index.row_groups]
+    assert len(first_rows) > 5
+    groups, users = [], []
+    for packs in steps_of([read(made, ONE_RANK)]).values():
+        rows = [row for row, _ in targets_of(packs)]
+        groups.append(len(set(np.searchsorted(first_rows, rows, side="right"))))
+        users.append(max(Counter(rows).values()) / len(rows))
+    assert np.median(groups) >= 4, "a step has samples of many row groups"
+    assert np.median(users) < 0.5, "and of many users"
+
+
+def test_small_windows_are_row_groups_drawn_from_the_whole_split(plan):
+    made = plan(window_interactions=250, epochs=2)
+    interactions = made.index.interactions
+    drawn = []
+    for epoch in range(2):
+        windows = made.epoch(epoch).windows()
+        assert len(windows) > 2
+        assert sorted(group for window in windows for group in window) == list(
+            range(len(interactions))
+        )
+        for window in windows:
+            assert len(window) == 1 or interactions[list(window)].sum() <= 250
+        drawn.append(windows)
+    assert drawn[0] != drawn[1]
+    assert drawn[0][0] != tuple(range(len(drawn[0][0]))), "not the first of the files"
+
+
+def test_windows_are_read_one_at_a_time_when_they_are_reached(plan):
+    made = plan(window_interactions=1)  # a row group each
+    opened = []
+
+    def reading(dataset, row_group, tokens):
+        opened.append(row_group)
+        return read_block(dataset, row_group, tokens)
+
+    with mock.patch.object(stream_module, "read_block", reading):
+        stream = iter(PackStream(made, Share(1, 1), made.steps_per_epoch(1)))
+        next(stream)
+        assert len(opened) == 1
+        planned = len(list(stream))
+    assert len(opened) == len(made.index.row_groups), "each is read once"
+    assert planned > len(opened)
+
+
+def test_resuming_reads_only_the_windows_that_are_left(plan):
+    made = plan(window_interactions=1)
+    steps = sum(made.steps_per_epoch(1))
+    with mock.patch.object(stream_module, "read_block", side_effect=read_block) as reading:
+        assert len(read(made, Share(1, 1), start_step=steps - 1)) == 1
+        assert reading.call_count == 1
+
+
+def test_resuming_after_the_last_step_gives_nothing(plan):
+    made = plan(epochs=2)
+    assert read(made, ONE_RANK, start_step=sum(made.steps_per_epoch(4))) == []
+
+
+# --- a part of a split -----------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(
+    max_targets=st.integers(1, 900),
+    k=st.sampled_from([1, 4]),
+    window_interactions=st.sampled_from([1, 250, 1_000_000]),
+)
+def test_the_first_users_stream_is_those_users_targets(
+    plan, dataset, max_targets, k, window_interactions
+):
+    made = plan(
+        k=k,
+        shuffle=False,
+        window_interactions=window_interactions,
+        change=lambda index: index.first_users(max_targets, k),
+    )
+    users = len(made.index.row_targets)
+    expected = [target for target in all_targets(dataset) if target[0] < users]
+    assert sorted(order(made)) == expected
+    assert len(expected) >= min(max_targets, len(all_targets(dataset)))
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+def test_packs_of_a_batch_are_padded_to_the_most_units(plan):
+    made = plan(length=512)
+    alone = read(made, Share(4, 1))[:4]
+    (together, *_) = read(made, ONE_RANK)
+    assert len({int(batch.unit.max()) for batch in alone}) > 1
+    for at, batch in enumerate(alone):
+        units = int((batch.unit.max() + 1).item())
+        for name in ("unit_first", "prefix_start", "prefix_end"):
+            assert torch.equal(getattr(together, name)[at, :units], getattr(batch, name)[0, :units])
+            assert not getattr(together, name)[at, units:].any()
+        start = together.unit_start[at]
+        assert torch.equal(start[: units + 1], batch.unit_start[0, : units + 1])
+        assert (start[units:] == batch.body_tokens).all()
+        for name in ("tokens", "positions", "unit", "readout_end", "labels", "target_row"):
+            assert torch.equal(getattr(together, name)[at], getattr(batch, name)[0])
+    assert together.body_tokens == sum(batch.body_tokens for batch in alone)
+
+
+def test_shapes_are_constants_of_the_run(plan):
+    made = plan(k=8, length=256)
+    L, S = made.shape.length, made.shape.slots
+    for batch in read(made, ONE_RANK):
+        assert batch.tokens.shape == batch.positions.shape == batch.unit.shape == (4, L + S)
+        assert batch.labels.shape == batch.weights.shape == batch.readout_end.shape == (4, S)
+        assert batch.unit_start.shape[1] == batch.unit_first.shape[1] + 1
+        assert batch.unit_first.shape[1] % 64 == 0
+    again = pack_shape(256, None, made.index.tokens, made.index.targets)
+    assert again == made.shape
+
+
+def test_packs_that_ranks_cannot_share_out_are_refused():
+    with pytest.raises(ValueError, match="can't be shared out evenly over 2 ranks with 4 packs"):
+        Share(12, 4, 0, 2)
+
+
+def test_worker_processes_give_the_same_batches_in_the_same_order(plan):
+    """Spawned for real, from the middle of an epoch into the next."""
+    made = plan(length=256, epochs=2, window_interactions=250)
+    share = Share(4, 1, rank=1, ranks=2)
+    stream = PackStream(made, share, made.steps_per_epoch(4), start_step=2)
+    expected = list(stream)
+    assert len({batch.epoch for batch in expected}) == 2
+    found = list(batches(stream, workers=2, prefetch=2))
+    assert len(found) == len(expected)
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,194 @@
+"""What the documents say can be done, named or generated is so."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from dti_dist.cli import _parser
+from dti_dist.config import load_config, validate_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+BY_NAME = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+# Names of places in the repository; others, such as runs/shop, are the reader's.
+PLACE = re.compile(
+    r"(?<![\w/.-])(?:\./)?(?:dti_dist|docs|launch|tests|deepspeed_configs|\.ci)/[\w./-]*[\w/]"
+)
+PROGRAM = {
+    "-m dti_dist.training": ["train"],
+    "--module dti_dist.training": ["train"],
+    "-m dti_dist": [],
+    "dti-dist": [],
+}
+
+
+def script(name: str) -> dict[str, Any]:
+    """What a script under docs/ defines."""
+    return runpy.run_path(str(ROOT / "docs" / f"{name}.py"))
+
+
+def text(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
+
+
+def fenced(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text(document), re.M | re.S)
+
+
+def commands(document: Path) -> list[str]:
+    """Command lines in bash blocks and code spans that run the program or a launcher of it."""
+    lines = [
+        line
+        for block in fenced(document, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    prose = re.sub(r"^```.*?^```", "", text(document), flags=re.M | re.S)
+    lines += re.findall(r"`([^`\n]+)`", prose)
+    return [line for line in lines if re.match(r"(dti-dist|torchrun|deepspeed|python -m) ", line)]
+
+
+def own_arguments(command: str) -> list[str]:
+    """What the program's parser gets of a command line."""
+    words = shlex.split(command, comments=True)
+    for call, before in PROGRAM.items():
+        size = len(call.split())
+        for at in range(len(words)):
+            if words[at : at + size] == call.split():
+                return before + words[at + size :]
+    raise AssertionError(f"{command!r} runs nothing of this program")
+
+
+def faults(text: str, arguments: list[str]) -> list[str]:
+    """Why the parser refuses the arguments; a command named alone need only exist."""
+    if len(arguments) == 1:
+        arguments = [*arguments, "--help"]
+    try:
+        _parser().parse_args(arguments)
+    except SystemExit as stop:
+        return [text] if stop.code else []
+    return []
+
+
+@BY_NAME
+def test_every_command_line_is_one_that_the_program_accepts(document, capsys):
+    found = commands(document)
+    refused = [fault for line in found for fault in faults(line, own_arguments(line))]
+    assert not refused, capsys.readouterr().err
+    if document.name == "README.md":
+        assert len(found) > 10
+
+
+@BY_NAME
+def test_every_torchrun_line_is_one_that_torchrun_accepts(document):
+    for line in commands(document):
+        words = shlex.split(line)
+        if words[0] == "torchrun":
+            get_args_parser().parse_args(words[1:])
+
+
+def test_a_command_that_does_not_exist_would_be_found(capsys):
+    for line in ("dti-dist publish", "dti-dist evaluate runs/x --splits test", "dti-dist export r"):
+        assert faults(line, own_arguments(line)) == [line]
+
+
+@BY_NAME
+def test_every_yaml_block_is_a_valid_config(document):
+    blocks = fenced(document, "yaml")
+    for block in blocks:
+        validate_config(yaml.safe_load(block), where=document.name)
+    assert blocks or document.name != "README.md"
+
+
+def test_every_config_key_on_a_command_line_exists():
+    for document in DOCUMENTS:
+        for line in [
+            *commands(document),
+            *re.findall(r"`(\./launch/demo\.sh .+?)`", text(document)),
+        ]:
+            overrides = [word for word in shlex.split(line) if re.match(r"[a-z_.]+=", word)]
+            load_config(ROOT / "launch/recipes/demo.yaml", overrides)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=str)
+def test_every_recipe_is_a_valid_config(recipe):
+    load_config(recipe)
+
+
+@BY_NAME
+def test_every_link_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(document)):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), f"{document.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", text(path), re.M)
+            anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, f"{document.name} links to {target}"
+
+
+@BY_NAME
+def test_every_place_in_the_repository_that_is_named_exists(document):
+    missing = [place for place in PLACE.findall(text(document)) if not (ROOT / place).exists()]
+    assert not missing
+
+
+@BY_NAME
+def test_every_test_that_is_named_exists(document):
+    tests = [
+        f"{path.name}::{name}"
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", text(path), re.M)
+    ]
+    for name in re.findall(r"`(test_\w+)`|run\.sh -k (\w+)", text(document)):
+        assert any("".join(name) in test for test in tests), f"{document.name} names {name}"
+
+
+def test_configuration_page_is_up_to_date():
+    assert text(ROOT / "docs/configuration.md") == script("make_configuration")["page"](), (
+        "run: python docs/make_configuration.py"
+    )
+
+
+def test_mask_picture_is_up_to_date():
+    assert text(ROOT / "docs/mask.svg") == script("make_mask_picture")["draw"](), (
+        "run: python docs/make_mask_picture.py"
+    )
+
+
+# What each room may import of the package, as CONTRIBUTING.md says.
+COMMON = {"errors", "console", "config"}
+MAY_IMPORT = {
+    "attention": {"attention", "errors"},
+    "data": {"data", *COMMON},
+    "model": {"model", "attention", "data", *COMMON},
+    "inputs": {"model", "data", *COMMON},
+    "scoring": {"scoring", "training", "inputs", "model", "data", "ranks", *COMMON},
+    "training": {"training", "scoring", "inputs", "model", "data", "ranks", *COMMON},
+}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_dependencies_point_one_way(room):
+    place = ROOT / "dti_dist" / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    for file in files:
+        if file.name == "__main__.py":  # a way in, above all rooms
+            continue
+        for node in ast.walk(ast.parse(text(file))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dti_dist."):
+                imported = node.module.split(".")[1]
+                assert imported in MAY_IMPORT[room], f"{file}:{node.lineno} imports {node.module}"
