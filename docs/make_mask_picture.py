@@ -15,13 +15,8 @@ import numpy as np
 import torch
 
 from dti_dist.attention.dense import dense_mask
-from dti_dist.attention.intervals import (
-    LayerWindows,
-    PackLayout,
-    body_intervals,
-    layer_windows,
-    readout_intervals,
-)
+from dti_dist.attention.intervals import PackLayout, body_intervals, readout_intervals
+from dti_dist.attention.policies import LayerWindows, layer_windows
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import Pack, PackShape, build_pack
 from dti_dist.data.samples import make_samples
@@ -66,7 +61,8 @@ def small_pack() -> Pack:
 def layer_masks(pack: Pack, windows: LayerWindows) -> list[np.ndarray]:
     """Per layer a boolean [T, T] matrix, T = body tokens + [SUM] slots: who sees whom."""
     names = ("unit", "unit_start", "unit_first", "prefix_start", "prefix_end", "readout_end")
-    layout = PackLayout(**{name: torch.from_numpy(getattr(pack, name))[None] for name in names})
+    arrays = {name: torch.from_numpy(getattr(pack, name))[None] for name in names}
+    layout = PackLayout(position=torch.from_numpy(pack.positions)[None], **arrays)
     masks = []
     for w_body, w_sum in zip(windows.body, windows.readout, strict=True):
         mask = np.zeros((BODY + K, BODY + K), dtype=bool)

@@ -6,12 +6,27 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from dti_dist import __version__
 from dti_dist.console import say
 from dti_dist.errors import OtherRankFailed, UserError
+
+
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and end the process with its exit code."""
+    try:
+        code = main(arguments)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if "dti_dist.ranks" in sys.modules:
+        from dti_dist.ranks import end_process
+
+        end_process(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,7 +216,3 @@ def _export(args: argparse.Namespace) -> int:
     folder = export(args.run_dir, args.out, args.checkpoint, args.dtype)
     say(f"exported to {folder}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

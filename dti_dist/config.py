@@ -146,17 +146,44 @@ class ModelConfig(Section):
     scratch: ScratchConfig = ScratchConfig()
 
 
+class ForgettingConfig(Section):
+    """alpha(d) = strength · (d / n)^shape: how far [SUM] forgets a token d interactions back."""
+
+    strength: Fraction = Field(
+        1.0, description="alpha at the oldest context interaction; 1 forgets it altogether."
+    )
+    shape: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="1: linear in the distance. Less forgets sooner, more forgets later."
+    )
+
+
 class AttentionConfig(Section):
-    policy: Literal["windowed", "budget"] = Field(
+    policy: Literal["windowed", "reset", "budget", "isolated"] = Field(
         "budget",
-        description="Leakage policy. budget: exact isolation. windowed: n in each layer, leaks.",
+        description="Leakage policy. budget, isolated: exact isolation. windowed: n in each layer, "
+        "leaks. reset: windowed, and [SUM] forgets what is far.",
+    )
+    positions: Literal["rope", "alibi"] = Field(
+        "rope",
+        description="Of [SUM]. rope: its place in the prompt. alibi: none, and a score falls with "
+        "the distance in tokens.",
     )
     budget: Literal["even", "early", "late"] | list[NonNegative] = Field(
         "even", description="How `budget` spreads n over the layers: a preset or w_body per layer."
     )
+    forgetting: ForgettingConfig = ForgettingConfig()
+    share_interactions: bool = Field(
+        True,
+        description="Under `isolated`, compute equal interactions of a pack once. Changes the "
+        "cost, not the result.",
+    )
     backend: Literal["auto", "flex", "chunked", "dense"] = Field(
         "auto", description="auto: flex on CUDA, chunked on CPU."
     )
+
+    @property
+    def shares_interactions(self) -> bool:
+        return self.policy == "isolated" and self.share_interactions
 
     @field_validator("budget", mode="wrap")
     @classmethod

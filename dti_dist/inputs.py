@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dti_dist.config import RunConfig
+import numpy as np
+
+from dti_dist.config import RunConfig, SampleConfig
 from dti_dist.data import index as split_index
 from dti_dist.data import item_tokens
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import pack_shape
+from dti_dist.data.packing import PackShape, pack_shape, with_shared_body
+from dti_dist.data.samples import make_samples
 from dti_dist.data.stream import SampleSettings, StreamPlan
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
@@ -93,17 +96,30 @@ class Inputs:
                 "prepare the data set with other fractions."
             )
         slots = self.config.pack.readout_slots if k is None else None
+        shape = pack_shape(self.config.pack.length, slots, index.tokens, index.targets)
         return StreamPlan(
             dataset=self.dataset,
             index=index,
             tokens=self.tokens,
-            shape=pack_shape(self.config.pack.length, slots, index.tokens, index.targets),
+            shape=self._with_shared_body(shape, index, sample),
             samples=SampleSettings(sample.context, sample.k, sample.min_context),
             window_interactions=self.config.data.shuffle_interactions,
             seed=self.config.seed,
             epochs=epochs,
             shuffle=shuffle,
         )
+
+    def _with_shared_body(
+        self, shape: PackShape, index: split_index.SplitIndex, sample: SampleConfig
+    ) -> PackShape:
+        if not self.config.attention.shares_interactions:
+            return shape
+        block = split_index.read_block(self.dataset, index.row_groups[0], self.tokens)
+        samples = make_samples(
+            block.offsets, block.target_start, sample.context, sample.k, sample.min_context
+        )
+        in_index = samples.take(np.arange(index.samples_of(0).stop))  # not all with max_targets
+        return with_shared_body(shape, in_index, block, self.tokens)
 
     def untrained_model(self) -> CTRModel:
         """The model before training, in float32 on the CPU: [SUM] added, nothing partitioned."""
@@ -121,7 +137,7 @@ class Inputs:
             label_ids=self.tokens.label_ids,
             n=config.sample.context,
             attention=config.attention,
-            has_prefix=len(self.tokens.prefix) > 0,
+            prefix_length=len(self.tokens.prefix),
             longest_span=len(self.tokens.prefix) + longest,
         )
 

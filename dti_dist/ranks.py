@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -125,6 +127,19 @@ def leave() -> None:
         dist.destroy_process_group()
     while _set_here:
         os.environ.pop(_set_here.pop(), None)
+
+
+def end_process(code: int) -> NoReturn:
+    """End a process whose ranks have met: run the exit functions, then leave at once.
+
+    Deepspeed keeps references to process groups, so Gloo's threads outlive `leave`. One that lets
+    go of a tensor while the interpreter is being finalised aborts the process ("terminate called
+    without an active exception"), and a job that is done would count as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 _set_here: list[str] = []  # environment variables of a group of one, or taken from Slurm's

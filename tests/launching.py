@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -86,14 +87,29 @@ def run(arguments: list[str], log: Path, expect: int = 0, **environment: str) ->
     return text
 
 
-def kill(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
-    """Signal the process and all that it started."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the process and all that it started, and theirs.
+
+    Torchrun puts its ranks into sessions of their own, so that a process group does not hold them.
+    """
+    if process.poll() is not None:
         return
-    if number == signal.SIGKILL:
-        process.wait(30)
+    doomed = [process.pid]
+    for pid in doomed:  # grows as it is walked
+        doomed += _children(pid)
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(30)
+
+
+def _children(pid: int) -> list[int]:
+    threads = Path(f"/proc/{pid}/task")
+    try:
+        lists = [(thread / "children").read_text() for thread in threads.iterdir()]
+    except OSError:  # it ended
+        return []
+    return [int(child) for line in lists for child in line.split()]
 
 
 def train(config: Path, *overrides: str, ranks: int = 1, expect: int = 0) -> str:

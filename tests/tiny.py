@@ -10,16 +10,35 @@ import torch
 
 from dti_dist.config import AttentionConfig
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import PackShape, assign_packs, build_pack
+from dti_dist.data.packing import PackShape, assign_packs, build_pack, with_shared_body
 from dti_dist.data.samples import make_samples, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch
 from dti_dist.data.template import TIME_GAPS
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.families import SUPPORTED
 
 VOCABULARY = 60
 NO, YES, SUM = 57, 58, 59
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = SUPPORTED
+# What sets a family apart, in a small form: layers without positions, partly rotated heads, factors.
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "smollm3": {"no_rope_layers": [1, 0, 1], "no_rope_layer_interval": 2},
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        }
+    },
+    "granite": {
+        "logits_scaling": 3.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.7,
+    },
+}
+FORGETTING = {"strength": 0.9, "shape": 1.5}
 
 
 def item_tokens(
@@ -61,16 +80,19 @@ def batch_of(
     k: int,
     shape: PackShape,
     min_context: int = 1,
+    share: bool = False,
 ) -> Batch:
     """All targets of the block, packed in order into as many packs as it takes."""
     samples = make_samples(block.offsets, block.target_start, n, k, min_context)
+    if share:
+        shape = with_shared_body(shape, samples, block, tokens)
     pack_of = assign_packs(sample_lengths(samples, block, tokens), samples.targets, shape)
     packs = [
         build_pack(samples.take(np.flatnonzero(pack_of == pack)), block, tokens, shape)
         for pack in range(pack_of.max() + 1)
     ]
     targets = int(samples.targets.sum())
-    return Batch.collate(packs, step=0, epoch=0, step_targets=targets, last_of_step=True)
+    return Batch.collate(packs, shape, step=0, epoch=0, step_targets=targets, last_of_step=True)
 
 
 def causal_lm(family: str, layers: int = 3, seed: int = 0, **changes: Any) -> Any:
@@ -87,7 +109,10 @@ def causal_lm(family: str, layers: int = 3, seed: int = 0, **changes: Any) -> An
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=4096,
-        **changes,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        **{**FAMILY_SETTINGS.get(family, {}), **changes},
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).double().eval()
@@ -115,14 +140,17 @@ def ctr_model(
     policy: str = "budget",
     n: int = 4,
     head: str = "yes_no",
-    has_prefix: bool = False,
+    prefix: int = 0,
     backend: str = "auto",
     budget: Any = "even",
+    positions: str = "rope",
     **changes: Any,
 ) -> CTRModel:
-    attention = AttentionConfig(policy=policy, budget=budget, backend=backend)
+    attention = AttentionConfig(
+        policy=policy, positions=positions, budget=budget, backend=backend, forgetting=FORGETTING
+    )
     model = CTRModel(
-        causal_lm(family, **changes), head, (NO, YES), n, attention, has_prefix=has_prefix
+        causal_lm(family, **changes), head, (NO, YES), n, attention, prefix_length=prefix
     )
     if head == "linear":
         torch.nn.init.normal_(model.head.weight)

@@ -10,14 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from dti_dist.attention.chunked import ChunkedPlan, chunked_attention
-from dti_dist.attention.dense import dense_attention, dense_mask
+from dti_dist.attention.dense import DensePlan, dense_attention
 from dti_dist.attention.flex import FlexPlan, flex_attention_call
 from dti_dist.attention.intervals import (
-    LayerWindows,
     PackLayout,
     VisibleIntervals,
     body_intervals,
     readout_intervals,
+    shared_body_intervals,
+)
+from dti_dist.attention.policies import LayerWindows
+from dti_dist.attention.readout import (
+    ScoreBias,
+    Turn,
+    alibi_slopes,
+    in_sample_order,
+    restarted_positions,
+    score_bias,
+    with_initial_memory,
 )
 from dti_dist.errors import UserError, nearest
 
@@ -33,7 +43,7 @@ class _Backend:
     """How a backend plans body and readout attention, and runs a plan."""
 
     plan_body: Callable[[VisibleIntervals], Any]
-    plan_readout: Callable[[VisibleIntervals], Any]
+    plan_readout: Callable[[VisibleIntervals, ScoreBias | None], Any]
     attention: Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
 
 
@@ -41,11 +51,46 @@ _BACKENDS = {
     "flex": _Backend(FlexPlan.build, FlexPlan.build, flex_attention_call),
     "chunked": _Backend(
         ChunkedPlan.build,
-        lambda intervals: ChunkedPlan.build(intervals, chunk=_READOUT_CHUNK),
+        lambda intervals, bias: ChunkedPlan.build(intervals, bias, chunk=_READOUT_CHUNK),
         chunked_attention,
     ),
-    "dense": _Backend(dense_mask, dense_mask, dense_attention),
+    "dense": _Backend(DensePlan.build, DensePlan.build, dense_attention),
 }
+
+
+@dataclass(frozen=True)
+class AttentionScheme:
+    """What the attention of a model is, whatever the batch.
+
+    Attributes:
+        windows: of every layer.
+        positions: of [SUM], ``rope`` or ``alibi``.
+        isolated: whether body tokens see their own interaction alone; positions restart then.
+        forgetting: [n + 1] alpha by distance under ``reset``, else None.
+        initial_memory: (layer, [B, L, hidden] initial embeddings) → un-rotated keys and values
+            [B, L, Hkv, D] that the layer makes of them; needed for forgetting alone.
+        rotary_layers: whether each layer rotates queries and keys.
+        rotary_scaling: factor that the model's rotary tables carry.
+        heads: Hq.
+        body_sees_prefix, readout_sees_prefix: whether they see their sample's prefix.
+        prefix_length: tokens of the prefix.
+        longest_span: most tokens of a sample that a token may look back on; None: all of a pack.
+        backend: ``flex`` (GPUs), ``chunked`` (CPU), ``dense`` (tests), or ``auto``: by device.
+    """
+
+    windows: LayerWindows
+    positions: str = "rope"
+    isolated: bool = False
+    forgetting: Tensor | None = None
+    initial_memory: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None
+    rotary_layers: tuple[bool, ...] = ()
+    rotary_scaling: float = 1.0
+    heads: int = 1
+    body_sees_prefix: bool = False
+    readout_sees_prefix: bool = False
+    prefix_length: int = 0
+    longest_span: int | None = None
+    backend: str = "auto"
 
 
 class AttentionPlans:
@@ -55,10 +100,13 @@ class AttentionPlans:
 
     Args:
         layout: of the batch, on the device of the model.
-        windows: of every layer.
-        backend: ``flex`` (GPUs), ``chunked`` (CPU), ``dense`` (tests), or ``auto``: by device.
-        body_sees_prefix: whether body tokens see their sample's prefix.
-        readout_sees_prefix: whether [SUM] does.
+        scheme: of the model.
+        inverse_frequencies: [R / 2] of the model's rotary positions; needed where keys are read by
+            other positions than the model gave them.
+
+    Attributes:
+        positions: [B, T] rotary position ids to call the model with.
+        initial: [B, T, hidden] what the first layer reads; set by the model under ``reset``.
 
     Raises:
         UserError: the backend is unknown, or cannot run these lengths.
@@ -67,12 +115,10 @@ class AttentionPlans:
     def __init__(
         self,
         layout: PackLayout,
-        windows: LayerWindows,
-        backend: str = "auto",
-        *,
-        body_sees_prefix: bool,
-        readout_sees_prefix: bool,
+        scheme: AttentionScheme,
+        inverse_frequencies: Tensor | None = None,
     ) -> None:
+        backend = scheme.backend
         if backend == "auto":
             backend = "flex" if layout.unit.is_cuda else "chunked"
         if backend not in _BACKENDS:
@@ -80,20 +126,53 @@ class AttentionPlans:
                 f"Expected an attention backend among auto, {', '.join(_BACKENDS)}; found "
                 f"{backend!r}.{nearest(backend, ['auto', *_BACKENDS])}"
             )
-        self._backend = _BACKENDS[backend]
-        self._windows = windows
-        self._tokens = tuple(layout.unit.shape)
+        self.scheme = scheme
+        self.initial: Tensor | None = None
         self.body_length = layout.body_length
-        self._body = {
-            w: self._backend.plan_body(body_intervals(layout, w, body_sees_prefix))
-            for w in set(windows.body)
-        }
-        self._readout = {}
-        if self.body_length < layout.unit.shape[1]:
-            self._readout = {
-                w: self._backend.plan_readout(readout_intervals(layout, w, readout_sees_prefix))
-                for w in set(windows.readout)
-            }
+        self.reach = scheme.longest_span or layout.length
+        self._backend = _BACKENDS[backend]
+        self._source = None if layout.shared is None else layout.shared.source.long()
+        self._has_slots = layout.length < layout.unit.shape[1]
+        self._place_positions(layout, inverse_frequencies)
+        windows = scheme.windows
+        self._body = {w: self._plan_body(layout, w) for w in set(windows.body)}
+        if self._has_slots:
+            slopes = alibi_slopes(scheme.heads) if scheme.positions == "alibi" else None
+            bias = score_bias(layout, slopes, scheme.forgetting)
+            self._readout = {w: self._plan_readout(layout, w, bias) for w in set(windows.readout)}
+
+    def _place_positions(self, layout: PackLayout, inverse_frequencies: Tensor | None) -> None:
+        """Positions that the model rotates by, and by how much [SUM] must turn what it reads."""
+        length, alibi = layout.length, self.scheme.positions == "alibi"
+        in_sample = layout.position[:, :length].long()
+        if layout.shared is not None:
+            body = layout.shared.position.long()
+            rotated_by = body.gather(1, layout.shared.source.long())
+        else:
+            body = restarted_positions(layout).long() if self.scheme.isolated else in_sample
+            rotated_by = body
+        slots = layout.position[:, length:].long()
+        self.positions = torch.cat([body, torch.zeros_like(slots) if alibi else slots], dim=1)
+        self._turn = self._turn_initial = None
+        wanted = torch.zeros_like(in_sample) if alibi else in_sample
+        if alibi or self.scheme.isolated:
+            self._turn = Turn.by(wanted - rotated_by, _needed(inverse_frequencies))
+        if self.scheme.forgetting is not None and not alibi:
+            self._turn_initial = Turn.by(wanted, _needed(inverse_frequencies))
+
+    def _plan_body(self, layout: PackLayout, window: int) -> Any:
+        scheme = self.scheme
+        if layout.shared is not None:
+            intervals = shared_body_intervals(layout.shared, scheme.prefix_length)
+        else:
+            intervals = body_intervals(layout, window, scheme.body_sees_prefix)
+        return self._backend.plan_body(intervals)
+
+    def _plan_readout(self, layout: PackLayout, window: int, bias: ScoreBias | None) -> Any:
+        intervals = readout_intervals(layout, window, self.scheme.readout_sees_prefix)
+        if self.scheme.forgetting is not None:
+            intervals = with_initial_memory(intervals, layout.length)
+        return self._backend.plan_readout(intervals, bias)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of one layer over whole packs.
@@ -110,22 +189,56 @@ class AttentionPlans:
         Raises:
             UserError: q or k are not of the B packs of T tokens that the plans were made for.
         """
+        expected = tuple(self.positions.shape)
         for name, x in (("queries", q), ("keys", k)):
-            if (x.shape[0], x.shape[2]) != self._tokens:
+            if (x.shape[0], x.shape[2]) != expected:
                 raise UserError(
-                    f"Expected {name} of {self._tokens[0]} packs of {self._tokens[1]} tokens, as "
+                    f"Expected {name} of {expected[0]} packs of {expected[1]} tokens, as "
                     f"in the pack layout; found {x.shape[0]} of {x.shape[2]}. Make the "
                     f"AttentionPlans from this batch's layout, and call the model with "
                     f"use_cache=False."
                 )
         length, attention = self.body_length, self._backend.attention
-        body_plan = self._body[self._windows.body[layer]]
+        body_plan = self._body[self.scheme.windows.body[layer]]
         body = attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], body_plan, scale)
-        if not self._readout:
+        if not self._has_slots:
             return body
-        readout_plan = self._readout[self._windows.readout[layer]]
-        readout = attention(q[:, :, length:], k, v, readout_plan, scale)
+        keys, values = self._memory(layer, k, v)
+        readout_plan = self._readout[self.scheme.windows.readout[layer]]
+        readout = attention(q[:, :, length:], keys, values, readout_plan, scale)
         return torch.cat([body, readout], dim=2)
+
+    def _memory(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, Hkv, Tk, D] each: what [SUM] reads. The samples, the slots, initial embeddings."""
+        scheme, length = self.scheme, self.body_length
+        rotary = scheme.rotary_layers[layer] if scheme.rotary_layers else True
+        turn = self._turn if rotary else None
+        if turn is None and self._source is None and scheme.forgetting is None:
+            return k, v
+        keys, values = k[:, :, :length].transpose(1, 2), v[:, :, :length].transpose(1, 2)
+        if self._source is not None:
+            keys, values = (in_sample_order(x, self._source) for x in (keys, values))
+        if turn is not None:
+            keys = turn(keys)
+        parts = [(keys, values), (k[:, :, length:].transpose(1, 2), v[:, :, length:].transpose(1, 2))]
+        if scheme.initial_memory is not None:
+            assert self.initial is not None, "the model sets what its first layer reads"
+            keys, values = scheme.initial_memory(layer, self.initial[:, :length])
+            if rotary:
+                keys = keys * scheme.rotary_scaling
+                keys = self._turn_initial(keys) if self._turn_initial is not None else keys
+            parts.append((keys, values))
+        keys, values = (torch.cat([x.to(k.dtype) for x in column], dim=1) for column in zip(*parts))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def _needed(inverse_frequencies: Tensor | None) -> Tensor:
+    if inverse_frequencies is None:
+        raise UserError(
+            "Expected the model's rotary frequencies: under this policy and these positions [SUM] "
+            "reads keys by other positions than the model gave them. Found none."
+        )
+    return inverse_frequencies
 
 
 # What some models ask of an attention, by keyword, that would change the scores.
@@ -188,11 +301,11 @@ def attention_forward(
             f"attention_mask of shape {tuple(attention_mask.shape)} too. Leave it out."
         )
     sliding_window = kwargs.get("sliding_window")
-    if sliding_window is not None and sliding_window < plans.body_length:
+    if sliding_window is not None and sliding_window < plans.reach:
         raise UserError(
-            f"{type(module).__name__} has a sliding window of {sliding_window} tokens, shorter "
-            f"than the {plans.body_length} body tokens of a pack. Use packs of at most "
-            f"{sliding_window} body tokens, or a model without a sliding window."
+            f"{type(module).__name__} has a sliding window of {sliding_window} tokens, and a token "
+            f"must see up to {plans.reach}. Lower n or the longest item text, or choose a model "
+            f"without a sliding window."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx

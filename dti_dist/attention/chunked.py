@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dti_dist.attention.intervals import VisibleIntervals
+from dti_dist.attention.readout import ScoreBias
 
 # F.scaled_dot_product_attention runs these two on a CPU. Called directly, they hand out the
 # logsumexp, so that the backward pass needs no graph, and no full-size gradient, per chunk.
@@ -21,12 +22,19 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Neighbouring queries of one pack, and the keys that any of them sees."""
+    """Neighbouring queries of one pack, and the keys that any of them sees.
+
+    Attributes:
+        visible: bool [queries, keys].
+        distance, log_weight: [queries, keys] of ScoreBias, where there is one.
+    """
 
     pack: int
     queries: slice
     keys: list[slice]
-    visible: Tensor  # bool [queries, keys]
+    visible: Tensor
+    distance: Tensor | None
+    log_weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,12 @@ class ChunkedPlan:
     """The chunks of a batch of packs; made once, used by every layer with the same window."""
 
     chunks: list[_Chunk]
+    slopes: Tensor | None
 
     @classmethod
-    def build(cls, intervals: VisibleIntervals, chunk: int = 128) -> ChunkedPlan:
+    def build(
+        cls, intervals: VisibleIntervals, bias: ScoreBias | None = None, chunk: int = 128
+    ) -> ChunkedPlan:
         """Cut the queries of every pack into chunks of ``chunk`` tokens.
 
         A longer chunk means fewer calls, and more keys that only some of its queries see.
@@ -47,16 +58,23 @@ class ChunkedPlan:
         for pack in range(packs):
             for first in range(0, length, chunk):
                 queries = slice(first, min(first + chunk, length))
-                chunks.append(_make_chunk(pack, queries, start[:, pack], end[:, pack]))
-        return cls(chunks)
+                chunks.append(_make_chunk(pack, queries, start[:, pack], end[:, pack], bias))
+        return cls(chunks, None if bias is None else bias.slopes)
 
 
-def _make_chunk(pack: int, queries: slice, start: np.ndarray, end: np.ndarray) -> _Chunk:
+def _make_chunk(
+    pack: int, queries: slice, start: np.ndarray, end: np.ndarray, bias: ScoreBias | None
+) -> _Chunk:
     start, end = start[:, queries], end[:, queries]  # [R, queries]
     keys = _union(start, end)
     position = np.concatenate([np.arange(key.start, key.stop) for key in keys])
     visible = (start[..., None] <= position) & (position < end[..., None])
-    return _Chunk(pack, queries, keys, torch.from_numpy(visible.any(axis=0)))
+    distance = log_weight = None
+    if bias is not None:
+        query = torch.arange(queries.start, queries.stop)[:, None]
+        distance, log_weight = bias.of_pairs(torch.tensor(pack), query, torch.from_numpy(position))
+    seen = torch.from_numpy(visible.any(axis=0))
+    return _Chunk(pack, queries, keys, seen, distance, log_weight)
 
 
 def _union(start: np.ndarray, end: np.ndarray) -> list[slice]:
@@ -97,8 +115,8 @@ class _ChunkedAttention(torch.autograd.Function):
         q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
         out = torch.empty_like(q)
         logsumexp = torch.empty(q.shape[:3], dtype=_accumulator(q.dtype))
-        for chunk, mask in _with_masks(plan, q.dtype):
-            groups = q.shape[1] // k.shape[1]
+        groups = q.shape[1] // k.shape[1]
+        for chunk, mask in _with_masks(plan, q.dtype, groups):
             chunk_out, chunk_logsumexp = _flash_forward(
                 _queries(q, chunk, groups),
                 _keys(k, chunk, groups),
@@ -121,7 +139,7 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_k = torch.zeros_like(k, dtype=_accumulator(k.dtype))
         grad_v = torch.zeros_like(v, dtype=_accumulator(v.dtype))
         groups = q.shape[1] // k.shape[1]
-        for chunk, mask in _with_masks(ctx.plan, q.dtype):
+        for chunk, mask in _with_masks(ctx.plan, q.dtype, groups):
             chunk_grad_q, chunk_grad_k, chunk_grad_v = _flash_backward(
                 _queries(grad_out, chunk, groups),
                 _queries(q, chunk, groups),
@@ -140,10 +158,20 @@ class _ChunkedAttention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
-def _with_masks(plan: ChunkedPlan, dtype: torch.dtype) -> Iterator[tuple[_Chunk, Tensor]]:
+def _with_masks(
+    plan: ChunkedPlan, dtype: torch.dtype, groups: int
+) -> Iterator[tuple[_Chunk, Tensor]]:
+    """Chunks with what is added to their scores: [queries, keys], or [Hkv, G, queries, keys]."""
     for chunk in plan.chunks:
-        mask = torch.full(chunk.visible.shape, -torch.inf, dtype=dtype)
-        yield chunk, mask.masked_fill_(chunk.visible, 0.0)
+        if chunk.log_weight is None:
+            mask = torch.full(chunk.visible.shape, -torch.inf, dtype=dtype)
+            mask.masked_fill_(chunk.visible, 0.0)
+        else:
+            mask = chunk.log_weight.to(dtype).masked_fill(~chunk.visible, -torch.inf)
+        if plan.slopes is not None:
+            by_head = plan.slopes.to(dtype).view(-1, groups, 1, 1)
+            mask = mask - by_head * chunk.distance
+        yield chunk, mask
 
 
 def _queries(x: Tensor, chunk: _Chunk, groups: int) -> Tensor:

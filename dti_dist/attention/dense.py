@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from dti_dist.attention.intervals import VisibleIntervals
+from dti_dist.attention.readout import ScoreBias
 
 
 def dense_mask(intervals: VisibleIntervals) -> Tensor:
@@ -15,13 +18,40 @@ def dense_mask(intervals: VisibleIntervals) -> Tensor:
     return inside.any(dim=0)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class DensePlan:
+    """The mask and the bias of every score.
+
+    Attributes:
+        mask: bool [B, Tq, Tk].
+        bias: [B, Hq or 1, Tq, Tk] float64; 0 without.
+    """
+
+    mask: Tensor
+    bias: Tensor
+
+    @classmethod
+    def build(cls, intervals: VisibleIntervals, bias: ScoreBias | None = None) -> DensePlan:
+        mask = dense_mask(intervals)
+        total = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=mask.device)
+        if bias is not None:
+            b, q, key = (torch.arange(size, device=mask.device) for size in mask.shape)
+            pairs = bias.of_pairs(b[:, None, None], q[:, None], key)
+            distance, weight = (None if x is None else x[:, None] for x in pairs)
+            if bias.slopes is not None and distance is not None:
+                total = total - bias.slopes[:, None, None] * distance
+            if weight is not None:
+                total = total + weight
+        return cls(mask, total)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: DensePlan, scale: float) -> Tensor:
     """Softmax attention in the dtype of its inputs; memory O(Tq·Tk).
 
     Args:
         q: [B, Hq, Tq, D].
         k, v: [B, Hkv, Tk, D], Hq a multiple of Hkv.
-        mask: bool [B, Tq, Tk].
+        plan: of the same B packs.
         scale: factor of the scores.
 
     Returns:
@@ -29,5 +59,5 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.mT * scale).masked_fill(~mask[:, None], -torch.inf)
-    return scores.softmax(dim=-1) @ v
+    scores = q @ k.mT * scale + plan.bias.to(q.dtype)
+    return scores.masked_fill(~plan.mask[:, None], -torch.inf).softmax(dim=-1) @ v

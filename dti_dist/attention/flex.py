@@ -13,6 +13,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dti_dist.attention.intervals import VisibleIntervals
+from dti_dist.attention.readout import ScoreBias
 from dti_dist.errors import UserError
 
 # FlexAttention's default block. Other lengths are padded inside its kernels, where gradients can
@@ -32,9 +33,10 @@ class FlexPlan:
     """The block mask of a batch of packs; made once, used by every layer with the same window."""
 
     block_mask: BlockMask
+    score_mod: Callable[..., Tensor] | None
 
     @classmethod
-    def build(cls, intervals: VisibleIntervals) -> FlexPlan:
+    def build(cls, intervals: VisibleIntervals, bias: ScoreBias | None = None) -> FlexPlan:
         """Derive the blocks from the intervals' ends, without ever evaluating the mask.
 
         Raises:
@@ -60,7 +62,7 @@ class FlexPlan:
             BLOCK_SIZE=BLOCK,
             mask_mod=_interval_test(start, end),
         )
-        return cls(block_mask)
+        return cls(block_mask, None if bias is None else _biased(bias))
 
 
 def _count_queries(intervals: VisibleIntervals, first: Tensor, last: Tensor) -> Tensor:
@@ -105,6 +107,16 @@ def _interval_test(
     return visible
 
 
+def _biased(bias: ScoreBias) -> Callable[..., Tensor]:
+    def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        distance, log_weight = bias.of_pairs(b, q, kv)
+        if bias.slopes is not None:
+            score = score - bias.slopes[h] * distance
+        return score if log_weight is None else score + log_weight
+
+    return biased
+
+
 def flex_attention_call(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: float) -> Tensor:
     """Softmax attention over the visible keys of every query, compiled.
 
@@ -133,7 +145,7 @@ def flex_attention_call(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: 
         )
     try:
         with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
-            return _compiled(q, k, v, plan.block_mask, scale)
+            return _compiled(q, k, v, plan.block_mask, plan.score_mod, scale)
     except FailOnRecompileLimitHit as error:
         raise UserError(
             f"FlexAttention is compiled once for each combination of shapes, dtype and gradient "
@@ -147,7 +159,14 @@ def compiled_graphs() -> int:
     return _graphs
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    score_mod: Callable[..., Tensor] | None,
+    scale: float,
+) -> Tensor:
     # Dynamo runs this line only while it traces. Reached in any other way (compilation disabled,
     # or given up), flex_attention would quietly build the whole score matrix.
     if not torch.compiler.is_compiling():
@@ -156,7 +175,13 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float)
             "TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE, or use the chunked backend on a CPU."
         )
     out: Tensor = flex_attention(
-        q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out
 

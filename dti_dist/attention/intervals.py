@@ -1,24 +1,38 @@
-"""Who sees whom: visible intervals, and the window of every layer.
+"""Who sees whom: visible intervals.
 
-A batch has B packs of T = L + S tokens: L body tokens, then a readout tail of S [SUM] slots. A
-pack is cut into *units*: an interaction (its text, then its label token) or the optional prefix
-of a sample. The units of a sample are contiguous and in order, the prefix first, so what a token
-may see is a handful of contiguous ranges of keys. Every backend is derived from those ranges.
+A batch has B packs of T = L + S tokens: the L tokens of its samples, then a readout tail of S [SUM]
+slots. A pack is cut into *units*: an interaction (its text, then its label token) or the optional
+prefix of a sample. The units of a sample are contiguous and in order, the prefix first, so what a
+token may see is a handful of contiguous ranges of keys. Every backend is derived from those ranges.
+
+The layers run on the L tokens, the body, or, where equal interactions are shared, on a shorter body
+of Lb tokens, whose keys and values are brought into the order of the samples for [SUM].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dti_dist.errors import UserError, nearest
 
-# Leakage policies, and whether streaming and sliding-window prompts are the same function.
-_POLICY_IS_EXACT = {"windowed": False, "budget": True}
-_BUDGET_PRESETS = ("even", "early", "late")
+@dataclass(frozen=True)
+class SharedBody:
+    """The distinct interactions of each pack, each once, and where they stand in the samples.
+
+    Attributes:
+        position: [B, Lb] rotary position, which restarts with each interaction.
+        start, end: [B, Lb] the tokens of its own interaction that a token sees beside itself and
+            the prefix, which takes the first places. Padding sees itself alone.
+        source: [B, L] which of the Lb tokens stands at each place of the samples.
+    """
+
+    position: Tensor
+    start: Tensor
+    end: Tensor
+    source: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,32 +42,51 @@ class PackLayout:
     Attributes:
         unit: [B, T] unit of every token within its pack; for a [SUM] slot the unit of its target;
             -1 for padding and unused slots.
-        unit_start: [B, U+1] body position of each unit's first token, padded with the last end.
+        position: [B, T] of every token within its sample; of a slot, that of its target's label.
+        unit_start: [B, U+1] position in the pack of each unit's first token, padded with the last
+            end.
         unit_first: [B, U] for an interaction the first interaction of its sample; for a prefix
             itself.
-        prefix_start, prefix_end: [B, U] body span of the prefix of the unit's sample; empty when
+        prefix_start, prefix_end: [B, U] span of the prefix of the unit's sample; empty when
             there is none, and for the prefix itself.
-        readout_end: [B, S] exclusive end of what a [SUM] slot may see in the body: the position
-            of its target's label token. 0 for unused slots.
+        readout_end: [B, S] exclusive end of what a [SUM] slot may see: the place of its target's
+            label token. 0 for unused slots.
+        shared: the body where equal interactions are shared; None where the L tokens are it.
     """
 
     unit: Tensor
+    position: Tensor
     unit_start: Tensor
     unit_first: Tensor
     prefix_start: Tensor
     prefix_end: Tensor
     readout_end: Tensor
+    shared: SharedBody | None = None
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of a pack's samples."""
+        return self.unit.shape[1] - self.readout_end.shape[1]
 
     @property
     def body_length(self) -> int:
-        """L, the number of body tokens of a pack."""
-        return self.unit.shape[1] - self.readout_end.shape[1]
+        """Tokens that the layers run on beside the slots: L, or Lb where interactions are shared."""
+        return self.length if self.shared is None else self.shared.position.shape[1]
 
     def to(self, device: torch.device | str) -> PackLayout:
         """The same layout on another device."""
-        return PackLayout(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        )
+        return _to(self, device)
+
+
+def _to(record: Any, device: torch.device | str) -> Any:
+    moved: dict[str, Any] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, SharedBody):
+            moved[field.name] = _to(value, device)
+        elif isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+    return replace(record, **moved)
 
 
 @dataclass(frozen=True)
@@ -72,18 +105,33 @@ class VisibleIntervals:
 
 
 def body_intervals(layout: PackLayout, w_body: int, prefix_visible: bool) -> VisibleIntervals:
-    """What body tokens see among the L body tokens; Tq = Tk = L.
+    """What body tokens see among the L tokens of the samples; Tq = Tk = L.
 
     A token of interaction t sees interactions t - w_body … t of its own sample up to itself, and
     its sample's prefix if ``prefix_visible``. Padding sees itself alone.
     """
-    length = layout.body_length
+    length = layout.length
     unit = layout.unit[:, :length]
     position = torch.arange(length, device=unit.device).expand_as(unit)
     start = torch.where(unit < 0, position, _window_start(layout, unit, w_body))
     ranges = [(start, position + 1)]
     if prefix_visible:
         ranges.append(_prefix_range(layout, unit))
+    return _stack(ranges, key_length=length)
+
+
+def shared_body_intervals(shared: SharedBody, prefix_length: int) -> VisibleIntervals:
+    """What tokens of a shared body see among each other; Tq = Tk = Lb.
+
+    A token sees its own interaction up to itself, and the prefix. Of two labels after one text,
+    none sees the other.
+    """
+    length = shared.position.shape[1]
+    position = torch.arange(length, device=shared.start.device).expand_as(shared.start)
+    ranges = [(shared.start, shared.end), (position, position + 1)]
+    if prefix_length:
+        behind = (shared.start >= prefix_length).int()  # neither prefix nor padding
+        ranges.append((torch.zeros_like(behind), behind * prefix_length))
     return _stack(ranges, key_length=length)
 
 
@@ -94,7 +142,7 @@ def readout_intervals(layout: PackLayout, w_readout: int, prefix_visible: bool) 
     the label of t; its sample's prefix if ``prefix_visible``; and itself. An unused slot sees
     itself alone.
     """
-    length = layout.body_length
+    length = layout.length
     unit = layout.unit[:, length:]
     ranges = [(_window_start(layout, unit, w_readout), layout.readout_end)]
     if prefix_visible:
@@ -125,112 +173,3 @@ def _stack(ranges: list[tuple[Tensor, Tensor]], key_length: int) -> VisibleInter
         end=torch.stack([end.int() for _, end in ranges]),
         key_length=key_length,
     )
-
-
-@dataclass(frozen=True)
-class LayerWindows:
-    """How many interactions before its own a token sees in each layer.
-
-    Attributes:
-        body: w_body[l], for body tokens.
-        readout: w_readout[l], for [SUM].
-    """
-
-    body: tuple[int, ...]
-    readout: tuple[int, ...]
-
-
-def is_exact(policy: str) -> bool:
-    """Whether the policy makes streaming and sliding-window prompts the same function.
-
-    Raises:
-        UserError: the policy is unknown.
-    """
-    _check_policy(policy)
-    return _POLICY_IS_EXACT[policy]
-
-
-def _check_policy(policy: str) -> None:
-    if policy not in _POLICY_IS_EXACT:
-        raise UserError(
-            f"Expected a leakage policy among {', '.join(_POLICY_IS_EXACT)}; found {policy!r}."
-            f"{nearest(policy, _POLICY_IS_EXACT)}"
-        )
-
-
-def layer_windows(
-    policy: str,
-    n: int,
-    num_layers: int,
-    budget: str | Sequence[int] = "even",
-    share: float = 0.5,
-) -> LayerWindows:
-    """The windows of all layers under a leakage policy.
-
-    ``windowed``: n everywhere, so the states that layer l reads have seen l·n interactions back.
-
-    ``budget`` (exact): the body windows sum to at most n, and [SUM] gets what the layers below
-    have left: w_readout[l] = n - Σ_{l'<l} w_body[l']. Nothing older than n interactions reaches a
-    prediction.
-
-    Args:
-        policy: ``windowed`` or ``budget``.
-        n: context interactions a target may see.
-        num_layers: layers of the model.
-        budget: the body windows, one per layer, or a preset that spends ``share`` of n on the
-            layers below the last (nobody reads the last layer's body states): ``even`` over all
-            of them, ``early`` over their lower half, ``late`` over their upper half.
-        share: share of n that a preset spends on the body, in [0, 1].
-
-    Raises:
-        UserError: the policy or preset is unknown, or the list breaks exactness.
-    """
-    _check_policy(policy)
-    if policy == "windowed":
-        return LayerWindows(body=(n,) * num_layers, readout=(n,) * num_layers)
-    if isinstance(budget, str):
-        body = _preset_budget(budget, n, num_layers, share)
-    else:
-        body = _checked_budget(budget, n, num_layers)
-    readout = tuple(n - sum(body[:layer]) for layer in range(num_layers))
-    return LayerWindows(body=body, readout=readout)
-
-
-def _preset_budget(preset: str, n: int, num_layers: int, share: float) -> tuple[int, ...]:
-    if preset not in _BUDGET_PRESETS:
-        raise UserError(
-            f"Expected a budget among {', '.join(_BUDGET_PRESETS)}, or a list of {num_layers} "
-            f"windows; found {preset!r}.{nearest(preset, _BUDGET_PRESETS)}"
-        )
-    if not 0 <= share <= 1:
-        raise UserError(f"Expected a share of n between 0 and 1 for the budget; found {share}.")
-    useful = num_layers - 1
-    half = (useful + 1) // 2
-    layers = {
-        "even": range(useful),
-        "early": range(half),
-        "late": range(useful - half, useful),
-    }[preset]
-    body = [0] * num_layers
-    for i in range(round(n * share) if layers else 0):
-        body[layers[i % len(layers)]] += 1
-    return tuple(body)
-
-
-def _checked_budget(budget: Sequence[int], n: int, num_layers: int) -> tuple[int, ...]:
-    reason = None
-    if len(budget) != num_layers:
-        reason = f"it has {len(budget)} entries; give one body window for each layer"
-    elif min(budget, default=0) < 0:
-        reason = "it has a negative window; a window counts interactions, so use 0 or more"
-    elif sum(budget) > n:
-        reason = (
-            f"it sums to {sum(budget)}, so interactions older than n = {n} would reach a "
-            f"prediction and `budget` would not be exact; lower the windows or raise n"
-        )
-    if reason:
-        raise UserError(
-            f"Expected {num_layers} body windows that sum to at most {n}; found {list(budget)}: "
-            f"{reason}."
-        )
-    return tuple(budget)

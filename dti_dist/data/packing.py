@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.samples import IntArray, Samples
+from dti_dist.data.samples import IntArray, Samples, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.errors import UserError
 
+_MEASURED_PACKS = 8
 _OPEN_PACKS = 64  # more would fill a little better, and mix neighbours of the order further apart
 
 
 @dataclass(frozen=True)
 class PackShape:
-    """Constants of a run. length: L body tokens. slots: S [SUM] slots."""
+    """Constants of a run.
+
+    Attributes:
+        length: L, tokens of a pack's samples end to end.
+        slots: S, [SUM] slots.
+        body: tokens that the layers run on where equal interactions are shared, about; a pack
+            that needs more gets more. None: no sharing, the body is the L tokens.
+    """
 
     length: int
     slots: int
+    body: int | None = None
 
 
 def pack_shape(
@@ -38,23 +47,42 @@ def pack_shape(
     if longest > length:
         raise UserError(
             f"pack.length {length} is too short for the longest sample, which has {longest} "
-            f"tokens. Set pack.length={_multiple_of_128(longest)} or more, or lower "
+            f"tokens. Set pack.length={multiple_of_128(longest)} or more, or lower "
             "sample.context, sample.targets or template.max_item_tokens."
         )
     if slots is None:
         tokens = int(sample_tokens.sum(dtype=np.int64))
         expected = length * int(sample_targets.sum(dtype=np.int64)) / max(tokens, 1)
-        slots = _multiple_of_128(max(int(1.1 * expected), most, 1))
+        slots = multiple_of_128(max(int(1.1 * expected), most, 1))
     elif most > slots:
         raise UserError(
             f"pack.readout_slots {slots} is too few for a sample with {most} targets. "
-            f"Set pack.readout_slots={_multiple_of_128(most)} or leave it out."
+            f"Set pack.readout_slots={multiple_of_128(most)} or leave it out."
         )
     return PackShape(length, slots)
 
 
-def _multiple_of_128(value: int) -> int:
+def multiple_of_128(value: int) -> int:
     return -(-value // 128) * 128
+
+
+def with_shared_body(
+    shape: PackShape, samples: Samples, block: SequenceBlock, tokens: ItemTokens
+) -> PackShape:
+    """The shape with a body for equal interactions, each once, measured on some packs of samples.
+
+    Packs hold random users, so their bodies are nearly equally long: 3 % above the longest of some
+    is enough for nearly all, and the length stays constant.
+    """
+    lengths = sample_lengths(samples, block, tokens)
+    pack_of = assign_packs(lengths, samples.targets, shape)
+    fullest = np.argsort(-np.bincount(pack_of, lengths), kind="stable")[:_MEASURED_PACKS]
+    shared = replace(shape, body=0)
+    longest = max(
+        build_pack(samples.take(np.flatnonzero(pack_of == p)), block, tokens, shared).body_tokens
+        for p in fullest
+    )
+    return replace(shape, body=min(multiple_of_128(int(longest * 1.03)), shape.length))
 
 
 def assign_packs(tokens: IntArray, targets: IntArray, shape: PackShape) -> IntArray:
@@ -87,8 +115,29 @@ def assign_packs(tokens: IntArray, targets: IntArray, shape: PackShape) -> IntAr
 
 
 @dataclass(frozen=True)
+class SharedBody:
+    """The distinct interactions of a pack, each once; Lb tokens.
+
+    First the prefix, once for all samples. Then for each distinct text (gap words and item) its
+    tokens, and a label token for each label that occurs after it. A token sees the prefix, then
+    start … end - 1, then itself: of two labels of a text, none sees the other.
+
+    Attributes:
+        tokens, positions: [Lb] token id; position, which restarts behind the prefix with each text.
+        start, end: [Lb] the tokens of its own text before it.
+        source: [L] which of these tokens stands at each place of the samples end to end.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    start: npt.NDArray[np.int32]
+    end: npt.NDArray[np.int32]
+    source: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Pack:
-    """One pack as integer arrays; L body tokens, then S [SUM] slots; U units.
+    """One pack as integer arrays; L tokens of samples end to end, then S [SUM] slots; U units.
 
     A unit is an interaction (gap words, item text, label token) or a sample's prefix.
 
@@ -101,6 +150,8 @@ class Pack:
         readout_end: [S] where what a slot may see ends: its target's label token.
         labels, weights: [S] float32 label, and 1 for used slots.
         target_row, target_position: [S] which interaction of the split is the target; -1 unused.
+        body_tokens: tokens without padding that the layers run on, slots not counted.
+        shared: the body where equal interactions are shared; else the L tokens are the body.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -116,6 +167,7 @@ class Pack:
     target_row: npt.NDArray[np.int64]
     target_position: npt.NDArray[np.int32]
     body_tokens: int
+    shared: SharedBody | None = None
 
     @property
     def targets(self) -> int:
@@ -125,7 +177,10 @@ class Pack:
 def build_pack(
     samples: Samples, block: SequenceBlock, tokens: ItemTokens, shape: PackShape
 ) -> Pack:
-    """Lay samples end to end in a pack. No samples at all give a zero-weight pack."""
+    """Lay samples end to end in a pack. No samples at all give a zero-weight pack.
+
+    Where the shape has a `body`, equal interactions are also laid out once each.
+    """
     P = len(tokens.prefix)
     count = samples.end - samples.first  # interactions per sample
     interactions = int(count.sum())
@@ -191,6 +246,10 @@ def build_pack(
     positions[:body_tokens] = np.arange(body_tokens) - np.repeat(sample_start, sample_tokens)
     unit = np.full(shape.length, -1, dtype=np.int32)
     unit[:body_tokens] = np.repeat(np.arange(units), np.diff(unit_start))
+    shared = None
+    if shape.body is not None:
+        texts = items if gaps is None else gaps * len(tokens.lengths) + items
+        shared = _share(texts, labels, start, lengths - 1, sample_start, P, body)
     return Pack(
         tokens=np.concatenate([body, tail(np.full(used, tokens.sum_id))]),
         positions=np.concatenate([positions, tail(positions[end])]),
@@ -204,7 +263,60 @@ def build_pack(
         weights=tail(np.ones(used), 0, np.float32),
         target_row=tail(block.rows[samples.row[sample[target]]], -1),
         target_position=tail(position_in_row[target], -1, np.int32),
-        body_tokens=body_tokens,
+        body_tokens=body_tokens if shared is None else len(shared.tokens),
+        shared=shared,
+    )
+
+
+def _share(
+    texts: IntArray,
+    labels: npt.NDArray[np.int8],
+    start: IntArray,
+    lengths: IntArray,
+    prefix_at: IntArray,
+    prefix_length: int,
+    body: npt.NDArray[np.int64],
+) -> SharedBody:
+    """Lay out the distinct interactions once each.
+
+    Args:
+        texts: [interactions] equal numbers mean equal texts (gap words and item).
+        labels: [interactions] 0 or 1.
+        start, lengths: [interactions] where each text lies in `body`, and its tokens.
+        prefix_at: [samples] where each sample's prefix lies in `body`.
+        body: [L] token ids of all samples end to end.
+    """
+    _, first, unit = np.unique(texts, return_index=True, return_inverse=True)
+    occurs = np.zeros((len(first), 2), dtype=np.int64)
+    occurs[unit, labels] = 1
+    text_length, labels_of_text = lengths[first], occurs.sum(axis=1)
+    prefix = prefix_length if len(prefix_at) else 0
+    unit_length = text_length + labels_of_text
+    unit_start = prefix + np.cumsum(unit_length) - unit_length
+
+    label_place = unit_start[unit] + lengths + occurs[unit, 0] * labels
+    source = np.zeros(len(body), dtype=np.int64)
+    source[_ranges(start, lengths)] = _ranges(unit_start[unit], lengths)
+    source[start + lengths] = label_place
+    source[_ranges(prefix_at, np.full(len(prefix_at), prefix))] = np.tile(
+        np.arange(prefix), len(prefix_at)
+    )
+    used = prefix + int(unit_length.sum())
+    tokens = np.zeros(used, dtype=np.int64)
+    end_of_samples = int((start + lengths)[-1]) + 1 if len(start) else 0
+    tokens[source[:end_of_samples]] = body[:end_of_samples]
+
+    # A text token sees the text before it; a label token, the whole text.
+    of_text = np.repeat(np.arange(len(first)), unit_length)
+    text_start = unit_start[of_text]
+    seen = np.minimum(np.arange(prefix, used) - text_start, text_length[of_text])
+    in_prefix = np.arange(prefix)
+    return SharedBody(
+        tokens=tokens,
+        positions=np.concatenate([in_prefix, prefix + seen]),
+        start=np.concatenate([np.zeros(prefix), text_start]).astype(np.int32),
+        end=np.concatenate([in_prefix, text_start + seen]).astype(np.int32),
+        source=source,
     )
 
 

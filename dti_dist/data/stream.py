@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.index import EpochPlan, SplitIndex, Window, read_block
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import Pack, PackShape, build_pack
+from dti_dist.data.packing import Pack, PackShape, SharedBody, build_pack, multiple_of_128
 from dti_dist.data.samples import IntArray, Samples, make_samples
 from dti_dist.data.sequences import SequenceBlock
 
@@ -24,6 +24,9 @@ _UNIT_PADDING = 64  # unit arrays grow in these strides, so that few sizes occur
 @dataclass(frozen=True)
 class Batch:
     """One rank's packs of one micro-step as tensors; see Pack for the fields ([B, …] each).
+
+    Where interactions are shared, `tokens` holds the shared body and then the slots, and the
+    `shared_…` fields are those of SharedBody; `unit` and `positions` go on counting the samples.
 
     Attributes:
         step: optimizer step since the start of the run; epoch: its epoch.
@@ -48,14 +51,18 @@ class Batch:
     epoch: int
     step_targets: int
     last_of_step: bool
+    shared_positions: torch.Tensor | None = None
+    shared_start: torch.Tensor | None = None
+    shared_end: torch.Tensor | None = None
+    shared_source: torch.Tensor | None = None
 
     @property
-    def body_length(self) -> int:
-        """L, the body tokens of a pack."""
-        return self.tokens.shape[1] - self.readout_end.shape[1]
+    def length(self) -> int:
+        """L, the tokens of a pack's samples."""
+        return self.unit.shape[1] - self.readout_end.shape[1]
 
     @staticmethod
-    def collate(packs: list[Pack], **about_step: Any) -> Batch:
+    def collate(packs: list[Pack], shape: PackShape, **about_step: Any) -> Batch:
         units = max(len(pack.unit_first) for pack in packs)
         units = -(-max(units, 1) // _UNIT_PADDING) * _UNIT_PADDING
 
@@ -69,8 +76,13 @@ class Batch:
                     line[len(row) :] = row[-1]
             return torch.from_numpy(table)
 
+        tokens, shared = stack("tokens"), {}
+        if shape.body is not None:
+            bodies = [pack.shared for pack in packs if pack.shared is not None]
+            shared_tokens, shared = _collate_shared(bodies, shape.body)
+            tokens = torch.cat([shared_tokens, tokens[:, shape.length :]], dim=1)
         return Batch(
-            tokens=stack("tokens"),
+            tokens=tokens,
             positions=stack("positions"),
             unit=stack("unit"),
             unit_start=stack("unit_start", units + 1),
@@ -83,6 +95,7 @@ class Batch:
             target_row=stack("target_row"),
             target_position=stack("target_position"),
             body_tokens=sum(pack.body_tokens for pack in packs),
+            **shared,
             **about_step,
         )
 
@@ -95,6 +108,31 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         return self._map(lambda tensor: tensor.pin_memory())
+
+
+def _collate_shared(
+    bodies: list[SharedBody], usual: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Token ids [B, Lb], and the fields of Batch that describe them.
+
+    Lb is a constant of the run but for the rare batch that needs more, which gets an eighth more.
+    """
+    longest = max(len(body.tokens) for body in bodies)
+    stride = multiple_of_128(max(usual // 8, 1))
+    length = usual + -(-max(longest - usual, 0) // stride) * stride
+
+    def stack(name: str) -> torch.Tensor:
+        table = np.zeros((len(bodies), length), dtype=getattr(bodies[0], name).dtype)
+        for line, body in zip(table, bodies, strict=True):
+            line[: len(body.tokens)] = getattr(body, name)
+        return torch.from_numpy(table)
+
+    return stack("tokens"), {
+        "shared_positions": stack("positions"),
+        "shared_start": stack("start"),
+        "shared_end": stack("end"),
+        "shared_source": torch.from_numpy(np.stack([body.source for body in bodies])),
+    }
 
 
 @dataclass(frozen=True)
@@ -198,6 +236,7 @@ class PackStream(IterableDataset):
                 wanted = [step * G + pack for pack in share.of_micro_step(micro_step)]
                 yield Batch.collate(
                     [reader.pack(pack) for pack in wanted],
+                    self.plan.shape,
                     step=first_step + step,
                     epoch=epoch,
                     step_targets=step_targets,

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dti_dist.attention import backend as attention_backend
-from dti_dist.attention.backend import AttentionPlans
-from dti_dist.attention.intervals import LayerWindows, PackLayout, layer_windows
+from dti_dist.attention.backend import AttentionPlans, AttentionScheme
+from dti_dist.attention.intervals import PackLayout, SharedBody
+from dti_dist.attention.policies import forgetting_weights, layer_windows
 from dti_dist.config import AttentionConfig
 from dti_dist.data.stream import Batch
-from dti_dist.model.families import check_family
+from dti_dist.model.families import check_family, initial_memory, logits_divisor, rotary_layers
 
 
 class LabelWordHead(nn.Module):
@@ -23,16 +24,17 @@ class LabelWordHead(nn.Module):
     two words at a small part of the cost.
     """
 
-    def __init__(self, lm_head: nn.Linear, label_ids: tuple[int, int]):
+    def __init__(self, lm_head: nn.Linear, label_ids: tuple[int, int], divisor: float = 1.0):
         super().__init__()
         self.weight = lm_head.weight
+        self.divisor = divisor
         self.label_ids: torch.Tensor
         self.register_buffer("label_ids", torch.tensor(label_ids), persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, S, hidden] → [B, S] float32: the logit of label 1 minus that of label 0."""
         no, yes = _at_least_float32(F.embedding(self.label_ids, self.weight))
-        return _at_least_float32(hidden) @ (yes - no)
+        return _at_least_float32(hidden) @ (yes - no) / self.divisor
 
 
 class LinearHead(nn.Module):
@@ -52,7 +54,17 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class CTRModel(nn.Module):
-    """Packs in, one logit per [SUM] slot out."""
+    """Packs in, one logit per [SUM] slot out.
+
+    Args:
+        causal_lm: a transformers causal LM of a supported family.
+        head: ``yes_no`` or ``linear``.
+        label_ids: token ids of label 0 and label 1.
+        n: context interactions.
+        attention: policy, positions and backend.
+        prefix_length: tokens of the prompt's prefix.
+        longest_span: most tokens that a target looks back on, where known.
+    """
 
     def __init__(
         self,
@@ -61,7 +73,7 @@ class CTRModel(nn.Module):
         label_ids: tuple[int, int],
         n: int,
         attention: AttentionConfig,
-        has_prefix: bool = False,
+        prefix_length: int = 0,
         longest_span: int | None = None,
     ):
         super().__init__()
@@ -72,15 +84,44 @@ class CTRModel(nn.Module):
         self.backbone.set_attn_implementation("dti")
         self.head_kind = head
         self.head: LabelWordHead | LinearHead = (
-            LabelWordHead(causal_lm.get_output_embeddings(), label_ids)
+            LabelWordHead(causal_lm.get_output_embeddings(), label_ids, logits_divisor(self.config))
             if head == "yes_no"
-            else LinearHead(causal_lm.config.hidden_size)
+            else LinearHead(self.config.hidden_size)
         )
-        self.windows: LayerWindows = layer_windows(
-            attention.policy, n, causal_lm.config.num_hidden_layers, attention.budget
+        self.scheme = self._scheme(n, attention, prefix_length, longest_span)
+        if self.scheme.forgetting is not None:
+            self.backbone.layers[0].register_forward_pre_hook(_keep_initial, with_kwargs=True)
+
+    def _scheme(
+        self, n: int, attention: AttentionConfig, prefix_length: int, longest_span: int | None
+    ) -> AttentionScheme:
+        isolated, reset = attention.policy == "isolated", attention.policy == "reset"
+        layers = self.backbone.layers
+        return AttentionScheme(
+            windows=layer_windows(
+                attention.policy, n, self.config.num_hidden_layers, attention.budget
+            ),
+            positions=attention.positions,
+            isolated=isolated,
+            forgetting=(
+                forgetting_weights(n, attention.forgetting.strength, attention.forgetting.shape)
+                if reset
+                else None
+            ),
+            initial_memory=(
+                (lambda layer, initial: initial_memory(layers[layer], initial)) if reset else None
+            ),
+            rotary_layers=rotary_layers(self.backbone),
+            rotary_scaling=float(self.backbone.rotary_emb.attention_scaling),
+            heads=self.config.num_attention_heads,
+            body_sees_prefix=prefix_length > 0,
+            # Under isolated [SUM] has the prefix from the states it reads: its own distance to it
+            # would depend on the target's place in the prompt.
+            readout_sees_prefix=prefix_length > 0 and not isolated,
+            prefix_length=prefix_length,
+            longest_span=longest_span,
+            backend=attention.backend,
         )
-        self.attention_backend = attention.backend
-        self.has_prefix = has_prefix
 
     def enable_activation_checkpointing(self) -> None:
         backbone = self.backbone
@@ -92,28 +133,44 @@ class CTRModel(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B, S] float32 logits of label 1; those of unused slots are finite and meaningless."""
-        layout = PackLayout(
-            unit=batch.unit,
-            unit_start=batch.unit_start,
-            unit_first=batch.unit_first,
-            prefix_start=batch.prefix_start,
-            prefix_end=batch.prefix_end,
-            readout_end=batch.readout_end,
-        )
-        plans = AttentionPlans(
-            layout,
-            self.windows,
-            self.attention_backend,
-            body_sees_prefix=self.has_prefix,
-            readout_sees_prefix=self.has_prefix,
-        )
+        plans = AttentionPlans(layout_of(batch), self.scheme, self.backbone.rotary_emb.inv_freq)
         hidden = self.backbone(
             input_ids=batch.tokens,
-            position_ids=batch.positions,
+            position_ids=plans.positions,
             attention_plans=plans,
             use_cache=False,
         ).last_hidden_state
-        return self.head(hidden[:, layout.body_length :])
+        return self.head(hidden[:, plans.body_length :])
+
+
+def _keep_initial(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before the first layer: what it reads is what `reset` forgets toward."""
+    plans: AttentionPlans = kwargs["attention_plans"]
+    plans.initial = args[0] if args else kwargs["hidden_states"]
+
+
+def layout_of(batch: Batch) -> PackLayout:
+    """A batch's units, for the attention."""
+    shared = None
+    if batch.shared_source is not None:
+        shared = SharedBody(
+            position=batch.shared_positions,
+            start=batch.shared_start,
+            end=batch.shared_end,
+            source=batch.shared_source,
+        )
+    return PackLayout(
+        unit=batch.unit,
+        position=batch.positions,
+        unit_start=batch.unit_start,
+        unit_first=batch.unit_first,
+        prefix_start=batch.prefix_start,
+        prefix_end=batch.prefix_end,
+        readout_end=batch.readout_end,
+        shared=shared,
+    )
 
 
 def click_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dti_dist.attention.intervals import is_exact
+from dti_dist.attention.policies import is_exact
 from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.index import read_block
-from dti_dist.data.packing import assign_packs, build_pack, pack_shape
+from dti_dist.data.packing import assign_packs, build_pack, pack_shape, with_shared_body
 from dti_dist.data.samples import Samples, make_samples, sample_lengths
 from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
@@ -75,7 +75,12 @@ def verify(config: RunConfig, samples: int = 4, dtype: str | None = None) -> lis
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model in evaluation mode, and the same targets in streaming and sliding-window prompts."""
+    """A model in evaluation mode, and the same targets in streaming and sliding-window prompts.
+
+    In `streaming`, `sliding` and `alone` each interaction has its own tokens. `shared` and
+    `shared_sliding` are the same prompts with equal interactions shared; None where the run does
+    not share them.
+    """
 
     model: CTRModel
     device: torch.device
@@ -87,6 +92,8 @@ class _Subject:
     streaming: list[Batch]
     sliding: list[Batch]
     alone: list[Batch]
+    shared: list[Batch] | None
+    shared_sliding: list[Batch] | None
 
     @staticmethod
     def open(inputs: Inputs, run: RunFolder, count: int, dtype: str | None) -> _Subject:
@@ -118,13 +125,16 @@ class _Subject:
         mine = [pair in wanted for pair in zip(single.row, single.first_target, strict=True)]
         single = single.take(np.flatnonzero(mine))
 
-        def packed(chosen: Samples) -> list[Batch]:
+        def packed(chosen: Samples, share: bool = False) -> list[Batch]:
             sizes = sample_lengths(chosen, block, inputs.tokens)
             shape = pack_shape(config.pack.length, None, sizes, chosen.targets)
+            if share:
+                shape = with_shared_body(shape, chosen, block, inputs.tokens)
             pack_of = assign_packs(sizes, chosen.targets, shape)
             return [
                 Batch.collate(
                     [build_pack(chosen.take(members), block, inputs.tokens, shape)],
+                    shape,
                     step=0,
                     epoch=0,
                     step_targets=int(chosen.targets.sum()),
@@ -135,6 +145,7 @@ class _Subject:
 
         alone = [packed(samples.take(np.array([i])))[0] for i in range(len(samples))]
         exact = is_exact(config.attention.policy)
+        shares = config.attention.shares_interactions
         return _Subject(
             model,
             device,
@@ -146,6 +157,8 @@ class _Subject:
             packed(samples),
             packed(single),
             alone,
+            packed(samples, share=True) if shares else None,
+            packed(single, share=True) if shares else None,
         )
 
     def checks(self) -> Iterator[Callable[[], Check]]:
@@ -155,6 +168,9 @@ class _Subject:
         yield self.sum_tokens
         yield self.streaming_equals_sliding_window
         yield self.same_gradients
+        if self.shared is not None:
+            yield self.sharing_changes_no_prediction
+            yield self.sharing_changes_no_gradient
 
     @property
     def close(self) -> float:
@@ -205,7 +221,7 @@ class _Subject:
     def older_than_n(self) -> Check:
         compared, largest = 0, 0.0
         for batch, before, b, slot in self.edits():
-            unit = int(batch.unit[b, batch.body_length + slot])
+            unit = int(batch.unit[b, batch.length + slot])
             start, end = (int(batch.unit_start[b, u]) for u in (unit, unit + 1))
             tokens = batch.tokens.clone()
             tokens[b, start:end] = tokens[b, start:end].flip(0)
@@ -228,7 +244,7 @@ class _Subject:
         for batch in self.streaming:
             before = self.logits([batch])
             unit, weights = batch.unit.clone(), batch.weights.clone()
-            removed = slice(batch.body_length, None, 2)  # every other [SUM]
+            removed = slice(batch.length, None, 2)  # every other [SUM]
             unit[:, removed] = -1
             weights[:, ::2] = 0
             after = self.logits([replace(batch, unit=unit, weights=weights)])
@@ -239,23 +255,44 @@ class _Subject:
     def streaming_equals_sliding_window(self) -> Check:
         return self._equal(
             "streaming and sliding-window prompts give the same predictions",
-            self.logits(self.streaming),
-            self.logits(self.sliding),
+            self.logits(self.shared or self.streaming),
+            self.logits(self.shared_sliding or self.sliding),
             self.close if self.exact else None,
         )
 
     def same_gradients(self) -> Check:
-        streaming, sliding = self._gradients(self.streaming), self._gradients(self.sliding)
-        largest = 0.0
-        for name, gradient in streaming.items():
-            scale = float(gradient.abs().max())
-            if scale > 0:
-                difference = float((gradient - sliding[name]).abs().max())
-                largest = max(largest, difference / scale)
-        compared = sum(gradient.numel() for gradient in streaming.values())
         claim = "and the same gradients (relative to each tensor's largest)"
+        streaming, sliding = self.shared or self.streaming, self.shared_sliding or self.sliding
         # Sums over many terms in another order: a rounding more than the predictions have.
-        return Check(claim, compared, largest, 10 * self.close if self.exact else None)
+        return self._equal_gradients(
+            claim, streaming, sliding, 10 * self.close if self.exact else None
+        )
+
+    def sharing_changes_no_prediction(self) -> Check:
+        assert self.shared is not None
+        claim = "equal interactions computed once give the same predictions as computed each time"
+        shared, each = self.logits(self.shared), self.logits(self.streaming)
+        return self._equal(claim, shared, each, self.close)
+
+    def sharing_changes_no_gradient(self) -> Check:
+        assert self.shared is not None
+        claim = "and the same gradients, shared or not"
+        return self._equal_gradients(claim, self.shared, self.streaming, 10 * self.close)
+
+    def _equal_gradients(
+        self, claim: str, first: list[Batch], second: list[Batch], tolerance: float | None
+    ) -> Check:
+        one, other = self._gradients(first), self._gradients(second)
+        scales = {name: float(gradient.abs().max()) for name, gradient in one.items()}
+        # Some gradients are 0 in exact numbers, such as a key bias's without rotation. What they
+        # hold is rounding, which is measured against the gradients that are not.
+        least = 1e-3 * max(scales.values())
+        largest = max(
+            float((gradient - other[name]).abs().max()) / max(scales[name], least)
+            for name, gradient in one.items()
+        )
+        compared = sum(gradient.numel() for gradient in one.values())
+        return Check(claim, compared, largest, tolerance)
 
     def _gradients(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
         self.model.zero_grad(set_to_none=True)

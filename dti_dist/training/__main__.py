@@ -2,9 +2,9 @@
 
 import sys
 
-from dti_dist.cli import main
+from dti_dist.cli import run
 
 if __name__ == "__main__":
     # The deepspeed launcher adds --local_rank=N; the environment says the same.
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
-    sys.exit(main(["train", *arguments]))
+    run(["train", *arguments])

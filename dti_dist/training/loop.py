@@ -53,6 +53,7 @@ def train(config: RunConfig) -> int:
         raise
     finally:
         stop.restore()
+        trainer.folder.release()
         leave()
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dti_dist.config import RunConfig, load_config
+from dti_dist.console import say
 from dti_dist.errors import UserError
+
+_LOCK_PATIENCE_S = 15
 
 # A run that goes on may change how it runs and reports, and not what it computes.
 _MAY_CHANGE = (
@@ -35,6 +40,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._made_here = False
+        self._held: TextIO | None = None
 
     @property
     def config_file(self) -> Path:
@@ -82,7 +88,38 @@ class RunFolder:
                 )
         self._made_here = not self.path.exists()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock()
         self.config_file.write_text(config.to_yaml(), encoding="utf-8")
+
+    def _lock(self) -> None:
+        """Refuse a folder that a running job writes to; the lock goes with this process.
+
+        A job that is started again may find its predecessor still ending, so it waits a little.
+        """
+        self._held = (self.path / ".lock").open("a")
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"Another job is training in {self.path}: it has held "
+                        f"{self.path / '.lock'} for {_LOCK_PATIENCE_S} s. Wait for its end or stop "
+                        "it (`fuser` on that file names the process; ranks may outlive a launcher "
+                        "that was killed), or choose another run_dir."
+                    ) from error
+                time.sleep(0.5)
+            except OSError as error:  # a file system without locks
+                say(f"{self.path} can't be locked against a second job: {error.strerror or error}.")
+                return
+
+    def release(self) -> None:
+        """Let another job have the folder."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def discard(self) -> None:
         """Remove the folder if this object made it and no training has begun in it."""

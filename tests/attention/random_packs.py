@@ -103,6 +103,7 @@ def _layout_row(tokens: list[Token], body_length: int) -> dict[str, list[int]]:
     index = {names[start]: unit for unit, start in enumerate(starts)}
     row: dict[str, list[int]] = {
         "unit": [index.get((t.sample, t.interaction), -1) for t in tokens],
+        "position": _positions(body, tail),
         "unit_start": [*starts, len(names)],
         "unit_first": [],
         "prefix_start": [],
@@ -121,3 +122,14 @@ def _layout_row(tokens: list[Token], body_length: int) -> dict[str, list[int]]:
         used = t.kind == "sum"
         row["readout_end"].append(spans[index[t.sample, t.interaction]][1] - 1 if used else 0)
     return row
+
+
+def _positions(body: list[Token], tail: list[Token]) -> list[int]:
+    """Within the sample; a slot has the position of its target's label."""
+    start: dict[int, int] = {}
+    for t in body:
+        start.setdefault(t.sample, t.position)
+    label = {(t.sample, t.interaction): t.position for t in body if t.kind == "label"}
+    slots = [label.get((t.sample, t.interaction), 0) - start.get(t.sample, 0) for t in tail]
+    in_body = [0 if t.kind == "pad" else t.position - start[t.sample] for t in body]
+    return in_body + [0 if t.kind == "pad" else at for t, at in zip(tail, slots, strict=True)]

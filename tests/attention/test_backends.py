@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dti_dist.attention import flex
-from dti_dist.attention.backend import AttentionPlans
+from dti_dist.attention.backend import AttentionPlans, AttentionScheme
 from dti_dist.attention.chunked import ChunkedPlan, chunked_attention
 from dti_dist.attention.dense import dense_mask
 from dti_dist.attention.flex import BLOCK, FlexPlan, compiled_graphs
@@ -20,9 +20,9 @@ from dti_dist.attention.intervals import (
     PackLayout,
     VisibleIntervals,
     body_intervals,
-    layer_windows,
     readout_intervals,
 )
+from dti_dist.attention.policies import layer_windows
 from dti_dist.errors import UserError
 from tests.attention.random_packs import random_packs
 
@@ -31,9 +31,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 def make_plans(layout: PackLayout, policy: str, backend: str, prefix: bool) -> AttentionPlans:
     windows = layer_windows(policy, n=3, num_layers=3, share=0.7)
-    return AttentionPlans(
-        layout, windows, backend, body_sees_prefix=prefix, readout_sees_prefix=prefix
+    scheme = AttentionScheme(
+        windows, backend=backend, body_sees_prefix=prefix, readout_sees_prefix=prefix
     )
+    return AttentionPlans(layout, scheme)
 
 
 def random_qkv(
@@ -84,8 +85,8 @@ def test_chunks_may_cut_a_pack_anywhere(random, chunk, prefix):
     length = layout.body_length
     q, k, v = random_qkv(layout, 4, 2, 8, torch.float64)
     expected = make_plans(layout, "windowed", "dense", prefix).attend(0, q, k, v, 0.3)
-    body = ChunkedPlan.build(body_intervals(layout, 3, prefix), chunk)
-    readout = ChunkedPlan.build(readout_intervals(layout, 3, prefix), chunk)
+    body = ChunkedPlan.build(body_intervals(layout, 3, prefix), chunk=chunk)
+    readout = ChunkedPlan.build(readout_intervals(layout, 3, prefix), chunk=chunk)
     found = torch.cat(
         [
             chunked_attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], body, 0.3),

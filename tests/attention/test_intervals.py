@@ -8,12 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_dist.attention.dense import dense_mask
-from dti_dist.attention.intervals import (
-    body_intervals,
-    is_exact,
-    layer_windows,
-    readout_intervals,
-)
+from dti_dist.attention.intervals import body_intervals, readout_intervals
+from dti_dist.attention.policies import is_exact, layer_windows
 from dti_dist.errors import UserError
 from tests.attention.random_packs import Token, random_packs
 
@@ -113,7 +109,7 @@ def test_a_budget_that_cannot_be_exact_is_refused_with_the_reason(budget, reason
 
 
 def test_an_unknown_policy_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match=r"windowed, budget.*Did you mean 'windowed'"):
+    with pytest.raises(UserError, match=r"budget, isolated.*Did you mean 'windowed'"):
         layer_windows("window", n=4, num_layers=3)
     assert is_exact("budget")
     assert not is_exact("windowed")

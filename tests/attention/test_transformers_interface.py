@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from dti_dist.attention import AttentionPlans, layer_windows, register
+from dti_dist.attention import AttentionPlans, AttentionScheme, layer_windows, register
 from dti_dist.attention.backend import attention_forward
 from dti_dist.errors import UserError
 from tests.attention.random_packs import Packs, one_sample
@@ -38,9 +38,7 @@ def tiny(config_class=LlamaConfig, model_class=LlamaModel, attention="dti", **ch
 
 def make_plans(packs: Packs, policy: str = "budget", n: int = N) -> AttentionPlans:
     windows = layer_windows(policy, n, num_layers=3, share=0.7)
-    return AttentionPlans(
-        packs.layout, windows, "chunked", body_sees_prefix=False, readout_sees_prefix=False
-    )
+    return AttentionPlans(packs.layout, AttentionScheme(windows, backend="chunked"))
 
 
 @pytest.fixture
@@ -155,5 +153,5 @@ def test_a_sliding_window_is_accepted_only_where_it_hides_nothing(packs, ids):
     length = packs.layout.body_length
     mistral = (MistralConfig, MistralModel)
     tiny(*mistral, sliding_window=length)(ids, attention_plans=make_plans(packs))
-    with pytest.raises(UserError, match=f"sliding window of {length - 1} tokens"):
+    with pytest.raises(UserError, match=f"sliding window of {length - 1} tokens, and a token must see up to {length}"):
         tiny(*mistral, sliding_window=length - 1)(ids, attention_plans=make_plans(packs))

@@ -79,7 +79,7 @@ def test_an_unsupported_family_lists_the_supported_ones(capsys, config, tmp_path
     words = "template.label_words=['N', 'Y']"
     message = refused(capsys, config, f"model.name={folder}", words)
     assert "'gpt2' is not supported" in message
-    assert "llama, mistral, qwen2, qwen3" in message
+    assert "gemma, granite, llama" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -95,3 +95,16 @@ def test_settings_of_another_run_in_the_same_folder_are_refused(capsys, config, 
     assert "sample.targets: 8 there, 9 now" in message
     assert "log_every" not in message
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["sample"]["targets"] == 8
+
+
+def test_a_folder_that_another_job_trains_in_is_refused(capsys, config, tmp_path, monkeypatch):
+    from dti_dist.config import load_config
+    from dti_dist.training import run_folder
+
+    monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.2)
+    other = run_folder.RunFolder(tmp_path / "run")
+    other.prepare(load_config(config))
+    assert "Another job is training in" in refused(capsys, config)
+    assert (tmp_path / "run" / "config.yaml").exists()
+    other.release()
+    assert main(["train", str(config), "training.max_steps=1"]) == 0

@@ -1,0 +1,179 @@
+"""How [SUM] reads: its positions, what it forgets, and states that interactions share.
+
+Body tokens keep the attention of their model. What [SUM] reads may differ in three ways, each of
+which is a change of the keys and values of its own attention call:
+
+- positions: under ``alibi`` [SUM] has no position id. Its query is not rotated, it reads un-rotated
+  keys, and a score gets -slope_h · (tokens between). Under ``rope`` it has the position of its
+  target's label token. Where body tokens were rotated by other positions than those in the sample
+  (``isolated`` restarts them), keys are rotated by the difference: rotations add up.
+- forgetting (``reset``): beside each context token's key and value there are those of its initial
+  embedding, and the two share the token's weight by the distance of its interaction.
+- sharing (``isolated``): keys and values of distinct interactions are brought into the order of the
+  samples, where intervals are contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dti_dist.attention.intervals import PackLayout, VisibleIntervals
+
+
+@dataclass(frozen=True)
+class ScoreBias:
+    """What a readout score gets beside the mask; integer arrays, and two small tables.
+
+    bias[b, h, q, key] = -slopes[h] · (query_position[b, q] - key_position[b, key])
+    + log_weights[memory of key, query_unit[b, q] - key_unit[b, key]]
+
+    Attributes:
+        slopes: [Hq] float32 of ALiBi; None: no first term.
+        log_weights: [2, n + 1] float32, of a token's state and of its initial embedding, by the
+            distance of interactions; None: no second term.
+        query_position, query_unit: [B, S] int32.
+        key_position, key_unit: [B, Tk] int32.
+        initial_from: keys from here on are initial embeddings.
+    """
+
+    slopes: Tensor | None
+    log_weights: Tensor | None
+    query_position: Tensor
+    key_position: Tensor
+    query_unit: Tensor
+    key_unit: Tensor
+    initial_from: int
+
+    def of_pairs(self, b: Tensor, q: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens between, and log weights, of queries and keys given by index, in any shape."""
+        distance = weight = None
+        if self.slopes is not None:
+            distance = self.query_position[b, q] - self.key_position[b, key]
+        if self.log_weights is not None:
+            apart = self.query_unit[b, q] - self.key_unit[b, key]
+            apart = apart.clamp(0, self.log_weights.shape[1] - 1)
+            weight = self.log_weights[(key >= self.initial_from).long(), apart]
+        return distance, weight
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """[heads] float32: 2^(-8h / heads) for h = 1 … heads (Press et al., arXiv 2108.12409)."""
+    return torch.exp2(-8.0 * torch.arange(1, heads + 1) / heads)
+
+
+_NO_DISTANCE = 2**30  # as a key's unit: never behind its query, so nothing of it is forgotten
+
+
+def score_bias(
+    layout: PackLayout, slopes: Tensor | None, forgetting: Tensor | None
+) -> ScoreBias | None:
+    """The bias of all readout scores of a batch; None where there is none.
+
+    Args:
+        slopes: [Hq] under ``alibi``, else None.
+        forgetting: [n + 1] alpha by distance under ``reset``, else None.
+    """
+    if slopes is None and forgetting is None:
+        return None
+    device, length = layout.unit.device, layout.length
+    position, unit = layout.position.int(), layout.unit.int()
+    log_weights = None
+    key_position, key_unit = position, unit
+    if forgetting is not None:
+        alpha = forgetting.to(device)
+        log_weights = torch.stack([torch.log1p(-alpha), torch.log(alpha)]).float()
+        # A prefix is no interaction: it is never forgotten.
+        index = unit[:, :length].clamp(min=0).long()
+        starts = layout.prefix_end.gather(1, (index + 1).clamp(max=layout.prefix_end.shape[1] - 1))
+        place = torch.arange(length, device=device)
+        in_prefix = (starts > place) & (unit[:, :length] >= 0)
+        context = torch.where(in_prefix, _NO_DISTANCE, unit[:, :length])
+        key_unit = torch.cat([context, unit[:, length:], context], dim=1)
+        key_position = torch.cat([position, position[:, :length]], dim=1)
+    return ScoreBias(
+        slopes=None if slopes is None else slopes.to(device),
+        log_weights=log_weights,
+        query_position=position[:, length:].contiguous(),
+        key_position=key_position.contiguous(),
+        query_unit=unit[:, length:].contiguous(),
+        key_unit=key_unit.contiguous(),
+        initial_from=layout.unit.shape[1],
+    )
+
+
+def with_initial_memory(intervals: VisibleIntervals, length: int) -> VisibleIntervals:
+    """Readout intervals over `length` more keys, the initial embeddings of the context.
+
+    The first range of a query, its context, is seen there too.
+    """
+    behind = intervals.key_length
+    empty = intervals.start[:1] >= intervals.end[:1]
+    start = torch.where(empty, 0, intervals.start[:1] + behind)
+    end = torch.where(empty, 0, intervals.end[:1] + behind)
+    return replace(
+        intervals,
+        start=torch.cat([intervals.start, start]),
+        end=torch.cat([intervals.end, end]),
+        key_length=behind + length,
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A rotation of keys by a number of positions each, on top of what their model did.
+
+    Attributes:
+        cos, sin: [B, L, 1, R / 2] of the angles, float32 or more; R rotary dimensions.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @staticmethod
+    def by(positions: Tensor, inverse_frequencies: Tensor) -> Turn:
+        """Angles are made in float64: there are long samples, and few tokens."""
+        angles = positions[..., None, None].double() * inverse_frequencies.double()
+        dtype = torch.promote_types(inverse_frequencies.dtype, torch.float32)
+        return Turn(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        """[B, L, H, D] → the same, its first R dimensions rotated in half-split pairs."""
+        half = self.cos.shape[-1]
+        first, second, rest = keys.split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+        cos, sin = self.cos, self.sin
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return torch.cat([*(part.to(keys.dtype) for part in turned), rest], dim=-1)
+
+
+def restarted_positions(layout: PackLayout) -> Tensor:
+    """[B, L] positions that restart behind the prefix with each interaction, as ``isolated`` has."""
+    length = layout.length
+    unit = layout.unit[:, :length]
+    index = unit.clamp(min=0).long()
+    prefix = (layout.prefix_end - layout.prefix_start).gather(1, index)
+    place = torch.arange(length, device=unit.device)
+    return torch.where(unit < 0, 0, place - layout.unit_start.gather(1, index) + prefix)
+
+
+def in_sample_order(states: Tensor, source: Tensor) -> Tensor:
+    """Bring keys or values of shared interactions to where they stand in the samples.
+
+    Where many places share a state their gradients add up in float32 at least.
+
+    Args:
+        states: [B, Lb, H, D].
+        source: [B, L].
+
+    Returns:
+        [B, L, H, D], float32 for half precision.
+    """
+    packs, tokens, heads, width = states.shape
+    rows = states.reshape(packs * tokens, heads * width)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    first = torch.arange(packs, device=source.device)[:, None] * tokens
+    # The backward pass of an embedding sorts its indices on a GPU: sums are deterministic.
+    return F.embedding(source + first, rows).view(packs, -1, heads, width)
