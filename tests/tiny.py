@@ -99,21 +99,21 @@ def causal_lm(family: str, layers: int = 3, seed: int = 0, **changes: Any) -> An
     """A random-weight model of a family, in float64, with grouped key/value heads."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=4096,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **{**FAMILY_SETTINGS.get(family, {}), **changes},
-    )
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 4096,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **FAMILY_SETTINGS.get(family, {}),
+    }
+    config = AutoConfig.for_model(family, **{**settings, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():  # wider than the default 0.02, so that differences are not lost

@@ -220,7 +220,10 @@ class AttentionPlans:
             keys, values = (in_sample_order(x, self._source) for x in (keys, values))
         if turn is not None:
             keys = turn(keys)
-        parts = [(keys, values), (k[:, :, length:].transpose(1, 2), v[:, :, length:].transpose(1, 2))]
+        parts = [
+            (keys, values),
+            (k[:, :, length:].transpose(1, 2), v[:, :, length:].transpose(1, 2)),
+        ]
         if scheme.initial_memory is not None:
             assert self.initial is not None, "the model sets what its first layer reads"
             keys, values = scheme.initial_memory(layer, self.initial[:, :length])

@@ -143,9 +143,7 @@ class CTRModel(nn.Module):
         return self.head(hidden[:, plans.body_length :])
 
 
-def _keep_initial(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _keep_initial(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the first layer: what it reads is what `reset` forgets toward."""
     plans: AttentionPlans = kwargs["attention_plans"]
     plans.initial = args[0] if args else kwargs["hidden_states"]

@@ -153,5 +153,8 @@ def test_a_sliding_window_is_accepted_only_where_it_hides_nothing(packs, ids):
     length = packs.layout.body_length
     mistral = (MistralConfig, MistralModel)
     tiny(*mistral, sliding_window=length)(ids, attention_plans=make_plans(packs))
-    with pytest.raises(UserError, match=f"sliding window of {length - 1} tokens, and a token must see up to {length}"):
+    with pytest.raises(
+        UserError,
+        match=f"sliding window of {length - 1} tokens, and a token must see up to {length}",
+    ):
         tiny(*mistral, sliding_window=length - 1)(ids, attention_plans=make_plans(packs))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dti_dist.attention.flex import compiled_graphs
 from dti_dist.data.packing import PackShape
 from tests.tiny import (
     FAMILIES,
@@ -233,3 +234,39 @@ def test_yes_no_is_the_softmax_over_the_two_label_words_of_the_whole_vocabulary(
     no, yes = tokens.label_ids
     expected = vocabulary[..., [no, yes]].softmax(-1)[..., 1]
     torch.testing.assert_close(torch.sigmoid(logits.double()), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_flex_and_dense_backends_agree_forward_with_two_graphs(policy, positions):
+    tokens, block = world()
+    wide = {"head_dim": 16, "hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}
+    batch = batch_of(block, tokens, N, K, SHAPE, share=policy == "isolated")
+    graphs, found = compiled_graphs(), {}
+    for backend in ("flex", "dense"):
+        model = ctr_model("llama", policy, N, backend=backend, positions=positions, **wide).float()
+        with torch.no_grad():
+            found[backend] = logits_by_target(model, batch)
+            found[backend] |= logits_by_target(model, batch)
+    assert largest_difference(found["flex"], found["dense"]) < 1e-3
+    assert compiled_graphs() - graphs <= 2  # of body and readout, whatever the layers' windows
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_flex_on_cuda_is_the_dense_model_forward_and_backward(policy, positions):
+    tokens, block = world()
+    wide = {"head_dim": 16, "hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}
+    batch = batch_of(block, tokens, N, K, SHAPE, share=policy == "isolated").to("cuda")
+    flex, dense = (
+        logits_and_gradients(
+            ctr_model("llama", policy, N, backend=backend, positions=positions, **wide).to(
+                "cuda", dtype
+            ),
+            batch,
+        )
+        for backend, dtype in (("flex", torch.float32), ("dense", torch.float64))
+    )
+    assert_the_same(flex, dense, 2e-2)  # FlexAttention multiplies in TF32 where it may

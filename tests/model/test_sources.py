@@ -56,7 +56,9 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, content):
 def test_an_unsupported_family_lists_the_supported_ones():
     from transformers import GPT2Config
 
-    with pytest.raises(UserError, match=r"'gpt2' is not supported.* Supported: gemma, granite, llama"):
+    with pytest.raises(
+        UserError, match=r"'gpt2' is not supported.* Supported: gemma, granite, llama"
+    ):
         check_family(GPT2Config())
 
 
