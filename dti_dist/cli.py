@@ -118,6 +118,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    benchmark = _command(
+        commands,
+        "benchmark",
+        None,
+        "measure speed in comparisons, turn by turn in one run",
+        "dti-dist benchmark paradigm launch/recipes/ml1m_tiny.yaml --rounds 3",
+    )
+    kinds = benchmark.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
+    paradigm = _command(
+        kinds,
+        "paradigm",
+        _benchmark_paradigm,
+        "training speed of streaming prompts, by leakage policy, over sliding-window prompts",
+        "dti-dist benchmark paradigm launch/recipes/ml1m_tiny.yaml --rounds 3",
+    )
+    paradigm.add_argument("config", metavar="CONFIG", help="YAML file; see launch/recipes/")
+    paradigm.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    paradigm.add_argument(
+        "--targets",
+        type=_positive,
+        default=20_000,
+        help="targets of the users that packs are taken from (default: 20000)",
+    )
+    attention = _command(
+        kinds,
+        "attention",
+        _benchmark_attention,
+        "attention backends over pack lengths, forward and backward, and what memory a step takes",
+        "dti-dist benchmark attention --lengths 2048,4096,8192",
+    )
+    attention.add_argument(
+        "--lengths",
+        type=_lengths,
+        default=[2048, 4096, 8192],
+        metavar="L,L,…",
+        help="body tokens of a pack, multiples of 128 (default: 2048,4096,8192)",
+    )
+    for command in (paradigm, attention):
+        command.add_argument(
+            "--rounds", type=_positive, default=3, help="timed rounds (default: 3)"
+        )
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
     export = _command(
         commands,
         "export",
@@ -156,6 +199,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
     return value
+
+
+def _lengths(text: str) -> list[int]:
+    values = [_positive(part) for part in text.split(",")]
+    if any(value % 128 for value in values):
+        raise argparse.ArgumentTypeError(f"must be multiples of 128, found {text}")
+    return values
 
 
 # Torch and transformers take seconds to import: each command imports what it needs.
@@ -208,6 +258,25 @@ def _verify(args: argparse.Namespace) -> int:
     if broken:
         say(f"{len(broken)} of {len(checks)} promises of the settings are broken.")
     return 1 if broken else 0
+
+
+def _benchmark_paradigm(args: argparse.Namespace) -> int:
+    from dti_dist.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dti_dist.benchmarks.paradigm import benchmark_paradigm, paradigm_table
+
+    result = benchmark_paradigm(config, args.rounds, args.targets)
+    print(json.dumps(result, indent=2) if args.json else paradigm_table(result))
+    return 0
+
+
+def _benchmark_attention(args: argparse.Namespace) -> int:
+    from dti_dist.benchmarks.attention import attention_table, benchmark_attention
+
+    result = benchmark_attention(args.lengths, args.rounds)
+    print(json.dumps(result, indent=2) if args.json else attention_table(result))
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

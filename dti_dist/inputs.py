@@ -123,9 +123,11 @@ class Inputs:
 
     def untrained_model(self) -> CTRModel:
         """The model before training, in float32 on the CPU: [SUM] added, nothing partitioned."""
-        config = self.config
-        causal_lm = sources.load_causal_lm(config.model, self.vocabulary, config.seed)
-        return self.wrap(causal_lm)
+        return self.wrap(self.causal_lm())
+
+    def causal_lm(self) -> Any:
+        """The transformers model that the config names, with an embedding for [SUM]."""
+        return sources.load_causal_lm(self.config.model, self.vocabulary, self.config.seed)
 
     def wrap(self, causal_lm: Any) -> CTRModel:
         """A causal LM with the config's attention and head."""

@@ -21,7 +21,7 @@ from dti_dist.model.families import SUPPORTED
 VOCABULARY = 60
 NO, YES, SUM = 57, 58, 59
 FAMILIES = SUPPORTED
-# What sets a family apart, in a small form: layers without positions, partly rotated heads, factors.
+# What sets a family apart: layers without positions, partly rotated heads, factors.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0, 1], "no_rope_layer_interval": 2},
     "phi3": {

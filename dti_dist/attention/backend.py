@@ -231,8 +231,11 @@ class AttentionPlans:
                 keys = keys * scheme.rotary_scaling
                 keys = self._turn_initial(keys) if self._turn_initial is not None else keys
             parts.append((keys, values))
-        keys, values = (torch.cat([x.to(k.dtype) for x in column], dim=1) for column in zip(*parts))
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        keys, values = (
+            torch.cat([x.to(k.dtype) for x in column], dim=1).transpose(1, 2)
+            for column in zip(*parts, strict=True)
+        )
+        return keys, values
 
 
 def _needed(inverse_frequencies: Tensor | None) -> Tensor:

@@ -72,7 +72,9 @@ def _make_chunk(
     distance = log_weight = None
     if bias is not None:
         query = torch.arange(queries.start, queries.stop)[:, None]
-        distance, log_weight = bias.of_pairs(torch.tensor(pack), query, torch.from_numpy(position))
+        pairs = (torch.tensor(pack), query, torch.from_numpy(position))
+        distance = None if bias.slopes is None else bias.distance(*pairs)
+        log_weight = None if bias.log_weights is None else bias.log_weight(*pairs)
     seen = torch.from_numpy(visible.any(axis=0))
     return _Chunk(pack, queries, keys, seen, distance, log_weight)
 
@@ -168,7 +170,7 @@ def _with_masks(
             mask.masked_fill_(chunk.visible, 0.0)
         else:
             mask = chunk.log_weight.to(dtype).masked_fill(~chunk.visible, -torch.inf)
-        if plan.slopes is not None:
+        if plan.slopes is not None and chunk.distance is not None:
             by_head = plan.slopes.to(dtype).view(-1, groups, 1, 1)
             mask = mask - by_head * chunk.distance
         yield chunk, mask

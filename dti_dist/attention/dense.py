@@ -36,12 +36,11 @@ class DensePlan:
         total = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=mask.device)
         if bias is not None:
             b, q, key = (torch.arange(size, device=mask.device) for size in mask.shape)
-            pairs = bias.of_pairs(b[:, None, None], q[:, None], key)
-            distance, weight = (None if x is None else x[:, None] for x in pairs)
-            if bias.slopes is not None and distance is not None:
-                total = total - bias.slopes[:, None, None] * distance
-            if weight is not None:
-                total = total + weight
+            pairs = (b[:, None, None, None], q[:, None], key)
+            if bias.slopes is not None:
+                total = total - bias.slopes[:, None, None] * bias.distance(*pairs)
+            if bias.log_weights is not None:
+                total = total + bias.log_weight(*pairs)
         return cls(mask, total)
 
 

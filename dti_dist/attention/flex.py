@@ -109,10 +109,11 @@ def _interval_test(
 
 def _biased(bias: ScoreBias) -> Callable[..., Tensor]:
     def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        distance, log_weight = bias.of_pairs(b, q, kv)
         if bias.slopes is not None:
-            score = score - bias.slopes[h] * distance
-        return score if log_weight is None else score + log_weight
+            score = score - bias.slopes[h] * bias.distance(b, q, kv)
+        if bias.log_weights is not None:
+            score = score + bias.log_weight(b, q, kv)
+        return score
 
     return biased
 

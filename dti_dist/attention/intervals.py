@@ -70,7 +70,7 @@ class PackLayout:
 
     @property
     def body_length(self) -> int:
-        """Tokens that the layers run on beside the slots: L, or Lb where interactions are shared."""
+        """Tokens that the layers run on beside the slots: L, or Lb with shared interactions."""
         return self.length if self.shared is None else self.shared.position.shape[1]
 
     def to(self, device: torch.device | str) -> PackLayout:

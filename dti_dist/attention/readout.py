@@ -48,16 +48,18 @@ class ScoreBias:
     key_unit: Tensor
     initial_from: int
 
-    def of_pairs(self, b: Tensor, q: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens between, and log weights, of queries and keys given by index, in any shape."""
-        distance = weight = None
-        if self.slopes is not None:
-            distance = self.query_position[b, q] - self.key_position[b, key]
-        if self.log_weights is not None:
-            apart = self.query_unit[b, q] - self.key_unit[b, key]
-            apart = apart.clamp(0, self.log_weights.shape[1] - 1)
-            weight = self.log_weights[(key >= self.initial_from).long(), apart]
-        return distance, weight
+    # Both take queries and keys by their indices, in any shape.
+
+    def distance(self, b: Tensor, q: Tensor, key: Tensor) -> Tensor:
+        """Tokens between, which the slopes multiply."""
+        return self.query_position[b, q] - self.key_position[b, key]
+
+    def log_weight(self, b: Tensor, q: Tensor, key: Tensor) -> Tensor:
+        """What `log_weights` say of a query and a key."""
+        assert self.log_weights is not None
+        apart = self.query_unit[b, q] - self.key_unit[b, key]
+        apart = apart.clamp(0, self.log_weights.shape[1] - 1)
+        return self.log_weights[(key >= self.initial_from).long(), apart]
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -150,7 +152,7 @@ class Turn:
 
 
 def restarted_positions(layout: PackLayout) -> Tensor:
-    """[B, L] positions that restart behind the prefix with each interaction, as ``isolated`` has."""
+    """[B, L] positions that restart behind the prefix with each interaction: ``isolated``."""
     length = layout.length
     unit = layout.unit[:, :length]
     index = unit.clamp(min=0).long()

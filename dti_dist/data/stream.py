@@ -22,11 +22,25 @@ _UNIT_PADDING = 64  # unit arrays grow in these strides, so that few sizes occur
 
 
 @dataclass(frozen=True)
+class SharedTokens:
+    """The shared body of each pack as tensors; see SharedBody for the fields.
+
+    Attributes:
+        position, start, end: [B, Lb]; source: [B, L].
+    """
+
+    position: torch.Tensor
+    start: torch.Tensor
+    end: torch.Tensor
+    source: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One rank's packs of one micro-step as tensors; see Pack for the fields ([B, …] each).
 
-    Where interactions are shared, `tokens` holds the shared body and then the slots, and the
-    `shared_…` fields are those of SharedBody; `unit` and `positions` go on counting the samples.
+    Where interactions are shared, `tokens` holds the shared body and then the slots; `unit` and
+    `positions` go on counting the samples' tokens.
 
     Attributes:
         step: optimizer step since the start of the run; epoch: its epoch.
@@ -51,10 +65,7 @@ class Batch:
     epoch: int
     step_targets: int
     last_of_step: bool
-    shared_positions: torch.Tensor | None = None
-    shared_start: torch.Tensor | None = None
-    shared_end: torch.Tensor | None = None
-    shared_source: torch.Tensor | None = None
+    shared: SharedTokens | None = None
 
     @property
     def length(self) -> int:
@@ -76,7 +87,7 @@ class Batch:
                     line[len(row) :] = row[-1]
             return torch.from_numpy(table)
 
-        tokens, shared = stack("tokens"), {}
+        tokens, shared = stack("tokens"), None
         if shape.body is not None:
             bodies = [pack.shared for pack in packs if pack.shared is not None]
             shared_tokens, shared = _collate_shared(bodies, shape.body)
@@ -95,12 +106,14 @@ class Batch:
             target_row=stack("target_row"),
             target_position=stack("target_position"),
             body_tokens=sum(pack.body_tokens for pack in packs),
-            **shared,
+            shared=shared,
             **about_step,
         )
 
     def _map(self, change: Any) -> Batch:
         tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        if self.shared is not None:
+            tensors["shared"] = SharedTokens(*map(change, vars(self.shared).values()))
         return replace(self, **tensors)
 
     def to(self, device: torch.device) -> Batch:
@@ -110,10 +123,8 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
 
-def _collate_shared(
-    bodies: list[SharedBody], usual: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Token ids [B, Lb], and the fields of Batch that describe them.
+def _collate_shared(bodies: list[SharedBody], usual: int) -> tuple[torch.Tensor, SharedTokens]:
+    """Token ids [B, Lb], and what they are.
 
     Lb is a constant of the run but for the rare batch that needs more, which gets an eighth more.
     """
@@ -127,12 +138,8 @@ def _collate_shared(
             line[: len(body.tokens)] = getattr(body, name)
         return torch.from_numpy(table)
 
-    return stack("tokens"), {
-        "shared_positions": stack("positions"),
-        "shared_start": stack("start"),
-        "shared_end": stack("end"),
-        "shared_source": torch.from_numpy(np.stack([body.source for body in bodies])),
-    }
+    source = torch.from_numpy(np.stack([body.source for body in bodies]))
+    return stack("tokens"), SharedTokens(stack("positions"), stack("start"), stack("end"), source)
 
 
 @dataclass(frozen=True)

@@ -151,14 +151,6 @@ def _keep_initial(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def layout_of(batch: Batch) -> PackLayout:
     """A batch's units, for the attention."""
-    shared = None
-    if batch.shared_source is not None:
-        shared = SharedBody(
-            position=batch.shared_positions,
-            start=batch.shared_start,
-            end=batch.shared_end,
-            source=batch.shared_source,
-        )
     return PackLayout(
         unit=batch.unit,
         position=batch.positions,
@@ -167,7 +159,7 @@ def layout_of(batch: Batch) -> PackLayout:
         prefix_start=batch.prefix_start,
         prefix_end=batch.prefix_end,
         readout_end=batch.readout_end,
-        shared=shared,
+        shared=None if batch.shared is None else SharedBody(**vars(batch.shared)),
     )
 
 

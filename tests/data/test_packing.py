@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -151,11 +151,59 @@ def test_a_pack_is_what_laying_it_out_token_by_token_gives(
     samples = samples.take(chosen)  # in any order, as after shuffling; maybe none
     pack = build_pack(samples, block, tokens, SHAPE)
     expected = plain_pack(samples, block, tokens, SHAPE)
-    assert expected.keys() == {field.name for field in fields(Pack)}
+    assert expected.keys() == {field.name for field in fields(Pack)} - {"shared"}
+    assert pack.shared is None
     for name, values in expected.items():
         found = getattr(pack, name)
         assert (found.tolist() if isinstance(found, np.ndarray) else found) == values, name
     assert pack.targets == samples.targets.sum()
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    items=st.integers(1, 12),
+    prefix=st.integers(0, 3),
+    time_gaps=st.booleans(),
+)
+def test_a_shared_body_holds_each_distinct_interaction_once(
+    seed, lengths, items, prefix, time_gaps
+):
+    rng = np.random.default_rng(seed)
+    tokens = item_tokens(rng, items=items, prefix=prefix, time_gaps=time_gaps)
+    block = users(rng, lengths, items=items)
+    samples = make_samples(block.offsets, block.target_start, 4, 3, 0)
+    pack = build_pack(samples, block, tokens, replace(SHAPE, body=128))
+    plain = build_pack(samples, block, tokens, SHAPE)
+    shared = pack.shared
+    used = plain.body_tokens
+    source = shared.source[:used]
+    assert pack.body_tokens == len(shared.tokens) == len(set(source.tolist()))
+    assert (shared.tokens[source] == plain.tokens[:used]).all()
+
+    # Each token, where it stands in a sample, and what of its own interaction it sees before it.
+    seen = {}
+    gap_of = block.gap_buckets if time_gaps else np.zeros(len(block.item_ids), int)
+    texts = set()
+    unit = plain.unit[:used]
+    for place in range(used):
+        own = np.flatnonzero(unit[: place + 1] == unit[place])[:-1]
+        is_prefix = prefix and plain.positions[place] < prefix
+        expected = list(range(own.size)) if is_prefix else source[own].tolist()
+        at = int(source[place])
+        found = list(range(shared.start[at], shared.end[at]))
+        assert found == expected
+        assert shared.positions[at] == len(own) + (0 if is_prefix else prefix)
+        assert seen.setdefault(at, found) == found
+    for sample_row, first, end in zip(samples.row, samples.first, samples.end, strict=True):
+        places = block.offsets[sample_row] + np.arange(first, end)
+        texts |= {(int(gap_of[i]), int(block.item_ids[i]), int(block.labels[i])) for i in places}
+    distinct_texts = {(gap, item) for gap, item, _ in texts}
+    lengths_of = tokens.lengths
+    gap_lengths = tokens.gap_lengths if time_gaps else np.zeros(6, int)
+    assert len(shared.tokens) == (prefix if texts else 0) + len(texts) + sum(
+        int(lengths_of[item] + gap_lengths[gap]) for gap, item in distinct_texts
+    )
 
 
 @pytest.mark.parametrize("prefix", [0, 2])

@@ -42,7 +42,7 @@ def world(prefix: int = 0) -> tuple[Any, Any]:
 
 
 def prompts(tokens: Any, block: Any) -> dict[tuple[int, int], list[list[int]]]:
-    """Each target's sliding-window prompt: token ids of its interactions, the last without label."""
+    """Token ids of the interactions of each target's sliding-window prompt; none of its label."""
     samples = make_samples(block.offsets, block.target_start, N, 1, min_context=1)
     found = {}
     for row, first, target in zip(samples.row, samples.first, samples.first_target, strict=True):

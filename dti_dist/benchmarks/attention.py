@@ -1,0 +1,153 @@
+"""`dti-dist benchmark attention`: backends over pack lengths, and the memory of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dti_dist.attention.backend import AttentionPlans, AttentionScheme
+from dti_dist.attention.flex import FlexPlan
+from dti_dist.attention.intervals import PackLayout, body_intervals, readout_intervals
+from dti_dist.attention.policies import layer_windows
+from dti_dist.benchmarks import measure
+from dti_dist.console import say
+
+# Of one streaming prompt: MovieLens-1M titles have about 14 tokens an interaction.
+N, K, TOKENS = 20, 50, 14
+# SmolLM2-135M's.
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
+# Dense attention's scores take HEADS · L² numbers, several times over in its backward pass.
+_LONGEST_DENSE = 8192
+
+
+def benchmark_attention(lengths: list[int], rounds: int = 3) -> dict[str, Any]:
+    """One layer's attention, forward and backward, over packs of full streaming prompts.
+
+    Args:
+        lengths: body tokens of a pack; each pack has the [SUM] slots that its targets need.
+        rounds: timed rounds.
+
+    Returns:
+        Surroundings and, per length, milliseconds of each backend with spread, of planning the
+        pack, and on CUDA the memory that the flex backend takes.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    by_length = {}
+    for length in lengths:
+        say(f"packs of {length:,} body tokens")
+        by_length[length] = _at_length(length, rounds, device, dtype)
+    return {
+        "surroundings": measure.surroundings(device),
+        "n": N,
+        "k": K,
+        "tokens_per_interaction": TOKENS,
+        "heads": [HEADS, KV_HEADS, HEAD_DIM],
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": rounds,
+        "lengths": by_length,
+    }
+
+
+def full_pack(length: int, device: torch.device) -> PackLayout:
+    """A pack of streaming prompts of n context interactions and k targets, until it is full."""
+    interactions = length // TOKENS
+    unit = torch.arange(length) // TOKENS
+    unit[interactions * TOKENS :] = -1
+    first = torch.arange(interactions) // (N + K) * (N + K)
+    in_sample = torch.arange(interactions) - first
+    targets = torch.nonzero(in_sample >= N).flatten()
+    slots = -(-len(targets) // 128) * 128
+    tail = torch.full((slots,), -1)
+    tail[: len(targets)] = targets
+    end = torch.zeros(slots, dtype=torch.long)
+    end[: len(targets)] = (targets + 1) * TOKENS - 1
+    start = torch.arange(interactions + 1) * TOKENS
+    position = torch.arange(length) - start[first[unit.clamp(min=0)]]
+    slot_position = end - start[first[tail.clamp(min=0)]]
+    none = torch.zeros(interactions, dtype=torch.long)
+    layout = PackLayout(
+        unit=torch.cat([unit, tail])[None],
+        position=torch.cat([position, slot_position.clamp(min=0)])[None],
+        unit_start=start[None],
+        unit_first=first[None],
+        prefix_start=none[None],
+        prefix_end=none[None],
+        readout_end=end[None],
+    )
+    return layout.to(device)
+
+
+def _at_length(
+    length: int, rounds: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    layout = full_pack(length, device)
+    total = layout.unit.shape[1]
+    torch.manual_seed(0)
+    qkv = [
+        torch.randn(1, total, heads, HEAD_DIM, device=device, dtype=dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    weight = torch.randn(1, HEADS, total, HEAD_DIM, device=device, dtype=dtype)
+    windows = layer_windows("windowed", N, 1)
+    names = ["flex" if device.type == "cuda" else "chunked"]
+    if length <= _LONGEST_DENSE:
+        names.append("dense")
+    plans = {name: AttentionPlans(layout, AttentionScheme(windows, backend=name)) for name in names}
+    works = {name: _training_pass(plan, qkv, weight) for name, plan in plans.items()}
+    works["plain causal"] = _causal_pass(qkv, weight)
+    for name in names:
+        scheme = AttentionScheme(windows, backend=name)
+        works[f"plan, {name}"] = lambda scheme=scheme: AttentionPlans(layout, scheme)
+    works["plan, block masks"] = lambda: [
+        FlexPlan.build(body_intervals(layout, N, False)),
+        FlexPlan.build(readout_intervals(layout, N, False)),
+    ]
+    times = measure.in_rounds(works, rounds, device)
+    return {
+        "slots": total - length,
+        "milliseconds": {
+            name: measure.spread([1e3 * took for took in taken]) for name, taken in times.items()
+        },
+    }
+
+
+def _training_pass(
+    plans: AttentionPlans, qkv: list[Tensor], weight: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: torch.autograd.grad(plans.attend(0, *qkv, HEAD_DIM**-0.5), qkv, weight)
+
+
+def _causal_pass(qkv: list[Tensor], weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    def run() -> tuple[Tensor, ...]:
+        out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+        return torch.autograd.grad(out, qkv, weight)
+
+    return run
+
+
+def attention_table(result: dict[str, Any]) -> str:
+    """Milliseconds by length as aligned text."""
+    lengths = list(result["lengths"])
+    names = list(result["lengths"][lengths[0]]["milliseconds"])
+    rows = []
+    for name in names:
+        cells = []
+        for length in lengths:
+            figure = result["lengths"][length]["milliseconds"].get(name)
+            cells.append(
+                f"{figure['median']:.1f} ({figure['min']:.1f}-{figure['max']:.1f})"
+                if figure
+                else "-"
+            )
+        rows.append((name, *cells))
+    return measure.table(
+        ("milliseconds, median (spread)", *(f"{n:,} tokens" for n in lengths)), rows
+    )
