@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dti_dist.attention.dense import dense_mask
+from dti_dist.attention.dense import dense_mask, layer_mask, through_layers
 from dti_dist.attention.intervals import PackLayout, body_intervals, readout_intervals
 from dti_dist.attention.policies import LayerWindows, layer_windows
 from dti_dist.data.item_tokens import ItemTokens
@@ -65,10 +65,9 @@ def layer_masks(pack: Pack, windows: LayerWindows) -> list[np.ndarray]:
     layout = PackLayout(position=torch.from_numpy(pack.positions)[None], **arrays)
     masks = []
     for w_body, w_sum in zip(windows.body, windows.readout, strict=True):
-        mask = np.zeros((BODY + K, BODY + K), dtype=bool)
-        mask[:BODY, :BODY] = dense_mask(body_intervals(layout, w_body, False))[0]
-        mask[BODY:] = dense_mask(readout_intervals(layout, w_sum, False))[0]
-        masks.append(mask)
+        body = dense_mask(body_intervals(layout, w_body, False))
+        readout = dense_mask(readout_intervals(layout, w_sum, False))
+        masks.append(layer_mask(body, readout)[0].numpy())
     return masks
 
 
@@ -226,7 +225,8 @@ def draw() -> str:
     ]:
         windows = layer_windows(policy, N, LAYERS)
         masks = layer_masks(pack, windows)
-        reached = np.linalg.multi_dot([mask.astype(int) for mask in reversed(masks)]) > 0
+        each = torch.eye(BODY + K, dtype=torch.bool)
+        reached = through_layers(each, [torch.from_numpy(mask) for mask in masks]).numpy()
         drawing.lines([(32, top - 26), (968, top - 26)], GRID)
         drawing.heading(32, top + 4, policy, claim, (17, 13))
         panels = [

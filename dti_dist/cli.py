@@ -161,6 +161,29 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    inspect = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "draw one pack of a run's data: its prompt, who sees whom, and what reaches a prediction",
+        "dti-dist inspect launch/recipes/ml1m_smollm2_135m.yaml data.path=data/ml1m --out pack.png",
+    )
+    inspect.add_argument("config", metavar="CONFIG", help="YAML file; see launch/recipes/")
+    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    inspect.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
+    inspect.add_argument(
+        "--pack", type=_positive, default=1, help="of the first epoch (default: 1)"
+    )
+    inspect.add_argument(
+        "--sample", type=_positive, help="of the pack; default: one with the most interactions"
+    )
+    inspect.add_argument(
+        "--target", type=_positive, default=1, help="first target to show (default: 1)"
+    )
+    inspect.add_argument(
+        "--targets", type=_positive, default=3, help="how many to show (default: 3)"
+    )
+
     export = _command(
         commands,
         "export",
@@ -276,6 +299,22 @@ def _benchmark_attention(args: argparse.Namespace) -> int:
 
     result = benchmark_attention(args.lengths, args.rounds)
     print(json.dumps(result, indent=2) if args.json else attention_table(result))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from dti_dist.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dti_dist.reporting.picture import check_picture, draw
+
+    path = check_picture(args.out)
+    from dti_dist.reporting.inspect import text, view_pack
+
+    view = view_pack(config, args.pack, args.sample, args.target, args.targets)
+    print(text(view))
+    draw(view, path)
+    say(f"wrote {path}")
     return 0
 
 

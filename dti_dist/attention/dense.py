@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dti_dist.attention.intervals import VisibleIntervals
 from dti_dist.attention.readout import ScoreBias
@@ -16,6 +18,34 @@ def dense_mask(intervals: VisibleIntervals) -> Tensor:
     key = torch.arange(intervals.key_length, device=intervals.start.device)
     inside = (intervals.start[..., None] <= key) & (key < intervals.end[..., None])
     return inside.any(dim=0)
+
+
+def layer_mask(body: Tensor, readout: Tensor) -> Tensor:
+    """One layer's mask, the rows of [SUM] below those of the body, which sees no [SUM].
+
+    Args:
+        body: bool [B, Tq, L].
+        readout: bool [B, Sq, T].
+
+    Returns:
+        bool [B, Tq + Sq, T].
+    """
+    return torch.cat([F.pad(body, (0, readout.shape[-1] - body.shape[-1])), readout], dim=1)
+
+
+def through_layers(queries: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """What reaches the queries through all layers: the composition of the layers' masks.
+
+    Args:
+        queries: bool [Q, T], each a set of tokens whose last states are asked about.
+        masks: bool [T, T] of each layer, the first layer first.
+
+    Returns:
+        bool [Q, T], the tokens before the first layer that reach some token of each query.
+    """
+    for mask in reversed(masks):
+        queries = queries.float() @ mask.float() > 0
+    return queries
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,15 @@ def is_exact(policy: str) -> bool:
     return _POLICY_IS_EXACT[policy]
 
 
+def sees_prefix(policy: str, prefix_length: int) -> tuple[bool, bool]:
+    """Whether body tokens, and whether [SUM], see the prefix of their sample.
+
+    Under ``isolated`` [SUM] has the prefix from the states it reads: its own distance to it would
+    depend on the target's place in the prompt.
+    """
+    return prefix_length > 0, prefix_length > 0 and policy != "isolated"
+
+
 def _check_policy(policy: str) -> None:
     if policy not in _POLICY_IS_EXACT:
         raise UserError(

@@ -127,7 +127,8 @@ def _training_pass(
 
 def _causal_pass(qkv: list[Tensor], weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     def run() -> tuple[Tensor, ...]:
-        out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+        q, k, v = qkv
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return torch.autograd.grad(out, qkv, weight)
 
     return run

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dti_dist.attention import backend as attention_backend
 from dti_dist.attention.backend import AttentionPlans, AttentionScheme
 from dti_dist.attention.intervals import PackLayout, SharedBody
-from dti_dist.attention.policies import forgetting_weights, layer_windows
+from dti_dist.attention.policies import forgetting_weights, layer_windows, sees_prefix
 from dti_dist.config import AttentionConfig
 from dti_dist.data.stream import Batch
 from dti_dist.model.families import check_family, initial_memory, logits_divisor, rotary_layers
@@ -97,6 +97,7 @@ class CTRModel(nn.Module):
     ) -> AttentionScheme:
         isolated, reset = attention.policy == "isolated", attention.policy == "reset"
         layers = self.backbone.layers
+        body_sees_prefix, readout_sees_prefix = sees_prefix(attention.policy, prefix_length)
         return AttentionScheme(
             windows=layer_windows(
                 attention.policy, n, self.config.num_hidden_layers, attention.budget
@@ -114,10 +115,8 @@ class CTRModel(nn.Module):
             rotary_layers=rotary_layers(self.backbone),
             rotary_scaling=float(self.backbone.rotary_emb.attention_scaling),
             heads=self.config.num_attention_heads,
-            body_sees_prefix=prefix_length > 0,
-            # Under isolated [SUM] has the prefix from the states it reads: its own distance to it
-            # would depend on the target's place in the prompt.
-            readout_sees_prefix=prefix_length > 0 and not isolated,
+            body_sees_prefix=body_sees_prefix,
+            readout_sees_prefix=readout_sees_prefix,
             prefix_length=prefix_length,
             longest_span=longest_span,
             backend=attention.backend,

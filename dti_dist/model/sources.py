@@ -98,11 +98,22 @@ def load_causal_lm(config: ModelConfig, vocabulary: int, seed: int) -> Any:
     return model
 
 
-def _from_scratch(config: ModelConfig, vocabulary: int, seed: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def load_model_config(config: ModelConfig, vocabulary: int) -> Any:
+    """The transformers config of what `load_causal_lm` loads, without any weights.
+
+    Raises:
+        UserError: when it can't be loaded or its family is not supported.
+    """
+    if config.name == "scratch":
+        return _scratch_config(config, vocabulary)
+    return _pretrained_config(resolve(config))
+
+
+def _scratch_config(config: ModelConfig, vocabulary: int) -> Any:
+    from transformers import LlamaConfig
 
     scratch = config.scratch
-    llama = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=scratch.hidden_size,
         intermediate_size=scratch.intermediate_size,
@@ -112,17 +123,30 @@ def _from_scratch(config: ModelConfig, vocabulary: int, seed: int) -> Any:
         tie_word_embeddings=True,
         max_position_embeddings=32768,
     )
+
+
+def _from_scratch(config: ModelConfig, vocabulary: int, seed: int) -> Any:
+    from transformers import LlamaForCausalLM
+
+    llama = _scratch_config(config, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(llama)
 
 
-def _pretrained(source: Source) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _pretrained_config(source: Source) -> Any:
+    from transformers import AutoConfig
 
     with _explaining(source):
         model_config = AutoConfig.from_pretrained(source.name, **source.arguments)
     check_family(model_config)
+    return model_config
+
+
+def _pretrained(source: Source) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    _pretrained_config(source)  # refuses a family before its weights are read
     with _explaining(source), without_library_chatter():
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.name, dtype=torch.float32, output_loading_info=True, **source.arguments
