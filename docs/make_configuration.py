@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -92,7 +92,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
     words = {int: "integer", float: "number", str: "text", bool: "true | false", type(None): "null"}
     bounds = [
         f" {sign} {value:g}"
-        for kind, sign, name in ((Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"))
+        for kind, sign, name in ((Ge, "≥", "ge"), (Gt, ">", "gt"), (Le, "≤", "le"), (Lt, "<", "lt"))
         for bound in metadata
         if isinstance(bound, kind)
         for value in [getattr(bound, name)]

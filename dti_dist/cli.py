@@ -193,6 +193,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run_dir", metavar="RUN", help="the folder of a run")
     export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--adapter-only",
+        action="store_true",
+        help="of a run with model.lora: what was trained, in peft's form, without the base model",
+    )
     export.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the run's precision")
     _add_checkpoint_option(export)
     return parser
@@ -321,6 +326,6 @@ def _inspect(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from dti_dist.scoring.export import export
 
-    folder = export(args.run_dir, args.out, args.checkpoint, args.dtype)
+    folder = export(args.run_dir, args.out, args.checkpoint, args.dtype, args.adapter_only)
     say(f"exported to {folder}")
     return 0

@@ -132,6 +132,21 @@ class ScratchConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Adapters beside frozen weights. [SUM]'s embedding trains too, and the head `linear`."""
+
+    rank: NonNegative = Field(0, description="0: no adapters, all weights train.")
+    alpha: Positive = Field(16, description="Adapters are scaled by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Of what the adapters read."
+    )
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="Linear layers with adapters, such as [q_proj, v_proj]. Default: all of the "
+        "decoder layers.",
+    )
+
+
 class ModelConfig(Section):
     name: str = Field(
         "scratch",
@@ -144,6 +159,16 @@ class ModelConfig(Section):
         description="yes_no: the label words' logits at [SUM]. linear: a new linear layer on it.",
     )
     scratch: ScratchConfig = ScratchConfig()
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _adapters_need_a_trained_model(self) -> ModelConfig:
+        if self.name == "scratch" and self.lora.rank:
+            raise ValueError(
+                "lora.rank must be 0 with name scratch: random weights would stay random beneath "
+                "the adapters; name a trained model"
+            )
+        return self
 
 
 class ForgettingConfig(Section):
@@ -383,6 +408,8 @@ _EXPECTED = {
     "greater_than_equal": "{ge:g} or more",
     "greater_than": "more than {gt:g}",
     "less_than_equal": "{le:g} or less",
+    "less_than": "less than {lt:g}",
+    "too_short": "{min_length} or more values",
     "too_long": "{max_length} values",
     "invalid_key": "a name",
 }

@@ -22,6 +22,7 @@ from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.lora import add_adapters, require_peft
 from dti_dist.model.tokenizer import SUM_TOKEN
 
 
@@ -42,6 +43,8 @@ class Inputs:
         The tokenizer is read from `tokenizer_dir`, or made and kept there, so that a run and what
         follows it read the same tokens.
         """
+        if config.model.lora.rank:
+            require_peft()  # before caches are built
         dataset = Dataset.open(config.data.path)
         template = Template.for_items(config.template, dataset.manifest.item_text_columns)
         if config.sample.context > dataset.manifest.context_limit:
@@ -130,10 +133,10 @@ class Inputs:
         return sources.load_causal_lm(self.config.model, self.vocabulary, self.config.seed)
 
     def wrap(self, causal_lm: Any) -> CTRModel:
-        """A causal LM with the config's attention and head."""
+        """A causal LM with the config's attention, head and adapters."""
         config = self.config
         longest = (config.sample.context + 1) * self.tokens.longest_interaction
-        return CTRModel(
+        model = CTRModel(
             causal_lm,
             head=config.model.head,
             label_ids=self.tokens.label_ids,
@@ -142,6 +145,9 @@ class Inputs:
             prefix_length=len(self.tokens.prefix),
             longest_span=len(self.tokens.prefix) + longest,
         )
+        if config.model.lora.rank:
+            add_adapters(model, config.model.lora, self.tokens.sum_id, config.seed)
+        return model
 
 
 def _cache_dir(config: RunConfig, dataset: Dataset) -> Path:

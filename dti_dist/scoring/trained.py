@@ -11,6 +11,7 @@ from dti_dist.console import without_library_chatter
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.lora import base_fingerprint
 from dti_dist.training import checkpoint
 from dti_dist.training.checkpoint import Commit
 from dti_dist.training.run_folder import RunFolder
@@ -37,7 +38,12 @@ def choose_checkpoint(run: RunFolder, which: str) -> Commit:
 
 
 def load_weights(model: CTRModel, commit: Commit) -> None:
-    """Fill the model with the checkpoint's float32 weights. Raises UserError if keys differ."""
+    """Fill the model with the checkpoint's float32 weights; frozen ones it has already.
+
+    Raises:
+        UserError: if keys or shapes differ, or the frozen weights are of another model.
+    """
+    checkpoint.check_base(commit, base_fingerprint(model))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns where it has to find out
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -46,7 +52,9 @@ def load_weights(model: CTRModel, commit: Commit) -> None:
         state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
             str(commit.folder.parent), commit.folder.name
         )
-    own = model.state_dict()
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    own = {name: value for name, value in model.state_dict().items() if name not in frozen}
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]

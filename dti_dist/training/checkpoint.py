@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dti_dist.console import say
 from dti_dist.errors import UserError
 from dti_dist.ranks import Ranks
@@ -49,8 +47,12 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], ranks: Ran
     if ranks.is_main and target.exists():
         shutil.rmtree(target)  # an uncommitted rest, or the same step written again
     ranks.barrier()
-    client_state = {"rng": torch.get_rng_state()}
-    engine.save_checkpoint(str(folder), tag=tag(step), client_state=client_state, save_latest=False)
+    engine.save_checkpoint(
+        str(folder),
+        tag=tag(step),
+        save_latest=False,
+        exclude_frozen_parameters=True,  # the base model has them
+    )
     ranks.barrier()
     if ranks.is_main:
         files = {
@@ -105,19 +107,32 @@ def newest(folder: Path, ranks: Ranks) -> Commit | None:
     return ranks.broadcast(found)
 
 
+def check_base(commit: Commit, base: str | None) -> None:
+    """Raise UserError where frozen weights are not those that the adapters were trained beside."""
+    trained_on = commit.state.get("base")
+    if trained_on != base:
+        raise UserError(
+            f"Checkpoint {commit.folder} holds adapters, but not the frozen weights beneath them, "
+            f"and model.name now gives others than the run began with: expected fingerprint "
+            f"{trained_on}, found {base}. Put the run's base model back where model.name points."
+        )
+
+
 def load(engine: Any, commit: Commit, ranks: Ranks) -> None:
-    """Restore weights, optimizer and RNG. Raises UserError for another number of ranks."""
+    """Restore weights and optimizer. Raises UserError for another number of ranks."""
     if commit.world != ranks.world:
         raise UserError(
             f"Checkpoint {commit.folder} was written by {commit.world} ranks, and this job has "
             f"{ranks.world}. Start it with {commit.world} ranks."
         )
-    path, client_state = engine.load_checkpoint(
-        str(commit.folder.parent), tag=commit.folder.name, load_lr_scheduler_states=False
+    path, _ = engine.load_checkpoint(
+        str(commit.folder.parent),
+        tag=commit.folder.name,
+        load_module_strict=commit.state.get("base") is None,  # else frozen weights are left out
+        load_lr_scheduler_states=False,
     )
     if path is None:
         raise UserError(f"DeepSpeed could not load the checkpoint {commit.folder}.")
-    torch.set_rng_state(client_state["rng"])
 
 
 def mark_best(folder: Path, step: int, metric: str, value: float) -> None:

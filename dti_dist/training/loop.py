@@ -7,12 +7,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.stream import PackStream, Share, StreamPlan, batches
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import click_loss
+from dti_dist.model.lora import base_fingerprint
 from dti_dist.ranks import Ranks, leave, meet
 from dti_dist.scoring.metrics import click_metrics
 from dti_dist.scoring.predict import predict
@@ -86,8 +89,16 @@ class _Trainer:
         self.total_steps = min(ends[-1], config.training.max_steps or ends[-1])
         self.validation_plan = validation
 
-        model = inputs.untrained_model()
-        self.parameters = sum(p.numel() for p in model.backbone.parameters())
+        # Loaded models come in evaluation mode, in which activations are not recomputed.
+        model = inputs.untrained_model().train()
+        self.base = base_fingerprint(model)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.flops_per_token = sum(
+            # Forward, the gradient of what a weight reads, and its own unless it is frozen.
+            (6 if p.requires_grad else 4) * p.numel()
+            for p in model.backbone.parameters()
+        )
         if config.training.activation_checkpointing:
             model.enable_activation_checkpointing()
         self.engine = start_engine(model, config.training, ranks)
@@ -117,9 +128,11 @@ class _Trainer:
     def _resume(self) -> None:
         commit = checkpoint.newest(self.folder.checkpoints, self.ranks)
         if commit is not None:
+            checkpoint.check_base(commit, self.base)
             checkpoint.load(self.engine, commit, self.ranks)
             state = dict(commit.state)
             state.pop("data")
+            state.pop("base", None)
             self.progress = _Progress(**state)
             self.saved_at = self.progress.step
             if self.ranks.is_main:
@@ -136,7 +149,8 @@ class _Trainer:
             f"({', '.join(f'{steps:,}' for steps in steps_per_epoch)} by epoch)"
         )
         say(
-            f"{self.parameters:,} parameters, {config.training.precision}, "
+            f"{self.parameters:,} parameters, {self.trainable:,} trainable "
+            f"({self.trainable / self.parameters:.2%}), {config.training.precision}, "
             f"{self.ranks.world} rank(s) on {self.ranks.device.type}, DeepSpeed ZeRO stage "
             f"{self.engine.zero_optimization_stage()}"
         )
@@ -187,6 +201,8 @@ class _Trainer:
         engine, ranks, progress = self.engine, self.ranks, self.progress
         rate = learning_rate(progress.step, self.total_steps, self.config.training)
         set_learning_rate(engine, rate)
+        # So a resumed run drops out what an uninterrupted one does.
+        torch.manual_seed(hash((self.config.seed, progress.step, ranks.rank)))
         loss_sum, tokens, batch = 0.0, 0, None
         micro_steps = engine.gradient_accumulation_steps()
         for _ in range(micro_steps):
@@ -230,7 +246,7 @@ class _Trainer:
         }
         peak = peak_flops(self.ranks.device)
         if peak:
-            flops = 6 * self.parameters * record["tokens_per_s"]
+            flops = self.flops_per_token * record["tokens_per_s"]
             record["mfu"] = flops / (peak * self.ranks.world)
         return record
 
@@ -277,7 +293,7 @@ class _Trainer:
     def _save(self, best: float | None = None) -> None:
         if self.saved_at == self.progress.step:
             return
-        state = self.progress.state(self.epoch_ends)
+        state = {**self.progress.state(self.epoch_ends), "base": self.base}
         folder = self.folder.checkpoints
         checkpoint.save(self.engine, folder, self.progress.step, state, self.ranks)
         if self.ranks.is_main:

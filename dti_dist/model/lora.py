@@ -1,0 +1,125 @@
+"""Low-rank adapters (LoRA) beside frozen weights, with [SUM]'s embedding trained."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from dti_dist.config import LoraConfig
+from dti_dist.errors import UserError, nearest
+from dti_dist.model.ctr_model import CTRModel, LinearHead
+
+_SAMPLED_VALUES = 4096  # of each weight: enough to tell models apart, and read at once
+
+
+def require_peft() -> None:
+    """Raises UserError where peft is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"model.lora.rank needs the package peft, and {error.name!r} is missing. Install it "
+            "with: pip install 'dti-dist[lora]'. Or set model.lora.rank=0 to train all weights."
+        ) from error
+
+
+class SumEmbedding(nn.Module):
+    """Input embeddings whose row of [SUM] is a parameter of its own, so that it alone can train.
+
+    The row starts as the table's, and is scaled as the table's own forward pass scales (Gemma).
+    """
+
+    def __init__(self, table: Any, sum_id: int):
+        super().__init__()
+        self.table = table
+        self.row = nn.Parameter(table.weight[sum_id].detach().clone())
+        self.sum_id = sum_id
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] token ids → [B, T, hidden]."""
+        scale = getattr(self.table, "embed_scale", None)
+        row = self.row if scale is None else self.row * scale.to(self.row.dtype)
+        return torch.where((ids == self.sum_id)[..., None], row, self.table(ids))
+
+
+def add_adapters(model: CTRModel, config: LoraConfig, sum_id: int, seed: int) -> None:
+    """Freeze the model; add what trains: adapters, [SUM]'s embedding, and the head if `linear`.
+
+    The head `yes_no` stays frozen: it is the vocabulary's, and often the input embeddings too. At
+    the start the adapters add nothing, so the model computes what it did before.
+
+    Raises:
+        UserError: for target modules that the decoder layers lack.
+    """
+    import peft
+
+    backbone = model.backbone
+    adapters = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=_target_modules(backbone, config.target_modules),
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(adapters, backbone)
+    backbone.set_input_embeddings(SumEmbedding(backbone.get_input_embeddings(), sum_id))
+    model.head.requires_grad_(isinstance(model.head, LinearHead))
+
+
+def _target_modules(backbone: Any, wanted: list[str] | None) -> list[str]:
+    known = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in backbone.layers.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
+    for name in wanted or []:
+        if name not in known:
+            raise UserError(
+                f"model.lora.target_modules: the decoder layers have no linear layer {name!r}."
+                f"{nearest(name, known)} Known: {', '.join(known)}."
+            )
+    return wanted or known
+
+
+def merge_adapters(model: CTRModel) -> None:
+    """Add the adapters to the weights, write [SUM]'s row into the table, and remove both.
+
+    In place. A model without adapters is left as it is.
+    """
+    backbone = model.backbone
+    embeddings = backbone.get_input_embeddings()
+    if not isinstance(embeddings, SumEmbedding):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, module.get_base_layer())
+    with torch.no_grad():
+        embeddings.table.weight[embeddings.sum_id] = embeddings.row
+    backbone.set_input_embeddings(embeddings.table)
+
+
+def base_fingerprint(model: CTRModel) -> str | None:
+    """Tells base models apart by their frozen decoder layers; None where all weights train.
+
+    Checkpoints leave frozen weights out, so they are right only with the base model of the run.
+    """
+    digest, frozen = hashlib.sha256(), False
+    for name, parameter in model.backbone.layers.named_parameters():
+        if not parameter.requires_grad:
+            frozen = True
+            values = parameter.detach().flatten()
+            sample = values[:: max(values.numel() // _SAMPLED_VALUES, 1)]
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16] if frozen else None

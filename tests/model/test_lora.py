@@ -1,0 +1,144 @@
+"""Adapters beside frozen weights: what trains, what stays, and that merging changes nothing."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dti_dist.config import LoraConfig, validate_config
+from dti_dist.data.packing import PackShape
+from dti_dist.errors import UserError
+from dti_dist.model.ctr_model import click_loss
+from dti_dist.model.lora import add_adapters, base_fingerprint, merge_adapters, require_peft
+from tests.tiny import FAMILIES, SUM, batch_of, ctr_model, item_tokens, users
+
+pytest.importorskip("peft")
+
+
+def adapted(family="llama", lora=None, **settings):
+    """A model with adapters that do nothing yet, and a batch for it."""
+    rng = np.random.default_rng(0)
+    batch = batch_of(users(rng, [6, 9]), item_tokens(rng), 4, 3, PackShape(128, 128))
+    model = ctr_model(family, **settings)
+    before = model(batch)
+    add_adapters(model, lora or LoraConfig(rank=3), SUM, seed=0)
+    model.double()
+    assert torch.equal(model(batch), before)
+    return model, batch
+
+
+def move(model):
+    """Change all that trains, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += 0.2 * noise
+
+
+@pytest.mark.parametrize("head", ["yes_no", "linear"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_the_sum_row_and_the_linear_head_get_gradients_and_nothing_else(family, head):
+    model, batch = adapted(family, head=head, tie_word_embeddings=True)
+    model.enable_activation_checkpointing()
+    model.train()
+    move(model)
+    click_loss(model(batch), batch).backward()
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    linear = {
+        f"backbone.{name}"
+        for name, module in ctr_model(family).backbone.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert len(linear) == 3 * (4 if family == "phi3" else 7)
+    assert with_gradient == {
+        "backbone.embed_tokens.row",
+        *(f"{name}.lora_{side}.default.weight" for name in linear for side in "AB"),
+        *(["head.weight"] if head == "linear" else []),
+    }
+
+
+@pytest.mark.parametrize("policy", ["budget", "reset"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_model_is_of_the_base_models_form_and_computes_the_same(family, policy):
+    model, batch = adapted(family, policy=policy)
+    base = ctr_model(family, policy=policy)
+    at_first = model(batch)
+    move(model)
+    expected = model(batch)
+    assert (expected - at_first)[batch.weights > 0].abs().min() > 1e-6
+    merge_adapters(model)
+    torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-10)
+
+    weights, others = model.state_dict(), base.state_dict()
+    assert weights.keys() == others.keys()
+    table, head = "backbone.embed_tokens.weight", "head.weight"  # tied in Gemma
+    for name in (table, head):
+        assert torch.equal(weights[name][:SUM], others[name][:SUM])
+    assert not torch.equal(weights[table][SUM], others[table][SUM])
+    changed = {name for name in weights if not torch.equal(weights[name], others[name])}
+    assert table in changed
+    assert all(name.endswith("proj.weight") for name in changed - {table, head})
+
+
+def test_only_the_target_modules_get_adapters():
+    model, _ = adapted(lora=LoraConfig(rank=2, target_modules=["q_proj", "v_proj"]))
+    adapters = {n.split(".lora_")[0] for n, _ in model.named_parameters() if ".lora_" in n}
+    assert {name.rpartition(".")[2] for name in adapters} == {"q_proj", "v_proj"}
+
+
+def test_seed_alone_decides_the_adapters():
+    def first(seed):
+        model = ctr_model()
+        add_adapters(model, LoraConfig(rank=2), SUM, seed)
+        return next(p for name, p in model.named_parameters() if "lora_A" in name)
+
+    torch.manual_seed(5)
+    one = first(0)
+    torch.manual_seed(6)
+    assert torch.equal(one, first(0))
+    assert not torch.equal(one, first(1))
+
+
+def test_base_models_are_told_apart_by_their_weights_and_adapters_do_not_matter():
+    fingerprint = base_fingerprint(adapted()[0])
+    moved, other = adapted()[0], adapted(seed=1)[0]
+    move(moved)
+    assert base_fingerprint(moved) == fingerprint != base_fingerprint(other)
+    assert base_fingerprint(ctr_model()) is None
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_unknown_target_modules_are_refused_with_the_known():
+    with pytest.raises(UserError) as raised:
+        adapted("phi3", LoraConfig(rank=2, target_modules=["o_proj", "qk_proj"]))
+    assert str(raised.value) == (
+        "model.lora.target_modules: the decoder layers have no linear layer 'qk_proj'. "
+        "Did you mean 'qkv_proj'? Known: down_proj, gate_up_proj, o_proj, qkv_proj."
+    )
+
+
+def test_missing_peft_is_refused_with_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'dti-dist\[lora\]'"):
+        require_peft()
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"lora": {"rank": 8}}, "model: lora.rank must be 0 with name scratch"),
+        ({"lora": {"dropout": 1}}, "model.lora.dropout: expected less than 1, found 1."),
+        ({"lora": {"target_modules": []}}, "model.lora.target_modules: expected 1 or more values"),
+    ],
+)
+def test_bad_settings_are_refused(model, expected):
+    with pytest.raises(UserError) as raised:
+        validate_config({"run_dir": "r", "data": {"path": "d"}, "model": model})
+    assert expected in str(raised.value)
