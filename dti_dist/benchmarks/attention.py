@@ -119,13 +119,15 @@ def _at_length(
     }
 
 
-def _training_pass(
-    plans: AttentionPlans, qkv: list[Tensor], weight: Tensor
-) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: torch.autograd.grad(plans.attend(0, *qkv, HEAD_DIM**-0.5), qkv, weight)
+def _training_pass(plans: AttentionPlans, qkv: list[Tensor], weight: Tensor) -> Callable[[], Any]:
+    def run() -> tuple[Tensor, ...]:
+        q, k, v = qkv
+        return torch.autograd.grad(plans.attend(0, q, k, v, HEAD_DIM**-0.5), qkv, weight)
+
+    return run
 
 
-def _causal_pass(qkv: list[Tensor], weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def _causal_pass(qkv: list[Tensor], weight: Tensor) -> Callable[[], Any]:
     def run() -> tuple[Tensor, ...]:
         q, k, v = qkv
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
