@@ -44,6 +44,7 @@ def write_config(path: Path, data: Path | str, **sections: Any) -> Path:
             "precision": "fp32",
             "deepspeed": "cpu",
             "device": "cpu",
+            "cpu_threads": 1,  # tests run beside each other
             "log_every": 1,
         },
         "validation": {"max_targets": 200},

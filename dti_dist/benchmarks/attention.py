@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -32,8 +35,8 @@ def benchmark_attention(lengths: list[int], rounds: int = 3) -> dict[str, Any]:
         rounds: timed rounds.
 
     Returns:
-        Surroundings and, per length, milliseconds of each backend with spread, of planning the
-        pack, and on CUDA the memory that the flex backend takes.
+        Surroundings and, per length, milliseconds of each backend and of planning the pack, with
+        spread, and the memory that a training step of a four-layer Llama adds at its peak, in MiB.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -101,18 +104,21 @@ def _at_length(
     if length <= _LONGEST_DENSE:
         names.append("dense")
     plans = {name: AttentionPlans(layout, AttentionScheme(windows, backend=name)) for name in names}
-    works = {name: _training_pass(plan, qkv, weight) for name, plan in plans.items()}
-    works["plain causal"] = _causal_pass(qkv, weight)
-    for name in names:
-        scheme = AttentionScheme(windows, backend=name)
-        works[f"plan, {name}"] = lambda scheme=scheme: AttentionPlans(layout, scheme)
-    works["plan, block masks"] = lambda: [
-        FlexPlan.build(body_intervals(layout, N, False)),
-        FlexPlan.build(readout_intervals(layout, N, False)),
-    ]
+    works: dict[str, Callable[[], Any]] = {
+        **{name: _training_pass(plan, qkv, weight) for name, plan in plans.items()},
+        "plain causal": _causal_pass(qkv, weight),
+        f"plan, {names[0]}": lambda: AttentionPlans(
+            layout, AttentionScheme(windows, backend=names[0])
+        ),
+        "plan, block masks": lambda: (
+            FlexPlan.build(body_intervals(layout, N, False)),
+            FlexPlan.build(readout_intervals(layout, N, False)),
+        ),
+    }
     times = measure.in_rounds(works, rounds, device)
     return {
         "slots": total - length,
+        "step_memory_mib": _in_new_process(_step_memory_mib, length),
         "milliseconds": {
             name: measure.spread([1e3 * took for took in taken]) for name, taken in times.items()
         },
@@ -136,6 +142,51 @@ def _causal_pass(qkv: list[Tensor], weight: Tensor) -> Callable[[], Any]:
     return run
 
 
+def _in_new_process(measure_it: Callable[[int], float], length: int) -> float:
+    """A process knows only its highest memory so far, so each figure needs one of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(measure_it, length).result()
+
+
+def _step_memory_mib(length: int) -> float:
+    """Peak of forward and backward over one pack, over what the process holds before."""
+    from transformers import LlamaConfig, LlamaModel
+
+    from dti_dist.attention.backend import ATTENTION_NAME, register
+
+    register()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=HEADS * HEAD_DIM,
+        intermediate_size=1536,
+        num_hidden_layers=4,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        attn_implementation=ATTENTION_NAME,
+    )
+    model = LlamaModel(config).to(device)
+
+    def step(length: int) -> None:
+        layout = full_pack(length, device)
+        plans = AttentionPlans(layout, AttentionScheme(layer_windows("windowed", N, 4)))
+        ids = torch.zeros(layout.unit.shape, dtype=torch.long, device=device)
+        out = model(ids, position_ids=plans.positions, attention_plans=plans, use_cache=False)
+        out.last_hidden_state[:, length:].square().sum().backward()
+
+    def peak() -> float:
+        if cuda:
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    step(128)  # gradients and libraries
+    before = peak()
+    step(length)
+    return peak() - before
+
+
 def attention_table(result: dict[str, Any]) -> str:
     """Milliseconds by length as aligned text."""
     lengths = list(result["lengths"])
@@ -151,6 +202,8 @@ def attention_table(result: dict[str, Any]) -> str:
                 else "-"
             )
         rows.append((name, *cells))
+    memory = [f"{result['lengths'][length]['step_memory_mib']:,.0f}" for length in lengths]
+    rows.append(("MiB of a training step, 4 layers", *memory))
     return measure.table(
         ("milliseconds, median (spread)", *(f"{n:,} tokens" for n in lengths)), rows
     )

