@@ -203,31 +203,32 @@ class _Trainer:
         set_learning_rate(engine, rate)
         # So a resumed run drops out what an uninterrupted one does.
         torch.manual_seed(hash((self.config.seed, progress.step, ranks.rank)))
-        loss_sum, tokens, batch = 0.0, 0, None
+        loss_sum, tokens, batch = torch.zeros((), device=ranks.device), 0, None
         micro_steps = engine.gradient_accumulation_steps()
         for _ in range(micro_steps):
             waiting = time.perf_counter()
             batch = next(loader)
             interval.data_wait_s += time.perf_counter() - waiting
             assert batch.step == progress.step, "the stream and the loop must count alike"
-            loss = click_loss(engine(batch.to(ranks.device)), batch.to(ranks.device))
+            on_device = batch.to(ranks.device)
+            loss = click_loss(engine(on_device), on_device)
             # DeepSpeed averages over ranks and micro-steps; a mean over the step's targets is asked
             # for, however they are spread.
             engine.backward(loss * (ranks.world * micro_steps / batch.step_targets))
             engine.step()
-            loss_sum += loss.item()
+            loss_sum += loss.detach()
             tokens += batch.body_tokens + int(batch.weights.sum())
         assert batch is not None
         told = float(self.stop.received is not None)
-        loss_sum, tokens_sum, stopping = ranks.sum(loss_sum, float(tokens), told)
-        if not math.isfinite(loss_sum):
+        total, tokens_sum, stopping = ranks.sum(loss_sum.item(), float(tokens), told)
+        if not math.isfinite(total):
             raise UserError(
-                f"The loss became {loss_sum} at step {progress.step + 1}. Resume from the last "
+                f"The loss became {total} at step {progress.step + 1}. Resume from the last "
                 "checkpoint with a lower training.learning_rate or training.precision=fp32."
             )
         progress.step += 1
         interval.steps += 1
-        interval.loss_sum += loss_sum
+        interval.loss_sum += total
         interval.targets += batch.step_targets
         interval.tokens += int(tokens_sum)
         return stopping > 0, batch.epoch

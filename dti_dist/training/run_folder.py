@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "data.prefetch",
     "data.cache_dir",
     "attention.backend",
+    "attention.share_interactions",
     "training.micro_batch_packs",
     "training.activation_checkpointing",
     "training.device",

@@ -71,7 +71,7 @@ def label_logit(logits: Tensor) -> float:
 def assert_all_close(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     assert len(found) > 9
-    assert max(abs(expected[key] - float(found[key])) for key in found) < CLOSE
+    assert max(abs(expected[key] - float(found[key].detach())) for key in found) < CLOSE
     assert np.std(list(expected.values())) > 0.1
 
 
