@@ -184,7 +184,7 @@ class AttentionPlans:
             scale: factor of the scores.
 
         Returns:
-            [B, Hq, T, D].
+            [B, Hq, T, D]; 0 for the body in the last layer, where there are slots to read.
 
         Raises:
             UserError: q or k are not of the B packs of T tokens that the plans were made for.
@@ -198,13 +198,16 @@ class AttentionPlans:
                     f"AttentionPlans from this batch's layout, and call the model with "
                     f"use_cache=False."
                 )
-        length, attention = self.body_length, self._backend.attention
-        body_plan = self._body[self.scheme.windows.body[layer]]
-        body = attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], body_plan, scale)
+        length, attention, windows = self.body_length, self._backend.attention, self.scheme.windows
+        if self._has_slots and layer == len(windows.body) - 1:
+            body = torch.zeros_like(q[:, :, :length])  # nobody reads the body behind the last layer
+        else:
+            body_plan = self._body[windows.body[layer]]
+            body = attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], body_plan, scale)
         if not self._has_slots:
             return body
         keys, values = self._memory(layer, k, v)
-        readout_plan = self._readout[self.scheme.windows.readout[layer]]
+        readout_plan = self._readout[windows.readout[layer]]
         readout = attention(q[:, :, length:], keys, values, readout_plan, scale)
         return torch.cat([body, readout], dim=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from itertools import cycle
@@ -57,7 +58,10 @@ def benchmark_paradigm(config: RunConfig, rounds: int = 3, targets: int = 20_000
         configs = {name: _changed(config, changes) for name, changes in VARIANTS.items()}
         inputs = {name: Inputs.open(changed, folder) for name, changed in configs.items()}
         causal_lm = inputs[BASELINE].causal_lm()
-        models = {name: opened.wrap(causal_lm).to(device) for name, opened in inputs.items()}
+        models = {
+            name: opened.wrap(_with_same_weights(causal_lm)).to(device)
+            for name, opened in inputs.items()
+        }
         for parameter in models[BASELINE].parameters():  # shared by all; buffers stay float32
             parameter.data = parameter.data.to(dtype)
         optimizer = torch.optim.AdamW(models[BASELINE].parameters(), lr=1e-5)
@@ -78,6 +82,11 @@ def benchmark_paradigm(config: RunConfig, rounds: int = 3, targets: int = 20_000
         "rounds": rounds,
         "variants": _figures(packs, times, rounds),
     }
+
+
+def _with_same_weights(causal_lm: Any) -> Any:
+    """A model of its own, so that each variant has its own hooks, around the same parameters."""
+    return copy.deepcopy(causal_lm, {id(p): p for p in causal_lm.parameters()})
 
 
 def _changed(config: RunConfig, changes: dict[str, dict[str, Any]]) -> RunConfig:

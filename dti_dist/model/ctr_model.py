@@ -89,6 +89,7 @@ class CTRModel(nn.Module):
             else LinearHead(self.config.hidden_size)
         )
         self.scheme = self._scheme(n, attention, prefix_length, longest_span)
+        _feed_forward_slots_alone(self.backbone.layers[-1])
         if self.scheme.forgetting is not None:
             self.backbone.layers[0].register_forward_pre_hook(_keep_initial, with_kwargs=True)
 
@@ -140,6 +141,20 @@ class CTRModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return self.head(hidden[:, plans.body_length :])
+
+
+def _feed_forward_slots_alone(last_layer: Any) -> None:
+    """Spare the body the last layer's feed-forward part: only [SUM] is read behind it."""
+    body = {"length": 0}
+
+    def note_length(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        body["length"] = kwargs["attention_plans"].body_length
+
+    last_layer.register_forward_pre_hook(note_length, with_kwargs=True)
+    last_layer.mlp.register_forward_pre_hook(lambda mlp, args: (args[0][:, body["length"] :],))
+    last_layer.mlp.register_forward_hook(
+        lambda mlp, args, out: F.pad(out, (0, 0, body["length"], 0))
+    )
 
 
 def _keep_initial(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
