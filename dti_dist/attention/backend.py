@@ -14,6 +14,7 @@ from dti_dist.attention.dense import DensePlan, dense_attention
 from dti_dist.attention.flex import FlexPlan, flex_attention_call
 from dti_dist.attention.intervals import (
     PackLayout,
+    SharedBody,
     VisibleIntervals,
     body_intervals,
     readout_intervals,
@@ -131,13 +132,16 @@ class AttentionPlans:
         self.body_length = layout.body_length
         self.reach = scheme.longest_span or layout.length
         self._backend = _BACKENDS[backend]
-        self._source = None if layout.shared is None else layout.shared.source.long()
+        self._rows = None if layout.shared is None else _rows_of(layout.shared)
         self._has_slots = layout.length < layout.unit.shape[1]
         self._place_positions(layout, inverse_frequencies)
         windows = scheme.windows
-        self._body = {w: self._plan_body(layout, w) for w in set(windows.body)}
+        # With slots nobody reads the body behind the last layer.
+        self._planned = windows.body[: -1 if self._has_slots else None]
+        self._body = {w: self._plan_body(layout, w) for w in set(self._planned)}
         if self._has_slots:
-            slopes = alibi_slopes(scheme.heads) if scheme.positions == "alibi" else None
+            alibi = scheme.positions == "alibi"
+            slopes = alibi_slopes(scheme.heads, layout.unit.device) if alibi else None
             bias = score_bias(layout, slopes, scheme.forgetting)
             self._readout = {w: self._plan_readout(layout, w, bias) for w in set(windows.readout)}
 
@@ -199,11 +203,11 @@ class AttentionPlans:
                     f"use_cache=False."
                 )
         length, attention, windows = self.body_length, self._backend.attention, self.scheme.windows
-        if self._has_slots and layer == len(windows.body) - 1:
-            body = torch.zeros_like(q[:, :, :length])  # nobody reads the body behind the last layer
-        else:
+        if layer < len(self._planned):
             body_plan = self._body[windows.body[layer]]
             body = attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], body_plan, scale)
+        else:
+            body = torch.zeros_like(q[:, :, :length])
         if not self._has_slots:
             return body
         keys, values = self._memory(layer, k, v)
@@ -216,11 +220,11 @@ class AttentionPlans:
         scheme, length = self.scheme, self.body_length
         rotary = scheme.rotary_layers[layer] if scheme.rotary_layers else True
         turn = self._turn if rotary else None
-        if turn is None and self._source is None and scheme.forgetting is None:
+        if turn is None and self._rows is None and scheme.forgetting is None:
             return k, v
         keys, values = k[:, :, :length].transpose(1, 2), v[:, :, :length].transpose(1, 2)
-        if self._source is not None:
-            keys, values = (in_sample_order(x, self._source) for x in (keys, values))
+        if self._rows is not None:
+            keys, values = in_sample_order(keys, values, self._rows)
         if turn is not None:
             keys = turn(keys)
         parts = [
@@ -239,6 +243,12 @@ class AttentionPlans:
             for column in zip(*parts, strict=True)
         )
         return keys, values
+
+
+def _rows_of(shared: SharedBody) -> Tensor:
+    """[B, L] which of all packs' tokens, end to end, stands at each place."""
+    packs, length = shared.position.shape
+    return shared.source.long() + torch.arange(packs, device=shared.source.device)[:, None] * length
 
 
 def _needed(inverse_frequencies: Tensor | None) -> Tensor:
@@ -323,12 +333,11 @@ def attention_forward(
 
 
 def register() -> None:
-    """Make ``attn_implementation="dti"`` known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make ``attn_implementation="dti"`` known to transformers.
+
+    As an attention without a mask function: transformers then builds no mask, and does not look
+    into the positions for one, which would make a GPU wait in every forward pass.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The plans are the mask, so transformers need not build one."""

@@ -113,9 +113,10 @@ def _preset_budget(preset: str, n: int, num_layers: int, share: float) -> tuple[
         "early": range(half),
         "late": range(useful - half, useful),
     }[preset]
-    body = [0] * num_layers
-    for i in range(round(n * share) if layers else 0):
-        body[layers[i % len(layers)]] += 1
+    # Spread evenly over those layers, of which there may be more than interactions to spend.
+    spend, body = round(n * share), [0] * num_layers
+    for i, layer in enumerate(layers):
+        body[layer] = -(-(i + 1) * spend // len(layers)) + (-i * spend // len(layers))
     return tuple(body)
 
 

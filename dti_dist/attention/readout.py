@@ -62,9 +62,9 @@ class ScoreBias:
         return self.log_weights[(key >= self.initial_from).long(), apart]
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
     """[heads] float32: 2^(-8h / heads) for h = 1 … heads (Press et al., arXiv 2108.12409)."""
-    return torch.exp2(-8.0 * torch.arange(1, heads + 1) / heads)
+    return torch.exp2(-8.0 * torch.arange(1, heads + 1, device=device) / heads)
 
 
 _NO_DISTANCE = 2**30  # as a key's unit: never behind its query, so nothing of it is forgotten
@@ -86,7 +86,7 @@ def score_bias(
     log_weights = None
     key_position, key_unit = position, unit
     if forgetting is not None:
-        alpha = forgetting.to(device)
+        alpha = forgetting.to(device, non_blocking=True)
         log_weights = torch.stack([torch.log1p(-alpha), torch.log(alpha)]).float()
         # A prefix is no interaction: it is never forgotten.
         index = unit[:, :length].clamp(min=0).long()
@@ -97,7 +97,7 @@ def score_bias(
         key_unit = torch.cat([context, unit[:, length:], context], dim=1)
         key_position = torch.cat([position, position[:, :length]], dim=1)
     return ScoreBias(
-        slopes=None if slopes is None else slopes.to(device),
+        slopes=slopes,
         log_weights=log_weights,
         query_position=position[:, length:].contiguous(),
         key_position=key_position.contiguous(),
@@ -161,21 +161,20 @@ def restarted_positions(layout: PackLayout) -> Tensor:
     return torch.where(unit < 0, 0, place - layout.unit_start.gather(1, index) + prefix)
 
 
-def in_sample_order(states: Tensor, source: Tensor) -> Tensor:
-    """Bring keys or values of shared interactions to where they stand in the samples.
-
-    Where many places share a state their gradients add up in float32 at least.
+def in_sample_order(keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring keys and values of shared interactions to where they stand in the samples.
 
     Args:
-        states: [B, Lb, H, D].
-        source: [B, L].
+        keys, values: [B, Lb, H, D].
+        rows: [B, L] of the B · Lb tokens, the one that stands at each place.
 
     Returns:
-        [B, L, H, D], float32 for half precision.
+        [B, L, H, D] each, float32 for half precision: where many places share a state, their
+        gradients add up.
     """
-    packs, tokens, heads, width = states.shape
-    rows = states.reshape(packs * tokens, heads * width)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    first = torch.arange(packs, device=source.device)[:, None] * tokens
+    _, _, heads, width = keys.shape
+    states = torch.cat([keys, values], dim=-1).flatten(0, 1).flatten(1)
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
     # The backward pass of an embedding sorts its indices on a GPU: sums are deterministic.
-    return F.embedding(source + first, rows).view(packs, -1, heads, width)
+    found = F.embedding(rows, states).unflatten(-1, (heads, 2 * width))
+    return found[..., :width], found[..., width:]

@@ -62,9 +62,11 @@ def benchmark_paradigm(config: RunConfig, rounds: int = 3, targets: int = 20_000
             name: opened.wrap(_with_same_weights(causal_lm)).to(device)
             for name, opened in inputs.items()
         }
-        for parameter in models[BASELINE].parameters():  # shared by all; buffers stay float32
+        # Most parameters are shared by all; each variant has adapters or a linear head of its own.
+        parameters = {id(p): p for model in models.values() for p in model.parameters()}
+        for parameter in parameters.values():  # buffers stay float32: rotary frequencies
             parameter.data = parameter.data.to(dtype)
-        optimizer = torch.optim.AdamW(models[BASELINE].parameters(), lr=1e-5)
+        optimizer = torch.optim.AdamW([p for p in parameters.values() if p.requires_grad], lr=1e-5)
         packs = {name: _packs(opened, targets, rounds, device) for name, opened in inputs.items()}
         steps = {
             name: _step(models[name], cycle(packs[name]), optimizer, name, config)
@@ -91,8 +93,7 @@ def _with_same_weights(causal_lm: Any) -> Any:
 
 def _changed(config: RunConfig, changes: dict[str, dict[str, Any]]) -> RunConfig:
     raw = config.model_dump(mode="json")
-    if changes["attention"]["policy"] != "windowed":
-        raw["template"]["prefix"] = ""  # which `budget` refuses
+    raw["template"]["prefix"] = ""  # which `budget` refuses
     for section, values in changes.items():
         raw[section].update(values)
     return validate_config(raw)

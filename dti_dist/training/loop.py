@@ -66,12 +66,16 @@ class _Progress:
 
     step: int = 0
     best: float | None = None
+    metric: str | None = None  # what `best` is of
     validations_without_gain: int = 0
+    validated_at: int = 0
 
-    def state(self, epoch_ends: list[int]) -> dict[str, Any]:
+    def state(self, epoch_ends: list[int], data: str) -> dict[str, Any]:
+        """Plain JSON. `data` is the fingerprint of the index that steps are counted in."""
         epoch = next((e for e, end in enumerate(epoch_ends) if self.step < end), len(epoch_ends))
         start = epoch_ends[epoch - 1] if epoch else 0
-        return {**vars(self), "data": {"epoch": epoch, "step_in_epoch": self.step - start}}
+        place = {"epoch": epoch, "step_in_epoch": self.step - start, "fingerprint": data}
+        return {**vars(self), "data": place}
 
 
 class _Trainer:
@@ -88,6 +92,7 @@ class _Trainer:
         self.epoch_ends = ends
         self.total_steps = min(ends[-1], config.training.max_steps or ends[-1])
         self.validation_plan = validation
+        self.data = plan.index.fingerprint
 
         # Loaded models come in evaluation mode, in which activations are not recomputed.
         model = inputs.untrained_model().train()
@@ -131,12 +136,21 @@ class _Trainer:
             checkpoint.check_base(commit, self.base)
             checkpoint.load(self.engine, commit, self.ranks)
             state = dict(commit.state)
-            state.pop("data")
-            state.pop("base", None)
+            self._check_data(commit, state.pop("data")["fingerprint"])
+            state.pop("base")
             self.progress = _Progress(**state)
             self.saved_at = self.progress.step
             if self.ranks.is_main:
                 say(f"resuming from {commit.folder.name}, {commit.folder}")
+
+    def _check_data(self, commit: checkpoint.Commit, trained_on: str) -> None:
+        if trained_on != self.data:
+            raise UserError(
+                f"Checkpoint {commit.folder} counts its steps in other data: expected the index "
+                f"{trained_on}, found {self.data} for data.path {self.config.data.path}. Steps "
+                "would repeat and leave out samples. Put the run's data set back, or start a new "
+                "run_dir."
+            )
 
     def _introduce(self, plan: StreamPlan, steps_per_epoch: list[int]) -> None:
         config = self.config
@@ -160,12 +174,13 @@ class _Trainer:
         metrics = MetricsFile(self.folder.metrics, progress.step) if self.ranks.is_main else None
         display = StepDisplay(self.ranks, self.total_steps, progress.step)
         interval = Interval()
-        while progress.step < self.total_steps:
+        stopping = False
+        if self._validation_is_due():  # a signal came between a step and its validation
+            self._validate(metrics)
+        while progress.step < self.total_steps and not self._out_of_patience():
             stopping, epoch = self._step(loader, interval)
             display.step()
-            last = progress.step == self.total_steps
-            epoch_end = progress.step in self.epoch_ends
-            if progress.step % config.training.log_every == 0 or last:
+            if progress.step % config.training.log_every == 0 or progress.step == self.total_steps:
                 record = self._record(interval, epoch)
                 interval = Interval()
                 if metrics:
@@ -174,20 +189,17 @@ class _Trainer:
             if stopping:
                 break
             paused = time.perf_counter()
-            if _due(progress.step, config.validation.every_steps) or epoch_end or last:
-                stop_early = self._validate(metrics)
-                if stop_early:
-                    break
-            if _due(progress.step, config.checkpoints.every_steps) or epoch_end:
+            if self._validation_is_due():
+                self._validate(metrics)
+            every = config.checkpoints.every_steps
+            if _due(progress.step, every) or progress.step in self.epoch_ends:
                 self._save()
             interval.started += time.perf_counter() - paused  # not part of the steps' time
-        else:
-            stopping = False
         self._save()
         display.close()
         if metrics:
             metrics.close()
-        if stopping and progress.step < self.total_steps:
+        if stopping:
             if self.ranks.is_main:
                 say(
                     f"stopped by a signal after step {progress.step:,}; its checkpoint is "
@@ -195,6 +207,18 @@ class _Trainer:
                 )
             return STOPPED_BY_SIGNAL
         return 0
+
+    def _validation_is_due(self) -> bool:
+        step = self.progress.step
+        return step > self.progress.validated_at and (
+            _due(step, self.config.validation.every_steps)
+            or step in self.epoch_ends
+            or step == self.total_steps
+        )
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.validation.patience
+        return patience is not None and self.progress.validations_without_gain >= patience
 
     def _step(self, loader: Any, interval: Interval) -> tuple[bool, int]:
         """One optimizer step; returns whether a rank was told to stop, and the step's epoch."""
@@ -251,11 +275,13 @@ class _Trainer:
             record["mfu"] = flops / (peak * self.ranks.world)
         return record
 
-    def _validate(self, metrics: MetricsFile | None) -> bool:
-        """Measure on valid, mark a new best; returns whether patience is at its end."""
-        config, progress = self.config, self.progress
+    def _validate(self, metrics: MetricsFile | None) -> None:
+        """Measure on valid, and keep the checkpoint if it is the best so far."""
+        progress, name = self.progress, self.config.validation.metric
         figures = self._measure(self.validation_plan)
-        name = config.validation.metric
+        progress.validated_at = progress.step
+        if progress.metric != name:  # none yet, or the run goes on with another
+            progress.best, progress.metric, progress.validations_without_gain = None, name, 0
         value = figures[name]
         if value is None:  # AUC of targets that all have the same label
             if self.ranks.is_main:
@@ -263,7 +289,7 @@ class _Trainer:
                     "validation: all targets have the same label, so AUC is undefined and no "
                     "checkpoint is best. Raise validation.max_targets or choose metric log_loss."
                 )
-            return False
+            return
         gain = value if name == "auc" else -value
         if progress.best is None or gain > progress.best:
             progress.best, progress.validations_without_gain = gain, 0
@@ -277,8 +303,6 @@ class _Trainer:
                 f"step {progress.step:,}: valid AUC {auc}  log loss {figures['log_loss']:.4f}  "
                 f"({figures['targets']:,} targets)"
             )
-        patience = config.validation.patience
-        return patience is not None and progress.validations_without_gain >= patience
 
     def _measure(self, plan: StreamPlan) -> dict[str, Any]:
         share = self._share(self.ranks.world * self.config.training.micro_batch_packs)
@@ -292,17 +316,16 @@ class _Trainer:
         return self.ranks.broadcast(figures)
 
     def _save(self, best: float | None = None) -> None:
-        if self.saved_at == self.progress.step:
-            return
-        state = {**self.progress.state(self.epoch_ends), "base": self.base}
-        folder = self.folder.checkpoints
-        checkpoint.save(self.engine, folder, self.progress.step, state, self.ranks)
+        """Write a checkpoint of this step if there is none; `best` marks it as the best."""
+        folder, step = self.folder.checkpoints, self.progress.step
+        if self.saved_at != step:
+            state = {**self.progress.state(self.epoch_ends, self.data), "base": self.base}
+            checkpoint.save(self.engine, folder, step, state, self.ranks)
+            self.saved_at = step
         if self.ranks.is_main:
             if best is not None:
-                metric = self.config.validation.metric
-                checkpoint.mark_best(folder, self.progress.step, metric, best)
+                checkpoint.mark_best(folder, step, self.config.validation.metric, best)
             checkpoint.remove_old(folder, self.config.checkpoints.keep_last)
-        self.saved_at = self.progress.step
 
 
 def _due(step: int, every: int) -> bool:
