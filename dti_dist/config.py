@@ -299,13 +299,13 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
-    def _exact_policies_have_no_prefix(self) -> RunConfig:
+    def _budget_has_no_prefix(self) -> RunConfig:
         if self.attention.policy == "budget" and self.template.prefix:
             raise ValueError(
                 "template.prefix must be empty under attention.policy budget: with rotary "
                 "positions a target's distance to the prefix depends on its place in the prompt, "
                 "so streaming and sliding-window prompts would differ; leave the prefix out or "
-                "choose policy windowed"
+                "choose policy isolated, which is exact with one"
             )
         return self
 

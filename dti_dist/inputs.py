@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ class Inputs:
             sum_id = int(tokenizer.convert_tokens_to_ids(SUM_TOKEN))
         else:
             tokenizer, sum_id = sources.load_tokenizer(config.model, dataset, template)
-            tokenizer.save_pretrained(str(tokenizer_dir))
+            _keep(tokenizer, tokenizer_dir)
         cache_dir = _cache_dir(config, dataset)
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache_dir)
         return Inputs(config, dataset, tokenizer, tokens, cache_dir)
@@ -148,6 +150,18 @@ class Inputs:
         if config.model.lora.rank:
             add_adapters(model, config.model.lora, self.tokens.sum_id, config.seed)
         return model
+
+
+def _keep(tokenizer: Any, folder: Path) -> None:
+    """Save it whole or not at all: the first ranks of several nodes may do so at once."""
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    tokenizer.save_pretrained(str(staging))
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        shutil.rmtree(staging)
+        if not (folder / "tokenizer.json").exists():
+            raise
 
 
 def _cache_dir(config: RunConfig, dataset: Dataset) -> Path:

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -86,6 +86,16 @@ class Ranks:
             dist.barrier()
 
 
+def choose_device(wanted: str) -> torch.device:
+    """The device for ``auto``, ``cuda`` or ``cpu``. Raises UserError where there is no GPU."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "training.device is cuda, but torch sees no GPU on this machine. Check nvidia-smi and "
+            f"that torch is a CUDA build (found {torch.__version__}), or set training.device=cpu."
+        )
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def meet(device: str, timeout_minutes: int, cpu_threads: int | None) -> Ranks:
     """Join the process group that torchrun, deepspeed, accelerate or srun laid out.
 
@@ -95,13 +105,8 @@ def meet(device: str, timeout_minutes: int, cpu_threads: int | None) -> Ranks:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise UserError(
-            "training.device is cuda, but torch sees no GPU on this machine. Check nvidia-smi and "
-            f"that torch is a CUDA build (found {torch.__version__}), or set training.device=cpu."
-        )
-    if device == "cpu" or not cuda:
+    cuda = choose_device(device).type == "cuda"
+    if not cuda:
         # Before deepspeed is imported: it picks its accelerator then.
         os.environ["DS_ACCELERATOR"] = "cpu"
         chosen = torch.device("cpu")
@@ -151,6 +156,15 @@ def _set(**variables: str) -> None:
         _set_here.append(name)
 
 
+def _tasks_on_this_node(environ: Mapping[str, str]) -> str:
+    """Slurm's list counts nodes in their order, as in ``2(x3),1``: three nodes of 2, one of 1."""
+    counts: list[str] = []
+    for entry in environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_NTASKS"]).split(","):
+        tasks, _, times = entry.partition("(x")
+        counts += [tasks] * int(times.rstrip(")") or 1)
+    return counts[int(environ.get("SLURM_NODEID", "0"))]
+
+
 def _complete_environment() -> None:
     environ = os.environ
     if "RANK" not in environ:
@@ -159,7 +173,7 @@ def _complete_environment() -> None:
                 RANK=environ["SLURM_PROCID"],
                 WORLD_SIZE=environ["SLURM_NTASKS"],
                 LOCAL_RANK=environ["SLURM_LOCALID"],
-                LOCAL_WORLD_SIZE=environ["SLURM_NTASKS_PER_NODE"],
+                LOCAL_WORLD_SIZE=_tasks_on_this_node(environ),
             )
         else:
             _set(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")

@@ -162,7 +162,7 @@ def test_every_fault_is_listed():
 def test_a_prefix_under_an_exact_policy_is_refused_with_the_reason():
     line = fault("template: {prefix: 'Films:'}")
     assert line.startswith("template.prefix must be empty under attention.policy budget")
-    assert "leave the prefix out or choose policy windowed." in line
+    assert "leave the prefix out or choose policy isolated, which is exact with one." in line
     windowed = {"template": {"prefix": "Films:"}, "attention": {"policy": "windowed"}}
     assert validate_config({**LEAST, **windowed}).template.prefix == "Films:"
 

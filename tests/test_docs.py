@@ -178,6 +178,9 @@ MAY_IMPORT = {
     "inputs": {"model", "data", *COMMON},
     "scoring": {"scoring", "training", "inputs", "model", "data", "ranks", *COMMON},
     "training": {"training", "scoring", "inputs", "model", "data", "ranks", *COMMON},
+    "reporting": {"reporting", "scoring", "training", "inputs", "model", "attention", "data"}
+    | {"ranks", *COMMON},
+    "benchmarks": {"benchmarks", "inputs", "model", "attention", "data", "ranks", *COMMON},
 }
 
 

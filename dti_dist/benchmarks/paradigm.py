@@ -17,6 +17,7 @@ from dti_dist.console import say
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, click_loss
+from dti_dist.ranks import choose_device
 
 BASELINE = "sliding_window"
 # Name → what it changes of the config.
@@ -48,9 +49,8 @@ def benchmark_paradigm(config: RunConfig, rounds: int = 3, targets: int = 20_000
         Surroundings and, per variant, targets/s and tokens/s with spread, tokens a target, and the
         speed over sliding_window as measured and as the token counts alone would have it.
     """
-    cuda = config.training.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    if not cuda and config.training.cpu_threads:
+    device = choose_device(config.training.device)
+    if device.type == "cpu" and config.training.cpu_threads:
         torch.set_num_threads(config.training.cpu_threads)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,13 @@ from dti_dist.attention.intervals import PackLayout, SharedBody
 from dti_dist.attention.policies import forgetting_weights, layer_windows, sees_prefix
 from dti_dist.config import AttentionConfig
 from dti_dist.data.stream import Batch
-from dti_dist.model.families import check_family, initial_memory, logits_divisor, rotary_layers
+from dti_dist.model.families import (
+    check_family,
+    check_head,
+    initial_memory,
+    logits_divisor,
+    rotary_layers,
+)
 
 
 class LabelWordHead(nn.Module):
@@ -78,6 +84,7 @@ class CTRModel(nn.Module):
     ):
         super().__init__()
         check_family(causal_lm.config, longest_span)
+        check_head(causal_lm.config, head)
         attention_backend.register()
         self.config = causal_lm.config
         self.backbone = causal_lm.base_model

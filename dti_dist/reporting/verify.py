@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,12 +20,15 @@ from dti_dist.data.samples import Samples, make_samples, sample_lengths
 from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, LinearHead, click_loss
+from dti_dist.ranks import choose_device
 from dti_dist.scoring.trained import choose_checkpoint, trained_model
 from dti_dist.training import checkpoint
 from dti_dist.training.run_folder import RunFolder
 
 # In float64 what is left is the rounding of transformers' rotary tables, which are float32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1}
+# Of norms: 0 in place of a gradient would be 1.
+_GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1}
 _EDITS_PER_PACK = 4
 
 Logits = dict[tuple[int, int], float]
@@ -98,9 +102,8 @@ class _Subject:
     @staticmethod
     def open(inputs: Inputs, run: RunFolder, count: int, dtype: str | None) -> _Subject:
         config = inputs.config
-        cuda = config.training.device != "cpu" and torch.cuda.is_available()
-        device = torch.device("cuda" if cuda else "cpu")
-        default = config.training.precision if cuda else "fp32"
+        device = choose_device(config.training.device)
+        default = config.training.precision if device.type == "cuda" else "fp32"
         chosen = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[
             dtype or default
         ]
@@ -219,20 +222,31 @@ class _Subject:
         return Check(claim, compared, largest, 0.0)
 
     def older_than_n(self) -> Check:
-        compared, largest = 0, 0.0
+        """Change the oldest context of every sample, then some targets; look more than n on."""
+        compared, largest, moved = 0, 0.0, 0
+        # (row, position in it) of an interaction → where it lies.
+        changed: dict[tuple[int, int], tuple[Batch, Logits, int, int]] = {}
         for batch, before, b, slot in self.edits():
             unit = int(batch.unit[b, batch.length + slot])
+            row, position = self._key(batch, b, slot)
+            for edited in (int(batch.unit_first[b, unit]), unit):
+                changed[row, position - (unit - edited)] = (batch, before, b, edited)
+        for (row, position), (batch, before, b, unit) in changed.items():
             start, end = (int(batch.unit_start[b, u]) for u in (unit, unit + 1))
             tokens = batch.tokens.clone()
             tokens[b, start:end] = tokens[b, start:end].flip(0)
             tokens[b, end - 1] = tokens[b, start]
             after = self.logits([replace(batch, tokens=tokens)])
-            row, position = self._key(batch, b, slot)
             for key, value in before.items():
+                difference = abs(after[key] - value)
                 if key[0] == row and key[1] > position + self.n:
                     compared += 1
-                    largest = max(largest, abs(after[key] - value))
+                    largest = max(largest, difference)
+                elif key[0] == row and key[1] >= position:
+                    moved += difference > 0
         claim = f"what lies more than n = {self.n} interactions back reaches no prediction"
+        if compared and not moved:
+            return Check(f"{claim} (but nor does what lies within n)", compared, float("inf"), 0.0)
         return Check(claim, compared, largest, 0.0 if self.exact else None)
 
     def other_samples(self) -> Check:
@@ -261,12 +275,9 @@ class _Subject:
         )
 
     def same_gradients(self) -> Check:
-        claim = "and the same gradients (relative to each tensor's largest)"
+        claim = "and the same gradients (norm of the difference over the norm)"
         streaming, sliding = self.shared or self.streaming, self.shared_sliding or self.sliding
-        # Sums over many terms in another order: a rounding more than the predictions have.
-        return self._equal_gradients(
-            claim, streaming, sliding, 10 * self.close if self.exact else None
-        )
+        return self._equal_gradients(claim, streaming, sliding, self.exact)
 
     def sharing_changes_no_prediction(self) -> Check:
         assert self.shared is not None
@@ -277,22 +288,19 @@ class _Subject:
     def sharing_changes_no_gradient(self) -> Check:
         assert self.shared is not None
         claim = "and the same gradients, shared or not"
-        return self._equal_gradients(claim, self.shared, self.streaming, 10 * self.close)
+        return self._equal_gradients(claim, self.shared, self.streaming)
 
     def _equal_gradients(
-        self, claim: str, first: list[Batch], second: list[Batch], tolerance: float | None
+        self, claim: str, first: list[Batch], second: list[Batch], exact: bool = True
     ) -> Check:
+        """Of all parameters together: a single one's may be 0 in exact numbers, such as a key
+        bias's without rotation, and then holds rounding alone."""
         one, other = self._gradients(first), self._gradients(second)
-        scales = {name: float(gradient.abs().max()) for name, gradient in one.items()}
-        # Some gradients are 0 in exact numbers, such as a key bias's without rotation. What they
-        # hold is rounding, which is measured against the gradients that are not.
-        least = 1e-3 * max(scales.values())
-        largest = max(
-            float((gradient - other[name]).abs().max()) / max(scales[name], least)
-            for name, gradient in one.items()
-        )
+        squared = sum(float(gradient.square().sum()) for gradient in one.values())
+        apart = sum(float((g - other[name]).square().sum()) for name, g in one.items())
         compared = sum(gradient.numel() for gradient in one.values())
-        return Check(claim, compared, largest, tolerance)
+        tolerance = _GRADIENT_TOLERANCE[self.dtype] if exact else None
+        return Check(claim, compared, math.sqrt(apart / squared), tolerance)
 
     def _gradients(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
         self.model.zero_grad(set_to_none=True)
@@ -326,7 +334,8 @@ def _model(inputs: Inputs, run: RunFolder) -> CTRModel:
     say(f"model: {inputs.config.model.name}, before training")
     model = inputs.untrained_model()
     if isinstance(model.head, LinearHead):
-        torch.nn.init.normal_(model.head.weight)  # zeros would hide every difference
+        # Zeros would hide every difference; so scaled, logits are about as large as trained ones.
+        torch.nn.init.normal_(model.head.weight, std=model.head.weight.shape[1] ** -0.5)
     return model
 
 

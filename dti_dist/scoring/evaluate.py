@@ -102,7 +102,7 @@ def _open(config: RunConfig, run: RunFolder, split: str, prompt: str) -> tuple[I
     inputs = Inputs.open(config, run.tokenizer)
     plan = inputs.stream_plan(
         split,
-        k=1 if prompt == "sliding_window" else None,
+        k=1 if prompt == "sliding_window" else config.sample.targets,
         max_targets=config.evaluation.max_targets,
     )
     return inputs, plan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from dti_dist.attention.dense import dense_mask
 from dti_dist.attention.intervals import body_intervals, readout_intervals
-from dti_dist.attention.policies import is_exact, layer_windows
+from dti_dist.attention.policies import forgetting_weights, is_exact, layer_windows
+from dti_dist.attention.readout import alibi_slopes
 from dti_dist.errors import UserError
 from tests.attention.random_packs import Token, random_packs
 
@@ -56,9 +59,37 @@ def test_ranges_of_a_query_are_disjoint(random, window, prefix):
         assert torch.equal(lengths, dense_mask(intervals).sum(dim=-1))
 
 
-def test_windowed_gives_n_to_every_layer():
-    windows = layer_windows("windowed", n=20, num_layers=3)
+@pytest.mark.parametrize("policy", ["windowed", "reset"])
+def test_windowed_and_reset_give_n_to_every_layer(policy):
+    windows = layer_windows(policy, n=20, num_layers=3)
     assert windows.body == windows.readout == (20, 20, 20)
+
+
+def test_isolated_gives_n_to_sum_alone():
+    windows = layer_windows("isolated", n=20, num_layers=3)
+    assert windows.body == (0, 0, 0)
+    assert windows.readout == (20, 20, 20)
+
+
+def test_an_even_budget_reaches_up_where_there_are_more_layers_than_interactions():
+    windows = layer_windows("budget", n=20, num_layers=30)
+    spent = [layer for layer, window in enumerate(windows.body) if window]
+    assert len(spent) == sum(windows.body) == 10
+    assert {later - earlier for earlier, later in pairwise(spent)} <= {2, 3}
+    assert spent[-1] > 24
+    early = layer_windows("budget", n=20, num_layers=30, budget="early").body
+    late = layer_windows("budget", n=20, num_layers=30, budget="late").body
+    assert sum(early[:15]) == sum(late[14:29]) == 10
+
+
+def test_forgetting_grows_from_nothing_at_the_target_to_its_strength_at_n():
+    assert forgetting_weights(4, 1.0, 1.0).tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert forgetting_weights(2, 0.8, 2.0).tolist() == pytest.approx([0, 0.2, 0.8])
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    assert alibi_slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
+    assert alibi_slopes(4).tolist() == [2.0**-h for h in (2, 4, 6, 8)]
 
 
 @pytest.mark.parametrize(

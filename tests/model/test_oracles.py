@@ -162,7 +162,9 @@ def rotated(x: Tensor, position: int, inv_freq: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def by_hand(causal: Any, interactions: list[list[int]], policy: str, positions: str) -> float:
+def by_hand(
+    causal: Any, prefix: list[int], interactions: list[list[int]], policy: str, positions: str
+) -> float:
     """The logit of a sliding-window prompt under a policy, one token and one score at a time."""
     backbone, config = causal.model, causal.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -173,10 +175,11 @@ def by_hand(causal: Any, interactions: list[list[int]], policy: str, positions: 
     alpha = forgetting_weights(N, **FORGETTING) if policy == "reset" else torch.zeros(N + 1)
     target = len(interactions) - 1
 
-    ids, unit, place = [], [], []
+    ids, unit = list(prefix), [-1] * len(prefix)
+    place = list(range(len(prefix)))
     for number, tokens in enumerate(interactions):
         for offset, token in enumerate(tokens):
-            place.append(offset if policy == "isolated" else len(ids))
+            place.append(len(prefix) + offset if policy == "isolated" else len(ids))
             ids.append(token)
             unit.append(number)
     length = len(ids)
@@ -203,7 +206,10 @@ def by_hand(causal: Any, interactions: list[list[int]], policy: str, positions: 
                 terms: list[tuple[float, Tensor]] = []  # (weight before normalisation, value)
                 for j in range(length):
                     if i < length:
-                        visible = j <= i and unit[i] - windows.body[number] <= unit[j]
+                        near = unit[j] < 0 or unit[i] - windows.body[number] <= unit[j]
+                        visible = j <= i and near
+                    elif unit[j] < 0:
+                        visible = policy != "isolated"
                     else:
                         visible = target - windows.readout[number] <= unit[j]
                     if not visible:
@@ -214,7 +220,7 @@ def by_hand(causal: Any, interactions: list[list[int]], policy: str, positions: 
                         score = query @ key / math.sqrt(width)
                         terms.append((math.exp(score), v[j, group]))
                         continue
-                    a = float(alpha[target - unit[j]])
+                    a = 0.0 if unit[j] < 0 else float(alpha[target - unit[j]])
                     for weight, keys, values in ((1 - a, k, v), (a, k0, v0)):
                         if positions == "rope":
                             query = rotated(q[i], length, inv_freq)[head]
@@ -236,14 +242,18 @@ def by_hand(causal: Any, interactions: list[list[int]], policy: str, positions: 
 
 
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
-@pytest.mark.parametrize("policy", ["windowed", "reset", "budget", "isolated"])
-def test_a_prediction_is_what_the_policy_says_token_by_token(policy, positions):
-    tokens, block = world()
-    model = ctr_model("llama", policy, N, positions=positions)
+@pytest.mark.parametrize(
+    ("policy", "prefix"),
+    [(policy, 0) for policy in ("windowed", "reset", "budget", "isolated")]
+    + [(policy, 2) for policy in ("windowed", "reset", "isolated")],
+)
+def test_a_prediction_is_what_the_policy_says_token_by_token(policy, prefix, positions):
+    tokens, block = world(prefix)
+    model = ctr_model("llama", policy, N, positions=positions, prefix=prefix)
     batch = batch_of(block, tokens, N, 1, SHAPE, share=policy == "isolated")
     causal = causal_lm("llama")
     expected = {
-        key: by_hand(causal, prompt, policy, positions)
+        key: by_hand(causal, tokens.prefix.tolist(), prompt, policy, positions)
         for key, prompt in prompts(tokens, block).items()
     }
     assert_all_close(logits_by_target(model, batch), expected)

@@ -8,7 +8,7 @@ import torch
 from dti_dist.config import ModelConfig
 from dti_dist.errors import UserError
 from dti_dist.model import sources
-from dti_dist.model.families import check_family
+from dti_dist.model.families import check_family, check_head
 from dti_dist.model.tokenizer import SUM_TOKEN, add_sum_token
 from tests.tiny import FAMILIES, VOCABULARY, causal_lm
 
@@ -71,6 +71,23 @@ def test_a_sliding_window_shorter_than_what_a_target_sees_is_refused():
     check_family(Qwen2Config(use_sliding_window=False, sliding_window=256), longest_span=300)
 
 
+def test_rotary_positions_that_depend_on_the_batch_are_refused():
+    from transformers import LlamaConfig
+
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UserError, match="'dynamic', which choose their frequencies by the longest"):
+        check_family(LlamaConfig(rope_parameters=rope))
+
+
+def test_a_head_that_could_not_be_exported_is_refused():
+    from transformers import GraniteConfig, LlamaConfig
+
+    check_head(LlamaConfig(), "linear")
+    check_head(GraniteConfig(), "yes_no")
+    with pytest.raises(UserError, match=r"'granite'\. Set model\.head=yes_no"):
+        check_head(GraniteConfig(), "linear")
+
+
 def test_scratch_weights_depend_on_the_seed_alone():
     config = ModelConfig(name="scratch")
     torch.manual_seed(1)
@@ -90,7 +107,6 @@ def test_label_words_of_a_trained_tokenizer_are_not_cut_out_of_other_words(synth
     dataset = Dataset.open(str(synthetic))
     template = Template.for_items(TemplateConfig(), dataset.manifest.item_text_columns)
     tokenizer = train_tokenizer(dataset, template, vocab_size=500)
-    assert tokenizer.tokenize("red Nova lamp: No") != []
     assert " No" not in tokenizer.tokenize("red Nova lamp:")
     assert tokenizer.tokenize("red Nova lamp: No")[-1] == " No"
     sum_id = add_sum_token(tokenizer)

@@ -18,7 +18,7 @@ def config(synthetic, tmp_path):
 def verify(capsys, config, *arguments, expect=0):
     assert main(["verify", str(config), "--json", *arguments]) == expect
     checks = json.loads(capsys.readouterr().out)
-    assert len(checks) == 6
+    assert len(checks) >= 6
     assert all(check["compared"] > 0 for check in checks)
     return [check["verdict"] for check in checks], [check["largest"] for check in checks]
 
@@ -31,8 +31,34 @@ def test_all_promises_hold_under_budget(capsys, config, head, dtype):
     assert largest[0] == largest[1] == 0
 
 
-def test_the_leak_of_windowed_is_measured_and_explained(capsys, config):
-    arguments = ["verify", str(config), "attention.policy=windowed"]
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_all_promises_hold_under_isolated_and_sharing_changes_nothing(capsys, config, positions):
+    settings = ["attention.policy=isolated", f"attention.positions={positions}"]
+    verdicts, _ = verify(capsys, config, *settings)
+    assert verdicts == ["holds"] * 8
+    verdicts, _ = verify(capsys, config, *settings, "attention.share_interactions=false")
+    assert verdicts == ["holds"] * 6
+
+
+def test_fewer_targets_than_context_interactions_are_checked_too(capsys, config):
+    verdicts, _ = verify(capsys, config, "sample.targets=2", "--samples", "8")
+    assert verdicts == ["holds"] * 6
+
+
+def test_shared_states_of_the_wrong_interaction_are_found_out(capsys, config, monkeypatch):
+    right = backend.in_sample_order
+
+    def rolled(keys, values, rows):
+        return right(keys, values, rows.roll(1, dims=1))
+
+    monkeypatch.setattr(backend, "in_sample_order", rolled)
+    verdicts, _ = verify(capsys, config, "attention.policy=isolated", expect=1)
+    assert verdicts[6:] == ["BROKEN"] * 2
+
+
+@pytest.mark.parametrize("policy", ["windowed", "reset"])
+def test_the_leak_is_measured_and_explained(capsys, config, policy):
+    arguments = ["verify", str(config), f"attention.policy={policy}"]
     assert main([*arguments, "--json"]) == 0
     printed = capsys.readouterr()
     checks = json.loads(printed.out)

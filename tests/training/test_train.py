@@ -5,11 +5,14 @@ import re
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
+from dti_dist.data.prepare.synthetic import read_synthetic
 from tests.launching import (
     command,
     kill,
@@ -24,6 +27,19 @@ from tests.launching import (
 
 pytestmark = pytest.mark.slow
 CLOSE = 1e-4
+# A job that gets a signal while it takes its third step.
+SIGNAL_IN_STEP_3 = """
+import os, signal, sys
+from dti_dist import cli
+from dti_dist.training import loop
+step = loop._Trainer._step
+def signalled(trainer, *arguments):
+    if trainer.progress.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(trainer, *arguments)
+loop._Trainer._step = signalled
+cli.run(["train", sys.argv[1]])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +89,31 @@ def test_losses_do_not_depend_on_how_the_work_is_shared_out(
     config = write_config(tmp_path / "config.yaml", synthetic)
     train(config, *overrides, ranks=ranks)
     assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"policy": "isolated"},
+        {"policy": "isolated", "positions": "alibi"},
+        {"policy": "reset", "positions": "alibi"},
+    ],
+    ids=lambda attention: "-".join(attention.values()),
+)
+def test_every_policy_trains_the_same_on_one_rank_and_on_two_of_zero_3(
+    synthetic, tmp_path, attention
+):
+    found = []
+    for ranks, packs, recompute in ((1, 2, False), (2, 1, True)):
+        config = write_config(
+            tmp_path / f"{ranks}" / "config.yaml",
+            synthetic,
+            attention=attention,
+            training={"micro_batch_packs": packs, "activation_checkpointing": recompute},
+        )
+        train(config, ranks=ranks)
+        found.append(losses(run_dir(config)))
+    assert_same_losses(*found)
 
 
 def test_deepspeed_launcher_trains_the_same(uninterrupted, synthetic, tmp_path):
@@ -179,6 +220,43 @@ def test_validation_marks_the_best_checkpoint_keeps_it_and_stops_early(synthetic
     }
     kept = {int(path.name.removeprefix("step-")) for path in folder.glob("step-*")}
     assert kept == {best["step"], max(by_step)}
+
+
+def test_a_run_does_not_go_on_with_other_data(uninterrupted, tmp_path):
+    config, _ = uninterrupted
+    copy, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(run_dir(config), copy)
+    read = partial(read_synthetic, users=50, items=48, interactions_per_user=40)
+    build_dataset(read, str(data), BuildOptions())
+    overrides = [f"run_dir={copy}", f"data.path={data}"]
+    printed = run([*command(2), str(config), *overrides], tmp_path / "log", expect=1)
+    assert "counts its steps in other data" in printed
+
+
+def test_a_validation_that_a_signal_skipped_is_made_up_for(synthetic, tmp_path):
+    config = write_config(
+        tmp_path / "config.yaml",
+        synthetic,
+        training={"max_steps": 3},
+        validation={"every_steps": 3},
+    )
+    started = [sys.executable, "-c", SIGNAL_IN_STEP_3, str(config)]
+    printed = run(started, tmp_path / "log", expect=75)
+    assert "stopped by a signal after step 3" in printed
+    assert not any("valid" in line for line in metrics(run_dir(config)))
+    train(config)
+    assert [line["step"] for line in metrics(run_dir(config)) if "valid" in line] == [3]
+    assert json.loads((run_dir(config) / "checkpoints" / "best.json").read_text())["step"] == 3
+
+
+def test_another_metric_begins_a_new_best(synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic, validation={"every_steps": 10})
+    train(config, "training.max_steps=20", "validation.metric=auc")
+    folder = run_dir(config) / "checkpoints"
+    assert json.loads((folder / "best.json").read_text())["metric"] == "auc"
+    shutil.rmtree(folder / "step-00000020")
+    train(config, "training.max_steps=20", "validation.metric=log_loss")
+    assert json.loads((folder / "best.json").read_text())["metric"] == "log_loss"
 
 
 def test_a_finished_run_started_again_takes_no_step(uninterrupted):
