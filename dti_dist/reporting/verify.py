@@ -15,7 +15,13 @@ from dti_dist.attention.policies import is_exact
 from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.index import read_block
-from dti_dist.data.packing import assign_packs, build_pack, pack_shape, with_shared_body
+from dti_dist.data.packing import (
+    assign_packs,
+    build_pack,
+    multiple_of_128,
+    pack_shape,
+    with_shared_body,
+)
 from dti_dist.data.samples import Samples, make_samples, sample_lengths
 from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
@@ -130,7 +136,8 @@ class _Subject:
 
         def packed(chosen: Samples, share: bool = False) -> list[Batch]:
             sizes = sample_lengths(chosen, block, inputs.tokens)
-            shape = pack_shape(config.pack.length, None, sizes, chosen.targets)
+            length = min(config.pack.length, multiple_of_128(int(sizes.sum())))  # no padding
+            shape = pack_shape(length, None, sizes, chosen.targets)
             if share:
                 shape = with_shared_body(shape, chosen, block, inputs.tokens)
             pack_of = assign_packs(sizes, chosen.targets, shape)
