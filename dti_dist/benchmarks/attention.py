@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ def _causal_pass(qkv: list[Tensor], weight: Tensor) -> Callable[[], Any]:
 
 
 def _in_new_process(measure_it: Callable[[int], float], length: int) -> float:
-    """A process knows only its highest memory so far, so each figure needs one of its own."""
+    """Each figure in a process of its own: what another step left behind must not serve it."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(measure_it, length).result()
@@ -176,15 +176,22 @@ def _step_memory_mib(length: int) -> float:
         out = model(ids, position_ids=plans.positions, attention_plans=plans, use_cache=False)
         out.last_hidden_state[:, length:].square().sum().backward()
 
-    def peak() -> float:
-        if cuda:
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
     step(128)  # gradients and libraries
-    before = peak()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        step(length)
+        return torch.cuda.max_memory_allocated() / 2**20 - before
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now the present
+    before = _memory_mib("VmRSS")
     step(length)
-    return peak() - before
+    return _memory_mib("VmHWM") - before
+
+
+def _memory_mib(name: str) -> float:
+    """This process's resident memory (VmRSS) or its highest (VmHWM), as Linux counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
 def attention_table(result: dict[str, Any]) -> str:
