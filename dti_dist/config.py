@@ -48,6 +48,11 @@ class DataConfig(Section):
         description="Interactions held in memory and shuffled together; row groups drawn from the "
         "whole split fill this window.",
     )
+    on_bad_shard: Literal["fail", "skip"] = Field(
+        "fail",
+        description="What can't be read: fail names it and ends. skip leaves the file or row group "
+        "out on every rank, counts and logs it.",
+    )
     cache_dir: str | None = Field(
         None,
         description="Where item tokens and the index are kept. Default: `cache` in a local data "

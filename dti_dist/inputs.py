@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from dti_dist.config import RunConfig, SampleConfig
+from dti_dist.console import say
 from dti_dist.data import index as split_index
 from dti_dist.data import item_tokens
 from dti_dist.data.dataset import Dataset
+from dti_dist.data.epochs import Order, plan_epochs
+from dti_dist.data.index import ALONE, Together
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import PackShape, pack_shape, with_shared_body
 from dti_dist.data.samples import make_samples
@@ -47,7 +50,8 @@ class Inputs:
         """
         if config.model.lora.rank:
             require_peft()  # before caches are built
-        dataset = Dataset.open(config.data.path)
+        # A reader that passes over bad parts judges them one by one.
+        dataset = Dataset.open(config.data.path, check_files=config.data.on_bad_shard == "fail")
         template = Template.for_items(config.template, dataset.manifest.item_text_columns)
         if config.sample.context > dataset.manifest.context_limit:
             raise UserError(
@@ -80,8 +84,9 @@ class Inputs:
         shuffle: bool = False,
         k: int | None = None,
         max_targets: int | None = None,
+        together: Together = ALONE,
     ) -> StreamPlan:
-        """How a split becomes packs.
+        """How a split becomes packs. All processes of `together` must call this at once.
 
         Args:
             k: targets per prompt where it differs from the config's; 1 is the sliding window.
@@ -91,28 +96,47 @@ class Inputs:
         sample = self.config.sample
         if k is not None:
             sample = sample.model_copy(update={"paradigm": "dti", "targets": k})
+        config = self.config
         index = split_index.load_or_build(
-            self.dataset, split, sample, self.tokens, self.cache_dir
-        ).first_users(max_targets, sample.k)
+            self.dataset,
+            split,
+            sample,
+            self.tokens,
+            self.cache_dir,
+            together,
+            skip_bad=config.data.on_bad_shard == "skip",
+        )
+        if index.left_out and together.rank == 0:
+            rows = sum(entry.rows for entry in index.left_out)
+            say(
+                f"{split}: {len(index.left_out):,} files or row groups, {rows:,} users, can't be "
+                f"read and are left out. Mend them and remove {index.folder} to have them read."
+            )
+            for entry in index.left_out:
+                say(f"left out of {split}: {entry.reason}")
+        index = index.first_users(max_targets, sample.k)
+        slots = config.pack.readout_slots if k is None else None
+        shape = together.first_on_node(lambda: self._shape(split, index, sample, slots))
+        order = Order(config.data.shuffle_interactions, config.seed, shuffle)
+        return StreamPlan(
+            dataset=self.dataset,
+            tokens=self.tokens,
+            samples=SampleSettings(sample.context, sample.k, sample.min_context),
+            epochs=plan_epochs(index, shape, order, epochs, self.cache_dir, together),
+            skip_bad=config.data.on_bad_shard == "skip",
+        )
+
+    def _shape(
+        self, split: str, index: split_index.SplitIndex, sample: SampleConfig, slots: int | None
+    ) -> PackShape:
         if not index.total_targets:
             raise UserError(
                 f"{self.dataset.uri}: the split {split} has no target with at least "
                 f"sample.min_context = {sample.min_context} interactions before it. Lower it, or "
                 "prepare the data set with other fractions."
             )
-        slots = self.config.pack.readout_slots if k is None else None
         shape = pack_shape(self.config.pack.length, slots, index.tokens, index.targets)
-        return StreamPlan(
-            dataset=self.dataset,
-            index=index,
-            tokens=self.tokens,
-            shape=self._with_shared_body(shape, index, sample),
-            samples=SampleSettings(sample.context, sample.k, sample.min_context),
-            window_interactions=self.config.data.shuffle_interactions,
-            seed=self.config.seed,
-            epochs=epochs,
-            shuffle=shuffle,
-        )
+        return self._with_shared_body(shape, index, sample)
 
     def _with_shared_body(
         self, shape: PackShape, index: split_index.SplitIndex, sample: SampleConfig

@@ -34,28 +34,38 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def first_on_node(self, make: Callable[[], T]) -> T:
-        """Call `make` on one rank of each node first, so that the others find its files.
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """Call `make` on all ranks and return all results, in the order of the ranks.
 
-        An error of a first rank ends all ranks, instead of leaving them waiting; the others raise
+        An error of one rank ends all ranks, instead of leaving them waiting; the others raise
         OtherRankFailed.
         """
         if self.world == 1:
-            return make()
+            return [make()]
         result: T | None = None
         error: Exception | None = None
-        if self.local_rank == 0:
-            try:
-                result = make()
-            except Exception as caught:
-                error = caught
-        failed: list[bool] = [False] * self.world
-        dist.all_gather_object(failed, error is not None)
+        try:
+            result = make()
+        except Exception as caught:
+            error = caught
+        outcomes: list[Any] = [None] * self.world
+        dist.all_gather_object(outcomes, (error is not None, result))
         if error is not None:
             raise error
+        failed = [failed for failed, _ in outcomes]
         if any(failed):
             raise OtherRankFailed(f"rank {failed.index(True)} failed; its message says why.")
-        return make() if result is None else result
+        return [result for _, result in outcomes]
+
+    def first_on_node(self, make: Callable[[], T]) -> T:
+        """Call `make` on one rank of each node first, so that the others find its files.
+
+        Errors are as with `each`.
+        """
+        first = self.local_rank == 0
+        made: list[T] = []
+        self.each(lambda: made.append(make()) if first else None)
+        return made[0] if made else make()
 
     def sum(self, *values: float) -> list[float]:
         """Sums over all ranks."""

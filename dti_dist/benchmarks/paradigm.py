@@ -102,7 +102,7 @@ def _changed(config: RunConfig, changes: dict[str, dict[str, Any]]) -> RunConfig
 def _packs(opened: Inputs, targets: int, rounds: int, device: torch.device) -> list[Batch]:
     """One warm-up pack and one for each round, or fewer where the users have no more."""
     plan = opened.stream_plan("train", max_targets=targets)
-    stream = iter(PackStream(plan, Share(1, 1), plan.steps_per_epoch(1)))
+    stream = iter(PackStream(plan, Share(1, 1)))
     return [batch.to(device) for batch, _ in zip(stream, range(rounds + 1), strict=False)]
 
 

@@ -134,6 +134,9 @@ class BadShard(UserError):
         super().__init__(message)
         self.path, self.row_group = path, row_group
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadShard, (str(self), self.path, self.row_group)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -1,28 +1,61 @@
-"""The index of a split: every sample's size, kept beside the data so that steps are known first."""
+"""The index of a split: every sample's size, kept on disk so that start-up never reads the data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dti_dist.config import SampleConfig
 from dti_dist.console import progress
-from dti_dist.data.dataset import Dataset, iter_sequences
+from dti_dist.data import array_folder
+from dti_dist.data.dataset import BadShard, Dataset, Part, iter_sequences
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import PackShape, assign_packs
 from dti_dist.data.samples import IntArray, make_samples, sample_lengths
-from dti_dist.data.sequences import SequenceBlock
+from dti_dist.data.sequences import SequenceBlock, find_fault
 
-_FORMAT = 2  # raise when what is stored, or the cutting of samples, changes
+_FORMAT = 3  # raise when what is stored, or the cutting of samples, changes
+_FEWEST_SHOWN = 20  # row groups: fewer are read before a bar could be seen
+
+T = TypeVar("T")
+
+
+class Together(Protocol):
+    """Processes that build at once and share the work; `dti_dist.ranks.Ranks` is one."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """Call `make` in each process and return all results; an error in one ends all."""
+        ...
+
+    def first_on_node(self, make: Callable[[], T]) -> T:
+        """Call `make` in one process of each node first, so that the others find its files."""
+        ...
+
+
+class _Alone:
+    rank, world = 0, 1
+
+    def each(self, make: Callable[[], T]) -> list[T]:
+        return [make()]
+
+    def first_on_node(self, make: Callable[[], T]) -> T:
+        return make()
+
+
+ALONE = _Alone()
 
 
 @dataclass(frozen=True)
@@ -32,27 +65,50 @@ class RowGroup:
     part: str
     number: int
     first_row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A part, or one row group of it, that could not be read."""
+
+    part: str
+    row_group: int | None
+    rows: int
+    reason: str
 
 
 @dataclass(frozen=True)
 class SplitIndex:
     """Sizes of all samples of a split, row group after row group.
 
+    Large arrays are memory maps, which the ranks and workers of a node share. They take the fewest
+    bytes that hold their values: 3 or 4 a sample, and 1 or 2 a row.
+
     Attributes:
         row_groups: where the sequences lie.
         interactions: [row groups] interactions in each.
         sample_offsets: [row groups + 1] bounds of each row group's samples.
-        tokens: [samples] int32 body tokens; targets: [samples] int32.
-        row_targets: [rows] int32 targets of each user sequence.
+        tokens: [samples] unsigned, body tokens; targets: [samples] unsigned.
+        row_targets: [rows of these row groups] unsigned, targets of each user sequence.
+        left_out: what could not be read, where that is allowed.
+        fingerprint: changes with data, tokenizer, sample settings and what was left out.
+        folder: where the index lies.
     """
 
     row_groups: tuple[RowGroup, ...]
     interactions: IntArray
     sample_offsets: IntArray
-    tokens: npt.NDArray[np.int32]
-    targets: npt.NDArray[np.int32]
-    row_targets: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.unsignedinteger]
+    targets: npt.NDArray[np.unsignedinteger]
+    row_targets: npt.NDArray[np.unsignedinteger]
+    left_out: tuple[LeftOut, ...]
     fingerprint: str
+    folder: Path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers open the memory maps themselves instead of receiving a copy of them."""
+        return _reopen, (self.folder, len(self.tokens), len(self.row_targets))
 
     @property
     def total_targets(self) -> int:
@@ -69,8 +125,14 @@ class SplitIndex:
         """
         if max_targets is None or max_targets >= self.total_targets:
             return self
-        rows = int(np.searchsorted(np.cumsum(self.row_targets), max_targets)) + 1
-        samples = int((-(-self.row_targets[:rows] // k)).sum())
+        of_row = np.cumsum(self.row_targets, dtype=np.int64)
+        rows = int(np.searchsorted(of_row, max_targets)) + 1
+        samples = int((-(-self.row_targets[:rows].astype(np.int64) // k)).sum())
+        return self._first(samples, rows)
+
+    def _first(self, samples: int, rows: int) -> SplitIndex:
+        if samples == len(self.tokens):
+            return self
         groups = int(np.searchsorted(self.sample_offsets, samples))
         return replace(
             self,
@@ -84,39 +146,84 @@ class SplitIndex:
 
 
 def read_block(dataset: Dataset, row_group: RowGroup, tokens: ItemTokens) -> SequenceBlock:
-    """Read one row group. Raises BadShard naming the file and row group when it can't be read."""
+    """Read one row group.
+
+    Raises BadShard naming the file, the row group and where it can the row: what can't be read, a
+    null, sequences of unequal length, a label other than 0 and 1, an unknown item.
+    """
     split = row_group.part.split("/")[0]
     place = [(row_group.part, row_group.number)]
-    (batch,) = iter_sequences(dataset, split, _columns(tokens), place)
+    columns = ["item_ids", "labels", "target_start"]
+    if tokens.gaps:  # timestamps are read only where time gaps are written
+        columns.append("timestamps")
+    (batch,) = iter_sequences(dataset, split, columns, place)
+    fault = find_fault(batch.rows, items=len(tokens.lengths))
+    if fault is not None:
+        row, problem = fault
+        raise BadShard(
+            f"{batch.part.uri}, row group {row_group.number}, row {row}: {problem}. "
+            "Run prepare again, or set data.on_bad_shard=skip to go on without this row group.",
+            row_group.part,
+            row_group.number,
+        )
     return SequenceBlock.from_arrow(batch.rows, row_group.first_row)
 
 
-def _columns(tokens: ItemTokens) -> list[str]:
-    """Timestamps are read only where time gaps are written."""
-    return ["item_ids", "labels", "target_start"] + (["timestamps"] if tokens.gaps else [])
-
-
 def load_or_build(
-    dataset: Dataset, split: str, sample: SampleConfig, tokens: ItemTokens, cache_dir: Path
+    dataset: Dataset,
+    split: str,
+    sample: SampleConfig,
+    tokens: ItemTokens,
+    cache_dir: Path,
+    together: Together = ALONE,
+    skip_bad: bool = False,
 ) -> SplitIndex:
     """Open the split's index from the cache, or read the split once and build it.
 
-    Safe when several processes build at once: each writes a file of its own, and their content is
-    the same.
+    All processes of `together` must call this at once; they share the reading. Safe when several
+    jobs build at once.
+
+    Args:
+        skip_bad: leave out parts and row groups that can't be read, instead of raising BadShard.
     """
-    mark = _fingerprint(dataset, split, sample, tokens)
-    path = cache_dir / f"index-{split}-{mark}.npz"
-    stored = _load(path)
-    if stored is None:
-        stored = _build(dataset, split, sample, tokens)
-        _save(path, stored)
-    parts = [part.path for part in dataset.parts(split)]
-    places = zip(stored.pop("part"), stored.pop("number"), stored.pop("first_row"), strict=True)
-    return SplitIndex(
-        row_groups=tuple(RowGroup(parts[part], int(n), int(row)) for part, n, row in places),
-        fingerprint=mark,
-        **stored,
+    whole = cache_dir / f"index-{split}-{_fingerprint(dataset, split, sample, tokens)}"
+    # What was left out once stays left out while a run may skip, so that its order stays.
+    usable = [whole, whole.with_name(f"{whole.name}-readable")] if skip_bad else [whole]
+    for folder in usable:
+        if all(together.each(partial(_is_there, folder))):
+            return _open(folder)
+    parts = dataset.parts(split)
+    # The footers first: a part can hold half of the data, so parts are no fair share.
+    mine = range(together.rank, len(parts), together.world)
+    footers = together.each(lambda: [_row_groups(dataset, parts[at]) for at in mine])
+    places, left_out = _places(parts, _in_order(footers, len(parts)), skip_bad)
+    rank, world = together.rank, together.world
+    shares = together.each(
+        lambda: _index_share(dataset, split, sample, tokens, places[rank::world], skip_bad, rank)
     )
+    found = _in_order(shares, len(places))
+    left_out += [
+        LeftOut(place.part, place.number, place.rows, reason)
+        for place, reason in zip(places, found, strict=True)
+        if isinstance(reason, str)
+    ]
+    good = [
+        (place, sizes)
+        for place, sizes in zip(places, found, strict=True)
+        if isinstance(sizes, _Sizes)
+    ]
+    folder = usable[-1] if left_out else whole
+    together.first_on_node(lambda: _keep(folder, good, left_out))
+    return _open(folder)
+
+
+def _is_there(folder: Path) -> bool:
+    return array_folder.load(folder) is not None
+
+
+def _in_order(shares: list[list[T]], total: int) -> list[T]:
+    """Results of every world-th place, as one list."""
+    return [shares[at % len(shares)][at // len(shares)] for at in range(total)]
 
 
 def _fingerprint(dataset: Dataset, split: str, sample: SampleConfig, tokens: ItemTokens) -> str:
@@ -125,125 +232,135 @@ def _fingerprint(dataset: Dataset, split: str, sample: SampleConfig, tokens: Ite
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """None where the file is missing or was cut short, as by a crash of the machine."""
+def _row_groups(dataset: Dataset, part: Part) -> list[int] | BadShard:
+    """Rows of each row group of a part, or what is wrong with it."""
     try:
-        with np.load(path) as stored:
-            return dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
+        with dataset.open_part(part) as file:
+            metadata = file.metadata
+            rows = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
+    except BadShard as error:
+        return error
+    if sum(rows) != part.rows:
+        return BadShard(
+            f"{part.uri}: expected {part.rows:,} rows, as in dataset.json; found {sum(rows):,}. "
+            "The file was replaced: copy it again, or run prepare again.",
+            part.path,
+        )
+    return rows
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.npz")
-    try:
-        np.savez(staging, allow_pickle=False, **arrays)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _build(
-    dataset: Dataset, split: str, sample: SampleConfig, tokens: ItemTokens
-) -> dict[str, np.ndarray]:
-    """The arrays of SplitIndex, and of each row group: part, number in it, first row."""
-    parts = {part.path: number for number, part in enumerate(dataset.parts(split))}
-    places: list[tuple[int, int, int, int]] = []
-    sizes = [np.empty(0, dtype=np.int32)]
-    targets = [np.empty(0, dtype=np.int32)]
-    row_targets = [np.empty(0, dtype=np.int32)]
+def _places(
+    parts: list[Part], footers: list[list[int] | BadShard], skip_bad: bool
+) -> tuple[list[RowGroup], list[LeftOut]]:
+    """The row groups of all parts, and the parts without any that can be read."""
+    places: list[RowGroup] = []
+    left_out: list[LeftOut] = []
     first_row = 0
-    with progress(f"indexing {split}", dataset.manifest.counts.splits[split].rows, "rows") as bar:
-        for batch in iter_sequences(dataset, split, _columns(tokens)):
-            block = SequenceBlock.from_arrow(batch.rows, first_row)
-            samples = make_samples(
-                block.offsets, block.target_start, sample.context, sample.k, sample.min_context
-            )
-            sizes.append(sample_lengths(samples, block, tokens).astype(np.int32))
-            targets.append(samples.targets.astype(np.int32))
-            of_rows = np.bincount(samples.row, samples.targets, minlength=len(block.rows))
-            row_targets.append(of_rows.astype(np.int32))
-            places.append((parts[batch.part.path], batch.row_group, first_row, len(block.item_ids)))
-            first_row += len(block.rows)
-            bar.advance(len(block.rows))
-    part, number, start, interactions = np.array(places, dtype=np.int64).reshape(-1, 4).T
-    return {
-        "part": part,
-        "number": number,
-        "first_row": start,
-        "interactions": interactions,
-        "sample_offsets": np.cumsum([len(size) for size in sizes]),
-        "tokens": np.concatenate(sizes),
-        "targets": np.concatenate(targets),
-        "row_targets": np.concatenate(row_targets),
-    }
+    for part, rows in zip(parts, footers, strict=True):
+        if isinstance(rows, BadShard):
+            if not skip_bad:
+                raise rows
+            left_out.append(LeftOut(part.path, None, part.rows, str(rows)))
+            first_row += part.rows
+            continue
+        for number, count in enumerate(rows):
+            places.append(RowGroup(part.path, number, first_row, count))
+            first_row += count
+    return places, left_out
 
 
 @dataclass(frozen=True)
-class Window:
-    """Row groups that are in memory together, and their samples in the order of the epoch.
+class _Sizes:
+    """What the index keeps of one row group."""
 
-    Attributes:
-        row_groups: indexes into SplitIndex.row_groups, in reading order.
-        order: [samples] a permutation of the window's samples, counted in reading order.
-        pack_of: [samples] the pack, counted in the window, of each sample in `order`.
-        packs: how many packs the window fills.
-        pack_targets: [packs] targets in each pack.
-    """
-
-    row_groups: tuple[int, ...]
-    order: IntArray
-    pack_of: IntArray
-    pack_targets: IntArray
-
-    @property
-    def packs(self) -> int:
-        return len(self.pack_targets)
+    interactions: int
+    tokens: npt.NDArray[np.unsignedinteger]
+    targets: npt.NDArray[np.unsignedinteger]
+    row_targets: npt.NDArray[np.unsignedinteger]
 
 
-@dataclass(frozen=True)
-class EpochPlan:
-    """Which samples lie in which pack of an epoch: a function of (index, seed, epoch) alone.
+def _index_share(
+    dataset: Dataset,
+    split: str,
+    sample: SampleConfig,
+    tokens: ItemTokens,
+    places: list[RowGroup],
+    skip_bad: bool,
+    rank: int,
+) -> list[_Sizes | str]:
+    """The sizes of these row groups, or why one can't be read."""
+    found: list[_Sizes | str] = []
+    seen = rank == 0 and len(places) >= _FEWEST_SHOWN
+    with progress(f"indexing {split}", len(places), "row groups", seen) as bar:
+        for place in places:
+            try:
+                block = read_block(dataset, place, tokens)
+            except BadShard as error:
+                if not skip_bad:
+                    raise
+                found.append(str(error))
+            else:
+                found.append(_sizes(block, sample, tokens))
+            bar.advance()
+    return found
 
-    With `shuffle`, row groups are drawn from the whole split in random order, windows of about
-    `window_interactions` are cut from that order, samples are shuffled within a window, and packs
-    are filled within it.
-    """
 
-    index: SplitIndex
-    shape: PackShape
-    window_interactions: int
-    seed: int
-    epoch: int
-    shuffle: bool
+def _sizes(block: SequenceBlock, sample: SampleConfig, tokens: ItemTokens) -> _Sizes:
+    samples = make_samples(
+        block.offsets, block.target_start, sample.context, sample.k, sample.min_context
+    )
+    of_rows = np.bincount(samples.row, samples.targets, minlength=len(block.rows))
+    return _Sizes(
+        len(block.item_ids),
+        array_folder.smallest(sample_lengths(samples, block, tokens)),
+        array_folder.smallest(samples.targets),
+        array_folder.smallest(of_rows),
+    )
 
-    def windows(self) -> list[tuple[int, ...]]:
-        groups = np.arange(len(self.index.row_groups))
-        if self.shuffle:
-            groups = np.random.default_rng([self.seed, self.epoch]).permutation(groups)
-        windows: list[list[int]] = [[]]
-        held = 0
-        for group in groups.tolist():
-            size = int(self.index.interactions[group])
-            if windows[-1] and held + size > self.window_interactions:
-                windows.append([])
-                held = 0
-            windows[-1].append(group)
-            held += size
-        return [tuple(window) for window in windows if window]
 
-    def window(self, number: int, row_groups: tuple[int, ...]) -> Window:
-        slices = [self.index.samples_of(group) for group in row_groups]
-        tokens = np.concatenate([self.index.tokens[s] for s in slices]).astype(np.int64)
-        targets = np.concatenate([self.index.targets[s] for s in slices]).astype(np.int64)
-        order = np.arange(len(tokens))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch, number]).permutation(order)
-        pack_of = assign_packs(tokens[order], targets[order], self.shape)
-        pack_targets = np.bincount(pack_of, weights=targets[order]).astype(np.int64)
-        return Window(row_groups, order, pack_of, pack_targets)
+def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[LeftOut]) -> None:
+    parts = sorted({place.part for place, _ in good})
+    row_groups = [
+        (parts.index(place.part), place.number, place.first_row, place.rows, sizes.interactions)
+        for place, sizes in good
+    ]
+    none = np.empty(0, dtype=np.uint8)
+    array_folder.save(
+        folder,
+        {
+            "row_groups": np.array(row_groups, dtype=np.int64).reshape(-1, 5),
+            "sample_offsets": np.cumsum([0] + [len(sizes.tokens) for _, sizes in good]),
+            **{
+                name: np.concatenate([none, *(getattr(sizes, name) for _, sizes in good)])
+                for name in ("tokens", "targets", "row_targets")
+            },
+        },
+        {"parts": parts, "left_out": [vars(entry) for entry in left_out]},
+    )
 
-    def __iter__(self) -> Iterator[Window]:
-        for number, row_groups in enumerate(self.windows()):
-            yield self.window(number, row_groups)
+
+def _open(folder: Path) -> SplitIndex:
+    stored = array_folder.load(folder)
+    assert stored is not None, f"{folder} was removed while it was in use"
+    arrays, about = stored
+    row_groups = np.asarray(arrays["row_groups"])
+    left_out = about["left_out"]
+    mark = hashlib.sha256(json.dumps([folder.name, left_out]).encode()).hexdigest()[:16]
+    return SplitIndex(
+        row_groups=tuple(
+            RowGroup(about["parts"][part], number, first_row, rows)
+            for part, number, first_row, rows, _ in row_groups.tolist()
+        ),
+        interactions=row_groups[:, 4],
+        sample_offsets=np.asarray(arrays["sample_offsets"]),
+        tokens=arrays["tokens"],
+        targets=arrays["targets"],
+        row_targets=arrays["row_targets"],
+        left_out=tuple(LeftOut(**entry) for entry in left_out),
+        fingerprint=mark,
+        folder=folder,
+    )
+
+
+def _reopen(folder: Path, samples: int, rows: int) -> SplitIndex:
+    return _open(folder)._first(samples, rows)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
@@ -17,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dti_dist.console import progress, say
+from dti_dist.data import array_folder
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 
 _BATCH = 8192  # items tokenised in one call: enough for the tokenizer's own threads
-_FILES = ("tokens.npy", "offsets.npy")
 
 
 @dataclass(frozen=True)
@@ -122,8 +119,8 @@ def load_or_build(
     mark = fingerprint(dataset, template, tokenizer, sum_id)
     folder = cache_dir / f"item-tokens-{mark}"
     label_ids = label_token_ids(tokenizer, template.config.label_words)
-    if not _complete(folder):
-        _build(dataset, template, tokenizer, folder)
+    if array_folder.load(folder) is None:
+        array_folder.save(folder, _tokenise(dataset, template, tokenizer))
     tokens, offsets = _open(folder)
     return ItemTokens(
         tokens=tokens,
@@ -140,39 +137,12 @@ def load_or_build(
 
 
 def _open(folder: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    tokens, offsets = (np.load(folder / name, mmap_mode="r") for name in _FILES)
-    return tokens, offsets
+    stored = array_folder.load(folder)
+    assert stored is not None, f"{folder} was removed while it was in use"
+    return stored[0]["tokens"], stored[0]["offsets"]
 
 
-def _complete(folder: Path) -> bool:
-    """False where the files are missing or were cut short, as by a crash of the machine."""
-    try:
-        _open(folder)
-    except (OSError, ValueError, EOFError):
-        return False
-    return True
-
-
-def _build(dataset: Dataset, template: Template, tokenizer: Any, folder: Path) -> None:
-    arrays = _tokenise(dataset, template, tokenizer)
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    staging.mkdir(parents=True)
-    try:
-        for name, array in zip(_FILES, arrays, strict=True):
-            np.save(staging / name, np.asarray(array))
-        try:
-            os.rename(staging, folder)
-        except OSError:
-            if not _complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                os.rename(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _tokenise(
-    dataset: Dataset, template: Template, tokenizer: Any
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+def _tokenise(dataset: Dataset, template: Template, tokenizer: Any) -> dict[str, np.ndarray]:
     table = dataset.items_table().select(["source_id", *template.columns])
     limit = template.config.max_item_tokens
     tokens: list[npt.NDArray[np.int32]] = []
@@ -201,4 +171,5 @@ def _tokenise(
             f"{cut:,} of {table.num_rows:,} item texts were cut at template.max_item_tokens = "
             f"{limit} tokens."
         )
-    return np.concatenate(tokens), np.cumsum(np.concatenate([[0], *lengths]))
+    offsets = np.cumsum(np.concatenate([[0], *lengths]))
+    return {"tokens": np.concatenate(tokens), "offsets": offsets}

@@ -41,6 +41,13 @@ class SequenceBlock:
         return np.searchsorted([bound for bound, _ in TIME_GAPS], gaps, side="right")
 
     @staticmethod
+    def empty() -> SequenceBlock:
+        none = np.empty(0, dtype=np.int64)
+        return SequenceBlock(
+            none.astype(np.int32), none.astype(np.int8), none, np.zeros(1, np.int64), none, none
+        )
+
+    @staticmethod
     def from_arrow(rows: pa.RecordBatch, first_row: int) -> SequenceBlock:
         def flat(name: str) -> np.ndarray:
             return rows[name].flatten().to_numpy(zero_copy_only=False)
@@ -70,3 +77,52 @@ class SequenceBlock:
             target_start=np.concatenate([block.target_start for block in blocks]),
             rows=np.concatenate([block.rows for block in blocks]),
         )
+
+
+def find_fault(rows: pa.RecordBatch, items: int) -> tuple[int, str] | None:
+    """The first row that breaks the format, and what was expected and found there; else None.
+
+    Args:
+        rows: some or all columns of SEQUENCE_SCHEMA.
+        items: how many items there are.
+    """
+    lists = [name for name in ("item_ids", "labels", "timestamps") if name in rows.schema.names]
+    for name in [*lists, "target_start"]:
+        column = rows[name]
+        if column.null_count:
+            row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+            return row, f"{name}: expected a value, found null"
+    lengths = rows["item_ids"].value_lengths().to_numpy(zero_copy_only=False)
+    ends = np.cumsum(lengths)
+
+    def first(bad: np.ndarray) -> tuple[int, int]:
+        """The row and the place in it of the first element that is bad."""
+        at = int(np.argmax(bad))
+        row = int(np.searchsorted(ends, at, side="right"))
+        return row, at - int(ends[row] - lengths[row])
+
+    for name in lists:
+        differ = rows[name].value_lengths().to_numpy(zero_copy_only=False) != lengths
+        if differ.any():
+            row = int(np.argmax(differ))
+            found = f"{int(lengths[row])} and {len(rows[name][row])}"
+            return row, f"item_ids and {name}: expected lists of one length, found {found}"
+        values = rows[name].flatten()
+        if values.null_count:
+            row, at = first(values.is_null().to_numpy(zero_copy_only=False))
+            return row, f"{name}[{at}]: expected a value, found null"
+    for name, end, expected in (
+        ("labels", 2, "0 or 1"),
+        ("item_ids", items, f"0 to {items - 1}, a row of the item table"),
+    ):
+        values = rows[name].flatten().to_numpy()
+        bad = (values < 0) | (values >= end)
+        if bad.any():
+            row, at = first(bad)
+            return row, f"{name}[{at}]: expected {expected}, found {rows[name][row][at]}"
+    start = rows["target_start"].to_numpy()
+    bad = (start < 0) | (start > lengths)
+    if bad.any():
+        row = int(np.argmax(bad))
+        return row, f"target_start: expected 0 to {int(lengths[row])}, found {start[row]}"
+    return None

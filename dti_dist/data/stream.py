@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dti_dist.data.dataset import Dataset
-from dti_dist.data.index import EpochPlan, SplitIndex, Window, read_block
+from dti_dist.data.dataset import BadShard, Dataset
+from dti_dist.data.epochs import EpochPlan, Window
+from dti_dist.data.index import SplitIndex, read_block
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import Pack, PackShape, SharedBody, build_pack, multiple_of_128
-from dti_dist.data.samples import IntArray, Samples, make_samples
+from dti_dist.data.samples import Samples, make_samples
 from dti_dist.data.sequences import SequenceBlock
+from dti_dist.errors import UserError
 
+_READERS = 4  # threads that read row groups: an object store answers slowly, but many at once
 _UNIT_PADDING = 64  # unit arrays grow in these strides, so that few sizes occur
 
 
@@ -46,6 +49,7 @@ class Batch:
         step: optimizer step since the start of the run; epoch: its epoch.
         step_targets: targets of the whole optimizer step, over all ranks and micro-steps.
         last_of_step: whether this micro-step ends the optimizer step.
+        skipped: what could not be read and was left out, since the batch before.
     """
 
     tokens: torch.Tensor
@@ -65,6 +69,7 @@ class Batch:
     epoch: int
     step_targets: int
     last_of_step: bool
+    skipped: tuple[str, ...] = ()
     shared: SharedTokens | None = None
 
     @property
@@ -179,29 +184,29 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """All epochs of a run over one split. Small, and equal on every rank."""
+    """All epochs of a run over one split. Small, and equal on every rank.
+
+    Attributes:
+        skip_bad: leave out what can't be read any more, instead of raising BadShard.
+    """
 
     dataset: Dataset
-    index: SplitIndex
     tokens: ItemTokens
-    shape: PackShape
     samples: SampleSettings
-    window_interactions: int
-    seed: int
-    epochs: int
-    shuffle: bool
+    epochs: tuple[EpochPlan, ...]
+    skip_bad: bool = False
 
-    def epoch(self, epoch: int) -> EpochPlan:
-        return EpochPlan(
-            self.index, self.shape, self.window_interactions, self.seed, epoch, self.shuffle
-        )
+    @property
+    def index(self) -> SplitIndex:
+        return self.epochs[0].index
+
+    @property
+    def shape(self) -> PackShape:
+        return self.epochs[0].shape
 
     def steps_per_epoch(self, global_packs: int) -> list[int]:
         """Optimizer steps of each epoch, the last of an epoch filled up with empty packs."""
-        return [
-            -(-sum(window.packs for window in self.epoch(epoch)) // global_packs)
-            for epoch in range(self.epochs)
-        ]
+        return [epoch.steps(global_packs) for epoch in self.epochs]
 
 
 class PackStream(IterableDataset):
@@ -211,94 +216,51 @@ class PackStream(IterableDataset):
     micro-steps only share them out.
     """
 
-    def __init__(
-        self, plan: StreamPlan, share: Share, steps_per_epoch: list[int], start_step: int = 0
-    ):
+    def __init__(self, plan: StreamPlan, share: Share, start_step: int = 0):
         self.plan = plan
         self.share = share
-        self.steps_per_epoch = steps_per_epoch
         self.start_step = start_step
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        first_step = 0
-        for epoch, steps in enumerate(self.steps_per_epoch):
-            if first_step + steps > self.start_step:
-                yield from self._epoch(epoch, first_step, steps, number, workers)
-            first_step += steps
-
-    def _epoch(
-        self, epoch: int, first_step: int, steps: int, worker: int, workers: int
-    ) -> Iterator[Batch]:
-        reader = _EpochReader(self.plan, epoch)
         share, G = self.share, self.share.global_packs
-        for step in range(max(self.start_step - first_step, 0), steps):
-            step_targets = reader.targets(step * G, (step + 1) * G)
-            for micro_step in range(share.micro_steps):
-                # Numbered over the whole run: the loader takes from its workers in turn.
-                at = (first_step + step - self.start_step) * share.micro_steps + micro_step
-                if at % workers != worker:
-                    continue
-                wanted = [step * G + pack for pack in share.of_micro_step(micro_step)]
-                yield Batch.collate(
-                    [reader.pack(pack) for pack in wanted],
-                    self.plan.shape,
-                    step=first_step + step,
-                    epoch=epoch,
-                    step_targets=step_targets,
-                    last_of_step=micro_step == share.micro_steps - 1,
-                )
+        pool = ThreadPoolExecutor(_READERS, "read-ahead")
+        windows = _Windows(self.plan, pool)
+        first_step = 0
+        try:
+            for epoch in self.plan.epochs:
+                steps = epoch.steps(G)
+                for step in range(max(self.start_step - first_step, 0), steps):
+                    step_targets = epoch.pack_targets[step * G : (step + 1) * G].sum(dtype=np.int64)
+                    for micro_step in range(share.micro_steps):
+                        # Numbered over the whole run: the loader takes from its workers in turn.
+                        at = (first_step + step - self.start_step) * share.micro_steps + micro_step
+                        if at % workers != number:
+                            continue
+                        wanted = [step * G + pack for pack in share.of_micro_step(micro_step)]
+                        yield Batch.collate(
+                            [windows.pack(epoch, pack) for pack in wanted],
+                            self.plan.shape,
+                            step=first_step + step,
+                            epoch=epoch.epoch,
+                            step_targets=int(step_targets),
+                            last_of_step=micro_step == share.micro_steps - 1,
+                            skipped=windows.newly_skipped(),
+                        )
+                first_step += steps
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _EpochReader:
-    """Builds an epoch's packs by number, which must not fall from one call to the next.
+class _OpenWindow:
+    """A window's sequences in memory, and its packs."""
 
-    Windows are planned when they are reached, so an epoch starts without looking at all of it.
-    """
-
-    def __init__(self, plan: StreamPlan, epoch: int):
-        self.plan = plan
-        self.unplanned = iter(plan.epoch(epoch))
-        self.planned: deque[Window] = deque()
-        self.first_pack = self.end_pack = 0  # bounds of the planned windows
-        self.opened: Window | None = None
-
-    def targets(self, first_pack: int, end_pack: int) -> int:
-        """How many targets the packs from first_pack to end_pack - 1 have."""
-        self._plan(first_pack, end_pack)
-        targets = np.concatenate([window.pack_targets for window in self.planned])
-        return int(targets[first_pack - self.first_pack : end_pack - self.first_pack].sum())
-
-    def pack(self, number: int) -> Pack:
-        self._plan(number, number + 1)
-        if number >= self.end_pack:
-            return self._empty_pack()
-        if self.planned[0] is not self.opened:
-            self._open(self.planned[0])
-        at = number - self.first_pack
-        chosen = self.by_pack[self.pack_bounds[at] : self.pack_bounds[at + 1]]
-        return build_pack(self.samples.take(chosen), self.block, self.plan.tokens, self.plan.shape)
-
-    def _plan(self, first_pack: int, end_pack: int) -> None:
-        """Hold the windows of these packs: forget those before, so that memory stays bounded."""
-        while True:
-            while self.planned and self.first_pack + self.planned[0].packs <= first_pack:
-                self.first_pack += self.planned.popleft().packs
-            if self.end_pack >= end_pack or (window := next(self.unplanned, None)) is None:
-                return
-            self.planned.append(window)
-            self.end_pack += window.packs
-
-    def _open(self, window: Window) -> None:
-        plan = self.plan
-        self.block = SequenceBlock.join(
-            [
-                read_block(plan.dataset, plan.index.row_groups[g], plan.tokens)
-                for g in window.row_groups
-            ]
-        )
+    def __init__(self, plan: StreamPlan, window: Window, blocks: list[SequenceBlock | None]):
+        self.plan, self.window = plan, window
         settings = plan.samples
+        found = [block for block in blocks if block is not None]
+        self.block = SequenceBlock.join(found) if found else SequenceBlock.empty()
         self.samples = make_samples(
             self.block.offsets,
             self.block.target_start,
@@ -306,31 +268,122 @@ class _EpochReader:
             settings.k,
             settings.min_context,
         )
-        # Samples grouped by pack, in the order of the epoch within each.
-        grouped = np.argsort(window.pack_of, kind="stable")
-        self.by_pack: IntArray = window.order[grouped]
-        self.pack_bounds: IntArray = np.searchsorted(
-            window.pack_of[grouped], np.arange(window.packs + 1)
+        slices = [plan.index.samples_of(group) for group in window.row_groups]
+        readable = np.repeat(
+            [block is not None for block in blocks], [s.stop - s.start for s in slices]
         )
-        self.opened = window
+        self.readable = None if readable.all() else readable
+        self.place = np.cumsum(readable) - 1  # in `samples`, of a sample counted in the window
+
+    def pack(self, number: int) -> Pack:
+        chosen = self.window.by_pack[slice(*self.window.pack_bounds[number : number + 2])]
+        if self.readable is not None:
+            chosen = self.place[chosen[self.readable[chosen]]]
+        return build_pack(self.samples.take(chosen), self.block, self.plan.tokens, self.plan.shape)
+
+
+class _Windows:
+    """Opens windows as packs of them are asked for, in rising order, and reads the next one ahead.
+
+    Two windows are in memory at most, so memory does not grow with the data.
+    """
+
+    def __init__(self, plan: StreamPlan, pool: Executor):
+        self.plan, self.pool = plan, pool
+        self.ahead: dict[tuple[int, int], list[Future[SequenceBlock]]] = {}
+        self.opened: tuple[int, int] | None = None
+        self.skipped: list[str] = []
+
+    def pack(self, epoch: EpochPlan, number: int) -> Pack:
+        if number >= epoch.packs:
+            return self._empty_pack()
+        window = epoch.window_of(number)
+        place = (epoch.epoch, window)
+        if place != self.opened:
+            reading = self.ahead.pop(place, None) or self._read(epoch, window)
+            self.ahead.clear()
+            self._read_ahead(epoch, window)
+            self.window = _OpenWindow(
+                self.plan, epoch.window(window), [self._block(block) for block in reading]
+            )
+            self.opened = place
+        return self.window.pack(number - int(epoch.first_pack[window]))
+
+    def newly_skipped(self) -> tuple[str, ...]:
+        """What could not be read since the last call."""
+        skipped, self.skipped = tuple(self.skipped), []
+        return skipped
+
+    def _read(self, epoch: EpochPlan, window: int) -> list[Future[SequenceBlock]]:
+        return [
+            self.pool.submit(_read_indexed, self.plan, group) for group in epoch.windows[window]
+        ]
+
+    def _read_ahead(self, epoch: EpochPlan, window: int) -> None:
+        if window + 1 < len(epoch.windows):
+            self.ahead[epoch.epoch, window + 1] = self._read(epoch, window + 1)
+        elif epoch.epoch + 1 < len(self.plan.epochs):
+            following = self.plan.epochs[epoch.epoch + 1]
+            self.ahead[following.epoch, 0] = self._read(following, 0)
+
+    def _block(self, reading: Future[SequenceBlock]) -> SequenceBlock | None:
+        try:
+            return reading.result()
+        except BadShard as error:
+            if not self.plan.skip_bad:
+                raise
+            self.skipped.append(str(error))
+            return None
 
     def _empty_pack(self) -> Pack:
         none = np.empty(0, dtype=np.int64)
-        block = SequenceBlock(
-            none.astype(np.int32), none.astype(np.int8), none, np.zeros(1, np.int64), none, none
+        samples = Samples(none, none, none, none)
+        return build_pack(samples, SequenceBlock.empty(), self.plan.tokens, self.plan.shape)
+
+
+def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:
+    """Read a row group and see that it is the one that was indexed."""
+    place = plan.index.row_groups[group]
+    block = read_block(plan.dataset, place, plan.tokens)
+    expected = (place.rows, int(plan.index.interactions[group]))
+    if (len(block.rows), len(block.item_ids)) != expected:
+        raise BadShard(
+            f"{place.part} of {plan.dataset.uri}, row group {place.number}: expected "
+            f"{expected[0]:,} rows and {expected[1]:,} interactions, as when it was indexed; found "
+            f"{len(block.rows):,} and {len(block.item_ids):,}. The file was replaced: prepare data "
+            "into a folder of its own, and start a new run on it.",
+            place.part,
+            place.number,
         )
-        return build_pack(Samples(none, none, none, none), block, self.plan.tokens, self.plan.shape)
+    return block
+
+
+class _Guarded(IterableDataset):
+    """A stream whose errors cross from a worker to its rank as they are, without a traceback."""
+
+    def __init__(self, stream: PackStream):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        try:
+            yield from self.stream
+        except UserError as error:
+            yield error
 
 
 def batches(
     stream: PackStream, workers: int, prefetch: int, pin_memory: bool = False
-) -> DataLoader[Batch]:
+) -> Iterator[Batch]:
     """The stream, packed ahead by worker processes. Workers are spawned: s3fs can't be forked."""
-    return DataLoader(
-        stream,
+    loader: DataLoader[Batch | UserError] = DataLoader(
+        _Guarded(stream),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context="spawn" if workers else None,
         pin_memory=pin_memory,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -280,14 +280,14 @@ def view_pack(
 def _read_pack(inputs: Inputs, pack: int) -> tuple[Batch, int]:
     """The pack as a batch of one, and how many the epoch has."""
     plan = inputs.stream_plan("train", shuffle=True)
-    steps = plan.steps_per_epoch(global_packs=1)
-    if pack > steps[0]:
+    packs = plan.epochs[0].packs
+    if pack > packs:
         raise UserError(
-            f"--pack: expected a pack from 1 to {steps[0]:,}, as many as the first epoch has; "
+            f"--pack: expected a pack from 1 to {packs:,}, as many as the first epoch has; "
             f"found {pack:,}."
         )
-    stream = PackStream(plan, Share(global_packs=1, micro_packs=1), steps, start_step=pack - 1)
-    return next(iter(stream)), steps[0]
+    stream = PackStream(plan, Share(global_packs=1, micro_packs=1), start_step=pack - 1)
+    return next(iter(stream)), packs
 
 
 @dataclass(frozen=True)

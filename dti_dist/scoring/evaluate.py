@@ -9,7 +9,7 @@ import torch
 
 from dti_dist.config import RunConfig
 from dti_dist.console import progress, say
-from dti_dist.data.stream import PackStream, Share, StreamPlan, batches
+from dti_dist.data.stream import PackStream, Share, batches
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.ranks import Ranks, leave, meet
@@ -57,7 +57,13 @@ def _evaluate(
     run: RunFolder, config: RunConfig, split: str, prompt: str, which: str, ranks: Ranks
 ) -> dict[str, Any] | None:
     commit = choose_checkpoint(run, which)
-    inputs, plan = ranks.first_on_node(lambda: _open(config, run, split, prompt))
+    inputs = ranks.first_on_node(lambda: Inputs.open(config, run.tokenizer))
+    plan = inputs.stream_plan(
+        split,
+        k=1 if prompt == "sliding_window" else config.sample.targets,
+        max_targets=config.evaluation.max_targets,
+        together=ranks,
+    )
     model = trained_model(inputs, commit).to(ranks.device)
     if ranks.device.type == "cuda" and config.training.precision == "bf16":
         model = _in_bf16(model)
@@ -67,14 +73,13 @@ def _evaluate(
         ranks.rank,
         ranks.world,
     )
-    steps = plan.steps_per_epoch(share.global_packs)
     if ranks.is_main:
         say(
             f"evaluating {commit.folder.name} on {split}: {plan.index.total_targets:,} targets by "
             f"{prompt} prompts"
         )
     loader = batches(
-        PackStream(plan, share, steps),
+        PackStream(plan, share),
         config.data.workers,
         config.data.prefetch,
         ranks.device.type == "cuda",
@@ -96,16 +101,6 @@ def _evaluate(
     write_atomically(run.evaluations / f"{split}.json", content)
     write_atomically(run.evaluations / f"{split}.{prompt}.json", content)
     return figures
-
-
-def _open(config: RunConfig, run: RunFolder, split: str, prompt: str) -> tuple[Inputs, StreamPlan]:
-    inputs = Inputs.open(config, run.tokenizer)
-    plan = inputs.stream_plan(
-        split,
-        k=1 if prompt == "sliding_window" else config.sample.targets,
-        max_targets=config.evaluation.max_targets,
-    )
-    return inputs, plan
 
 
 def _in_bf16(model: CTRModel) -> CTRModel:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dti_dist.console import say
 from dti_dist.data.stream import Batch
 from dti_dist.ranks import Ranks
 
@@ -53,6 +54,8 @@ def predict(
                 torch.sigmoid(logits[used]).numpy(),
             )
         )
+        for reason in batch.skipped if ranks.is_main else ():
+            say(f"left out: {reason}")
         on_batch(batch)
     gathered = ranks.gather(Predictions.join(parts))
     return None if gathered is None else Predictions.join(gathered)

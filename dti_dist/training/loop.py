@@ -84,15 +84,25 @@ class _Trainer:
         self.folder = RunFolder(config.run_dir)
         self.progress = _Progress()
         self.saved_at: int | None = None
+        self.skipped: dict[str, None] = {}  # what could not be read, each once, in order
+        self.skips_written = 0
 
     def run(self) -> int:
         config, ranks = self.config, self.ranks
-        inputs, plan, validation, steps_per_epoch = ranks.first_on_node(self._open)
+        inputs = ranks.first_on_node(self._open)
+        plan = inputs.stream_plan(
+            "train", epochs=config.training.epochs, shuffle=True, together=ranks
+        )
+        validation = inputs.stream_plan(
+            "valid", max_targets=config.validation.max_targets, together=ranks
+        )
+        steps_per_epoch = plan.steps_per_epoch(config.training.global_batch_packs)
         ends = [sum(steps_per_epoch[: epoch + 1]) for epoch in range(len(steps_per_epoch))]
         self.epoch_ends = ends
         self.total_steps = min(ends[-1], config.training.max_steps or ends[-1])
         self.validation_plan = validation
         self.data = plan.index.fingerprint
+        self.skipped = {entry.reason: None for entry in plan.index.left_out}
 
         # Loaded models come in evaluation mode, in which activations are not recomputed.
         model = inputs.untrained_model().train()
@@ -112,19 +122,14 @@ class _Trainer:
             self._introduce(plan, steps_per_epoch)
 
         share = self._share(config.training.global_batch_packs)
-        stream = PackStream(plan, share, steps_per_epoch, self.progress.step)
+        stream = PackStream(plan, share, self.progress.step)
         data = config.data
-        loader = batches(stream, data.workers, data.prefetch, ranks.device.type == "cuda")
-        return self._loop(iter(loader))
+        return self._loop(batches(stream, data.workers, data.prefetch, ranks.device.type == "cuda"))
 
-    def _open(self) -> tuple[Inputs, StreamPlan, StreamPlan, list[int]]:
-        config = self.config
+    def _open(self) -> Inputs:
         if self.ranks.is_main:
-            self.folder.prepare(config)
-        inputs = Inputs.open(config, self.folder.tokenizer)
-        plan = inputs.stream_plan("train", epochs=config.training.epochs, shuffle=True)
-        validation = inputs.stream_plan("valid", max_targets=config.validation.max_targets)
-        return inputs, plan, validation, plan.steps_per_epoch(config.training.global_batch_packs)
+            self.folder.prepare(self.config)
+        return Inputs.open(self.config, self.folder.tokenizer)
 
     def _share(self, global_packs: int) -> Share:
         micro_packs = self.config.training.micro_batch_packs
@@ -175,11 +180,16 @@ class _Trainer:
         display = StepDisplay(self.ranks, self.total_steps, progress.step)
         interval = Interval()
         stopping = False
+        self._write_skips(metrics)  # what the index left out
         if self._validation_is_due():  # a signal came between a step and its validation
             self._validate(metrics)
         while progress.step < self.total_steps and not self._out_of_patience():
             stopping, epoch = self._step(loader, interval)
             display.step()
+            if self.ranks.is_main:
+                for reason in list(self.skipped)[self.skips_written :]:
+                    say(f"left out of train: {reason}")
+            self._write_skips(metrics)
             if progress.step % config.training.log_every == 0 or progress.step == self.total_steps:
                 record = self._record(interval, epoch)
                 interval = Interval()
@@ -208,6 +218,13 @@ class _Trainer:
             return STOPPED_BY_SIGNAL
         return 0
 
+    def _write_skips(self, metrics: MetricsFile | None) -> None:
+        """Put what was newly skipped on record. Every rank reads each window, so rank 0 sees it."""
+        new = list(self.skipped)[self.skips_written :]
+        if metrics and new:
+            metrics.write({"step": self.progress.step, "skipped": new})
+        self.skips_written = len(self.skipped)
+
     def _validation_is_due(self) -> bool:
         step = self.progress.step
         return step > self.progress.validated_at and (
@@ -234,6 +251,7 @@ class _Trainer:
             batch = next(loader)
             interval.data_wait_s += time.perf_counter() - waiting
             assert batch.step == progress.step, "the stream and the loop must count alike"
+            self.skipped.update(dict.fromkeys(batch.skipped))
             on_device = batch.to(ranks.device)
             loss = click_loss(engine(on_device), on_device)
             # DeepSpeed averages over ranks and micro-steps; a mean over the step's targets is asked
@@ -306,7 +324,7 @@ class _Trainer:
 
     def _measure(self, plan: StreamPlan) -> dict[str, Any]:
         share = self._share(self.ranks.world * self.config.training.micro_batch_packs)
-        stream = PackStream(plan, share, plan.steps_per_epoch(share.global_packs))
+        stream = PackStream(plan, share)
         self.engine.eval()
         found = predict(self.engine, stream, self.ranks)
         self.engine.train()

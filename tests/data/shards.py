@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 from dti_dist.config import SampleConfig, TemplateConfig
 from dti_dist.data import index, item_tokens
 from dti_dist.data.dataset import Dataset, iter_sequences
+from dti_dist.data.epochs import Order, plan_epochs
 from dti_dist.data.index import SplitIndex
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import pack_shape
@@ -17,6 +21,43 @@ from dti_dist.data.prepare.synthetic import read_synthetic
 from dti_dist.data.stream import SampleSettings, StreamPlan
 from dti_dist.data.template import Template
 from dti_dist.model.tokenizer import add_sum_token, train_tokenizer
+
+
+class Threads:
+    """Ranks that are threads of this process: what Together asks for, without a process group."""
+
+    def __init__(self, world: int):
+        self.world = world
+        self._barrier = threading.Barrier(world)
+        self._made: list[Any] = [None] * world
+
+    def run(self, work: Callable[[Any], Any]) -> list[Any]:
+        """Call `work` with each rank at once."""
+        with ThreadPoolExecutor(self.world) as pool:
+            return list(pool.map(lambda rank: work(_Thread(self, rank)), range(self.world)))
+
+
+class _Thread:
+    def __init__(self, threads: Threads, rank: int):
+        self.threads, self.rank, self.world = threads, rank, threads.world
+
+    def each(self, make: Callable[[], Any]) -> list[Any]:
+        barrier, made = self.threads._barrier, self.threads._made
+        try:
+            made[self.rank] = (None, make())
+        except Exception as error:
+            made[self.rank] = (error, None)
+        barrier.wait(timeout=60)
+        outcomes = list(made)
+        barrier.wait(timeout=60)
+        for error, _ in [outcomes[self.rank], *outcomes]:
+            if error is not None:
+                raise error
+        return [result for _, result in outcomes]
+
+    def first_on_node(self, make: Callable[[], Any]) -> Any:
+        self.each(lambda: make() if self.rank == 0 else None)
+        return make()
 
 
 def build_shards(folder: Path, seed: int = 0) -> Dataset:
@@ -52,10 +93,8 @@ def stream_plan(
     sample = SampleConfig(context=n, targets=k)
     made: SplitIndex = change(index.load_or_build(dataset, split, sample, tokens, cache))
     shape = pack_shape(length, None, made.tokens, made.targets)
-    settings = SampleSettings(n, k, sample.min_context)
-    return StreamPlan(
-        dataset, made, tokens, shape, settings, window_interactions, seed, epochs, shuffle
-    )
+    planned = plan_epochs(made, shape, Order(window_interactions, seed, shuffle), epochs, cache)
+    return StreamPlan(dataset, tokens, SampleSettings(n, k, sample.min_context), planned)
 
 
 def all_targets(dataset: Dataset, split: str = "train", min_context: int = 1) -> dict:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Barrier
+from threading import Barrier, get_ident
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from dti_dist.data import index
 from dti_dist.data.dataset import SEQUENCE_SCHEMA, BadShard, Dataset, iter_sequences
 from dti_dist.data.index import load_or_build, read_block
 from dti_dist.data.samples import make_samples, sample_lengths
-from tests.data.shards import all_targets, build_shards, tokenise
+from tests.data.shards import Threads, all_targets, build_shards, tokenise
 
 N, K = 4, 3
 SAMPLE = SampleConfig(context=N, targets=K)
@@ -118,6 +119,10 @@ def test_more_targets_in_a_sample_than_16_bits_count_are_counted(
     )
     batch = SimpleNamespace(part=dataset.parts("train")[0], row_group=0, rows=rows)
     monkeypatch.setattr(index, "iter_sequences", lambda *arguments: iter([batch]))
+    (first, *_) = dataset.parts("train")
+    one_part = replace(first, rows=1)
+    monkeypatch.setattr(Dataset, "parts", lambda *arguments: [one_part])
+    monkeypatch.setattr(index, "_row_groups", lambda *arguments: [1])
     sample = SampleConfig(context=N, targets=100_000)
     found = load_or_build(dataset, "train", sample, tokens, tmp_path)
     assert found.targets.tolist() == found.row_targets.tolist() == [many - 1]
@@ -199,13 +204,13 @@ def test_the_index_is_built_again_when_what_it_depends_on_changes(
 def test_builders_at_the_same_time_agree_and_leave_one_file(dataset, tokens, tmp_path, monkeypatch):
     builders = 4
     together = Barrier(builders)
-    move = os.replace
+    move = os.rename
 
     def meet_then_move(*paths):
         together.wait(timeout=30)
         move(*paths)
 
-    monkeypatch.setattr(os, "replace", meet_then_move)
+    monkeypatch.setattr(os, "rename", meet_then_move)
     with ThreadPoolExecutor(builders) as pool:
         found = list(
             pool.map(
@@ -215,16 +220,16 @@ def test_builders_at_the_same_time_agree_and_leave_one_file(dataset, tokens, tmp
         )
     for other in found[1:]:
         equal(found[0], other)
-    assert [path.name for path in tmp_path.iterdir()] == [f"index-train-{found[0].fingerprint}.npz"]
+    assert list(tmp_path.iterdir()) == [found[0].folder]
 
 
 def test_an_interrupted_write_leaves_nothing(dataset, tokens, tmp_path, monkeypatch):
-    def fail(path, **arrays):
+    def fail(path, array):
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(np, "savez", fail)
+        patched.setattr(np, "save", fail)
         with pytest.raises(KeyboardInterrupt):
             load_or_build(dataset, "train", SAMPLE, tokens, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -234,11 +239,52 @@ def test_an_interrupted_write_leaves_nothing(dataset, tokens, tmp_path, monkeypa
 @pytest.mark.parametrize("left", [0, 3, 100, -30])
 def test_a_cache_that_was_cut_short_is_made_anew(dataset, tokens, tmp_path, left):
     built = load_or_build(dataset, "train", SAMPLE, tokens, tmp_path)
-    (file,) = tmp_path.iterdir()
+    file = built.folder / "tokens.npy"
     whole = file.read_bytes()
+    file.unlink()  # what is mapped keeps its content
     file.write_bytes(whole[:left])
     equal(load_or_build(dataset, "train", SAMPLE, tokens, tmp_path), built)
     assert len(file.read_bytes()) == len(whole)
+
+
+@pytest.mark.parametrize("world", [1, 2, 5, 16])
+def test_ranks_share_the_reading_and_find_the_same_index(
+    dataset, tokens, tmp_path, monkeypatch, world
+):
+    alone = load_or_build(dataset, "train", SAMPLE, tokens, tmp_path / "alone")
+    places: dict[int, list] = {rank: [] for rank in range(world)}
+    read = index.read_block
+
+    def reading(dataset, place, tokens):
+        places[of_thread[get_ident()]].append(place)
+        return read(dataset, place, tokens)
+
+    of_thread = {}
+
+    def build(rank):
+        of_thread[get_ident()] = rank.rank
+        return load_or_build(dataset, "train", SAMPLE, tokens, tmp_path / "all", rank)
+
+    monkeypatch.setattr(index, "read_block", reading)
+    for found in Threads(world).run(build):
+        for name in ("tokens", "targets", "row_targets", "interactions", "sample_offsets"):
+            assert np.array_equal(getattr(found, name), getattr(alone, name))
+        assert found.row_groups == alone.row_groups
+        assert found.fingerprint == alone.fingerprint
+    every = sorted((place.part, place.number) for read in places.values() for place in read)
+    assert every == [(place.part, place.number) for place in alone.row_groups], "each read once"
+    assert max(map(len, places.values())) - min(map(len, places.values())) <= 1
+
+
+def test_an_index_takes_a_few_bytes_a_sample(dataset, tokens, tmp_path):
+    found = load_or_build(dataset, "train", SAMPLE, tokens, tmp_path)
+    assert found.tokens.itemsize + found.targets.itemsize <= 4
+    again = pickle.loads(pickle.dumps(found))
+    equal(again, found)
+    assert isinstance(again.tokens, np.memmap)
+    few = found.first_users(100, K)
+    equal(pickle.loads(pickle.dumps(few)), few)
+    assert len(pickle.dumps(found)) < 1000, "workers get the folder's name, not the arrays"
 
 
 # --- bad parts -------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_builders_at_the_same_time_agree_and_leave_one_folder(tmp_path, tokenize
     monkeypatch.setattr(item_tokens, "_tokenise", lambda *arguments: made)
     with ThreadPoolExecutor(builders) as pool:
         found = list(pool.map(lambda _: load(tmp_path, tokenizer), range(builders)))
-    assert all(np.array_equal(tokens.tokens, made[0]) for tokens in found)
+    assert all(np.array_equal(tokens.tokens, made["tokens"]) for tokens in found)
     assert list(tmp_path.iterdir()) == [found[0].folder]
 
 

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_dist.data import stream as stream_module
-from dti_dist.data.dataset import Dataset
+from dti_dist.data.dataset import SEQUENCE_SCHEMA, Dataset
 from dti_dist.data.index import read_block
 from dti_dist.data.packing import pack_shape
 from dti_dist.data.stream import Batch, PackStream, Share, batches
@@ -38,7 +40,7 @@ def plan(dataset, tmp_path_factory):
 
 def read(plan, share, start_step=0, workers=0):
     """All batches of one rank; workers take turns as in torch's DataLoader."""
-    stream = PackStream(plan, share, plan.steps_per_epoch(share.global_packs), start_step)
+    stream = PackStream(plan, share, start_step)
     if not workers:
         return list(stream)
     of_workers = []
@@ -141,12 +143,68 @@ def test_a_step_is_the_same_for_any_ranks_micro_steps_workers_and_starts(
         assert ends == [*[False] * (layout.micro_steps - 1), True] * (total - start)
 
 
+@settings(max_examples=20)
+@given(
+    made=st.fixed_dictionaries(plans),
+    k=st.sampled_from([1, 3]),
+    G=st.sampled_from([2, 6]),
+    history=st.data(),
+)
+def test_any_history_of_kills_and_other_layouts_trains_what_one_run_trains(
+    plan, made, k, G, history
+):
+    """Each run of a job has other ranks, workers and micro-steps, and ends at any step."""
+    made = plan(**made, k=k)
+    total = sum(made.steps_per_epoch(G))
+    trained, step = {}, 0
+    while step < total:
+        layout = history.draw(layouts.filter(lambda layout: layout.global_packs == G))
+        workers = history.draw(st.integers(0, 3))
+        killed_after = history.draw(st.integers(1, total - step))
+        steps = steps_of(
+            [
+                read(made, Share(G, layout.micro_packs, rank, layout.ranks), step, workers)
+                for rank in range(layout.ranks)
+            ]
+        )
+        for taken in range(step, step + killed_after):
+            assert taken not in trained
+            trained[taken] = steps[taken]
+        step += killed_after
+    assert trained == steps_of([read(made, Share(G, G))])
+
+
+def test_a_shard_with_half_of_all_interactions_keeps_no_rank_waiting(tmp_path):
+    dataset = build_shards(tmp_path / "data")
+    heavy = max(dataset.parts("train"), key=lambda part: part.rows)
+    lengthen_sequences(heavy.uri)
+    tokens = tokenise(dataset, tmp_path)
+    made = stream_plan(dataset, tokens, tmp_path, epochs=2)
+    held = Counter()
+    for group, interactions in zip(made.index.row_groups, made.index.interactions, strict=True):
+        held[group.part] += int(interactions)
+    assert held[heavy.path] > held.total() / 2
+    counts = set()
+    for rank in range(3):
+        epochs = [batch.epoch for batch in read(made, Share(6, 2, rank, 3))]
+        counts.add((epochs.count(0), epochs.count(1)))
+    assert len(counts) == 1, "every rank ends each epoch after the same number of batches"
+
+
+def lengthen_sequences(uri: str, times: int = 8) -> None:
+    rows = pq.read_table(uri).to_pylist()
+    for row in rows:
+        for name in ("item_ids", "labels", "timestamps"):
+            row[name] *= times
+    pq.write_table(pa.Table.from_pylist(rows, SEQUENCE_SCHEMA), uri, row_group_size=4)
+
+
 @settings(max_examples=15)
 @given(made=st.fixed_dictionaries(plans), k=st.sampled_from([1, 3, 8]), G=st.integers(1, 9))
 def test_every_target_comes_exactly_once_in_an_epoch_with_its_label(plan, dataset, made, k, G):
     made = plan(**made, k=k)
     expected = all_targets(dataset)
-    found = [{} for _ in range(made.epochs)]
+    found = [{} for _ in made.epochs]
     for batch in read(made, Share(G, G)):
         used = batch.weights > 0
         keys = zip(
@@ -155,7 +213,7 @@ def test_every_target_comes_exactly_once_in_an_epoch_with_its_label(plan, datase
         for key, label in zip(keys, batch.labels[used].tolist(), strict=True):
             assert key not in found[batch.epoch]
             found[batch.epoch][key] = label
-    assert found == [expected] * made.epochs
+    assert found == [expected] * len(made.epochs)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -167,7 +225,7 @@ def test_targets_of_valid_and_test_are_what_comes_after_target_start(plan, datas
 @pytest.mark.parametrize("G", [2, 5, 7])
 def test_the_tail_of_an_epoch_is_packs_of_zero_weight(plan, G):
     made = plan(epochs=2)
-    packs = [sum(window.packs for window in made.epoch(epoch)) for epoch in range(2)]
+    packs = [epoch.packs for epoch in made.epochs]
     assert made.steps_per_epoch(G) == [-(-count // G) for count in packs]
     whole = read(made, Share(G, 1))
     for epoch, count in enumerate(packs):
@@ -201,8 +259,8 @@ def test_epochs_and_seeds_differ_in_order_and_not_in_content(plan):
     assert order(plan()) == first
     # Samples of the same row groups too are shuffled anew by each epoch and seed.
     orders = [
-        tuple(epoch.window(0, (0, 1, 2)).order)
-        for epoch in (made.epoch(0), made.epoch(1), plan(seed=1).epoch(0))
+        tuple(sorted(epoch.windows[0])) + tuple(epoch.window(0).by_pack)
+        for epoch in (*made.epochs, plan(seed=1).epochs[0])
     ]
     assert len(set(orders)) == 3
 
@@ -233,7 +291,7 @@ def test_small_windows_are_row_groups_drawn_from_the_whole_split(plan):
     interactions = made.index.interactions
     drawn = []
     for epoch in range(2):
-        windows = made.epoch(epoch).windows()
+        windows = made.epochs[epoch].windows
         assert len(windows) > 2
         assert sorted(group for window in windows for group in window) == list(
             range(len(interactions))
@@ -245,8 +303,8 @@ def test_small_windows_are_row_groups_drawn_from_the_whole_split(plan):
     assert drawn[0][0] != tuple(range(len(drawn[0][0]))), "not the first of the files"
 
 
-def test_windows_are_read_one_at_a_time_when_they_are_reached(plan):
-    made = plan(window_interactions=1)  # a row group each
+def test_each_window_is_read_once_and_while_the_one_before_is_packed(plan):
+    made = plan(window_interactions=1, epochs=2)  # a row group each
     opened = []
 
     def reading(dataset, row_group, tokens):
@@ -254,12 +312,13 @@ def test_windows_are_read_one_at_a_time_when_they_are_reached(plan):
         return read_block(dataset, row_group, tokens)
 
     with mock.patch.object(stream_module, "read_block", reading):
-        stream = iter(PackStream(made, Share(1, 1), made.steps_per_epoch(1)))
-        next(stream)
-        assert len(opened) == 1
-        planned = len(list(stream))
-    assert len(opened) == len(made.index.row_groups), "each is read once"
-    assert planned > len(opened)
+        stream = iter(PackStream(made, Share(1, 1)))
+        for made_packs, _ in enumerate(stream, 1):
+            epoch, pack = divmod(made_packs - 1, made.epochs[0].packs)
+            if epoch == 0:
+                assert len(opened) <= made.epochs[0].window_of(pack) + 2
+    order = [made.index.row_groups[g] for epoch in made.epochs for (g,) in epoch.windows]
+    assert opened == order, "each is read once an epoch, in order"
 
 
 def test_resuming_reads_only_the_windows_that_are_left(plan):
@@ -341,7 +400,7 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(plan):
     """Spawned for real, from the middle of an epoch into the next."""
     made = plan(length=256, epochs=2, window_interactions=250)
     share = Share(4, 1, rank=1, ranks=2)
-    stream = PackStream(made, share, made.steps_per_epoch(4), start_step=2)
+    stream = PackStream(made, share, start_step=2)
     expected = list(stream)
     assert len({batch.epoch for batch in expected}) == 2
     found = list(batches(stream, workers=2, prefetch=2))

@@ -34,7 +34,7 @@ def predictions(run_dir, model=None, k=None):
     inputs = Inputs.open(folder.read_config(), folder.tokenizer)
     model = model or trained_model(inputs, choose_checkpoint(folder, "best"))
     plan = inputs.stream_plan("test", k=k)
-    return predict(model, PackStream(plan, Share(1, 1), plan.steps_per_epoch(1)), ONE)
+    return predict(model, PackStream(plan, Share(1, 1)), ONE)
 
 
 def test_evaluate_prints_json_and_keeps_it(trained, capsys):

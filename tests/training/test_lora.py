@@ -180,7 +180,7 @@ def predictions(run_dir, model=None, split="test"):
     model = model or trained_model(inputs, choose_checkpoint(folder, "best"))
     plan = inputs.stream_plan(split, k=1)
     one = Ranks(0, 1, 0, 1, torch.device("cpu"))
-    return predict(model, PackStream(plan, Share(1, 1), plan.steps_per_epoch(1)), one)
+    return predict(model, PackStream(plan, Share(1, 1)), one)
 
 
 def log_loss(found):
