@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dti_dist.attention import backend as attention_backend
 from dti_dist.attention.backend import AttentionPlans, AttentionScheme
+from dti_dist.attention.flex import compiled_graphs
 from dti_dist.attention.intervals import PackLayout, SharedBody
 from dti_dist.attention.policies import forgetting_weights, layer_windows, sees_prefix
 from dti_dist.config import AttentionConfig
@@ -129,6 +130,11 @@ class CTRModel(nn.Module):
             longest_span=longest_span,
             backend=attention.backend,
         )
+
+    @property
+    def attention_graphs(self) -> int:
+        """How many graphs this process has compiled for FlexAttention; 0 on the chunked path."""
+        return compiled_graphs()
 
     def enable_activation_checkpointing(self) -> None:
         backbone = self.backbone

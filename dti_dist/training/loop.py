@@ -287,6 +287,8 @@ class _Trainer:
             **figures,
             "memory_gib": memory_gib(self.ranks.device),
         }
+        if graphs := self.engine.module.attention_graphs:
+            record["attention_graphs"] = graphs
         peak = peak_flops(self.ranks.device)
         if peak:
             flops = self.flops_per_token * record["tokens_per_s"]

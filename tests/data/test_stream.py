@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dti_dist.benchmarks.shuffle import places_in_epoch, shuffle_quality
 from dti_dist.data import stream as stream_module
 from dti_dist.data.dataset import SEQUENCE_SCHEMA, Dataset
 from dti_dist.data.index import read_block
@@ -284,6 +285,31 @@ def test_shuffling_mixes_neighbours_across_row_groups(plan):
         users.append(max(Counter(rows).values()) / len(rows))
     assert np.median(groups) >= 4, "a step has samples of many row groups"
     assert np.median(users) < 0.5, "and of many users"
+
+
+def test_the_measure_of_the_shuffle_says_where_samples_end_up(plan):
+    """Against the batches themselves: the first target of each sample, in the order of training."""
+    made = plan(window_interactions=250, k=20, length=512)  # a user is one sample
+    (epoch,) = made.epochs
+    place, pack = places_in_epoch(epoch)
+    assert sorted(place) == list(range(len(made.index.tokens)))
+    trained = [
+        (number, row)
+        for number, (packed,) in enumerate(steps_of([read(made, Share(1, 1))]).values())
+        for row in dict.fromkeys(row for row, _ in packed[0])
+    ]
+    assert [row for _, row in trained] == np.argsort(place).tolist()
+    assert [number for number, _ in trained] == pack[np.argsort(place)].tolist()
+
+
+def test_one_window_shuffles_like_a_random_permutation_and_small_ones_locally(plan):
+    whole = shuffle_quality(plan(k=1).epochs[0])
+    assert 0.2 < whole["neighbours_apart_share"] < 0.4
+    assert whole["neighbours_in_one_pack"] < 0.1
+    small = shuffle_quality(plan(k=1, window_interactions=1).epochs[0])
+    assert small["neighbours_apart_share"] < 0.1 < small["moved_share"], "row groups are drawn"
+    unshuffled = shuffle_quality(plan(k=1, shuffle=False).epochs[0])
+    assert unshuffled["moved_share"] < 0.05
 
 
 def test_small_windows_are_row_groups_drawn_from_the_whole_split(plan):
