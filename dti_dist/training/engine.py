@@ -85,6 +85,11 @@ def start_engine(model: nn.Module, training: TrainingConfig, ranks: Ranks) -> An
     """Wrap the model; parameters are partitioned over the ranks from here on."""
     import deepspeed
 
+    # A C++ extension for inference, which DeepSpeed would compile before the first step on a CPU.
+    # That takes a compiler and up to a minute, and a job killed meanwhile leaves a lock behind that
+    # every later job waits for, forever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
     settings = deepspeed_config(training, ranks.world)
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]

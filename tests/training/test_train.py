@@ -160,6 +160,16 @@ def test_a_signal_makes_a_checkpoint_and_an_exit_code_of_its_own(
     assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
 
 
+def test_a_job_compiles_no_extension(synthetic, tmp_path):
+    """Killed while it compiles, a job would leave a lock that every later job waits for."""
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    arguments = [*command(1), str(config), "training.max_steps=1"]
+    run(arguments, tmp_path / "log", TORCH_EXTENSIONS_DIR=str(extensions))
+    assert list(extensions.iterdir()) == []
+
+
 def test_bf16_trains_and_rotary_frequencies_stay_float32(uninterrupted, synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic)
     train(config, "training.precision=bf16", ranks=2)
@@ -265,3 +275,32 @@ def test_a_finished_run_started_again_takes_no_step(uninterrupted):
     printed = train(config, ranks=2)
     assert "resuming from step-00000020" in printed
     assert losses(run_dir(config)) == before
+
+
+def test_a_bad_shard_ends_the_job_or_is_left_out_by_both_ranks_alike(synthetic, tmp_path):
+    data = tmp_path / "data"
+    options = BuildOptions(shard_interactions=1000, row_group_interactions=200)
+    build_dataset(
+        partial(read_synthetic, users=150, items=60, interactions_per_user=20), str(data), options
+    )
+    parts = sorted((data / "train").iterdir())
+    assert len(parts) > 1
+    content = parts[1].read_bytes()
+    parts[1].write_bytes(content[: len(content) // 2])
+    config = write_config(tmp_path / "config.yaml", data, checkpoints={"every_steps": 4})
+    printed = train(config, ranks=2, expect=1)  # torchrun's own
+    said = [line for line in printed.splitlines() if line.startswith("dti-dist train: ")]
+    assert len(said) == 1, "one rank says it"
+    assert re.search(rf"train/{parts[1].name}: expected [\d,]+ bytes", said[0])
+
+    printed = train(config, "data.on_bad_shard=skip", ranks=2)
+    assert "train: 1 files or row groups" in printed
+    assert printed.count("left out of train:") == 1
+    (line,) = [line for line in metrics(run_dir(config)) if "skipped" in line]
+    assert parts[1].name in line["skipped"][0]
+    of_two = losses(run_dir(config))
+    assert len(of_two) == 20
+
+    alone = write_config(tmp_path / "one" / "config.yaml", data)
+    train(alone, "data.on_bad_shard=skip", ranks=1)
+    assert_same_losses(of_two, losses(run_dir(alone)))
