@@ -287,7 +287,7 @@ def test_a_bad_shard_ends_the_job_or_is_left_out_by_both_ranks_alike(synthetic, 
     assert len(parts) > 1
     content = parts[1].read_bytes()
     parts[1].write_bytes(content[: len(content) // 2])
-    config = write_config(tmp_path / "config.yaml", data, checkpoints={"every_steps": 4})
+    config = write_config(tmp_path / "config.yaml", data, training={"epochs": 4})
     printed = train(config, ranks=2, expect=1)  # torchrun's own
     said = [line for line in printed.splitlines() if line.startswith("dti-dist train: ")]
     assert len(said) == 1, "one rank says it"
@@ -299,8 +299,6 @@ def test_a_bad_shard_ends_the_job_or_is_left_out_by_both_ranks_alike(synthetic, 
     (line,) = [line for line in metrics(run_dir(config)) if "skipped" in line]
     assert parts[1].name in line["skipped"][0]
     of_two = losses(run_dir(config))
-    assert len(of_two) == 20
-
-    alone = write_config(tmp_path / "one" / "config.yaml", data)
+    alone = write_config(tmp_path / "one" / "config.yaml", data, training={"epochs": 4})
     train(alone, "data.on_bad_shard=skip", ranks=1)
     assert_same_losses(of_two, losses(run_dir(alone)))
