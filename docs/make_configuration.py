@@ -87,6 +87,8 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return " | ".join(_type(choice, metadata) for choice in inner)
     if origin is list:
         return f"list of {_type(inner[0], metadata)}"
+    if origin is dict:
+        return "options by name"
     if origin is tuple:
         return f"{len(inner)} × {_type(inner[0], metadata)}"
     words = {int: "integer", float: "number", str: "text", bool: "true | false", type(None): "null"}

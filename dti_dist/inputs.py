@@ -47,7 +47,7 @@ class Inputs:
         """
         if config.model.lora.rank:
             require_peft()  # before caches are built
-        dataset = Dataset.open(config.data.path)
+        dataset = Dataset.open(config.data.path, storage=config.data.storage)
         template = Template.for_items(config.template, dataset.manifest.item_text_columns)
         if config.sample.context > dataset.manifest.context_limit:
             raise UserError(
@@ -65,6 +65,7 @@ class Inputs:
             _keep(tokenizer, tokenizer_dir)
         cache_dir = _cache_dir(config, dataset)
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache_dir)
+        dataset = dataset.with_cache(cache_dir)
         return Inputs(config, dataset, tokenizer, tokens, cache_dir)
 
     @property
