@@ -13,6 +13,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,19 @@ _GRPC = 100  # each one's port for gRPC lies so far above
 _START_S = 40
 
 
+@contextmanager
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    """A running server with an empty bucket, and this process's environment set to reach it."""
+    server = S3Server(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        try:
+            yield server.start()
+        finally:
+            server.kill()
+
+
 class S3Server:
     """One server with ports of its own. It keeps its data when it is killed and started again."""
 
@@ -31,6 +46,7 @@ class S3Server:
         self.folder = folder
         self.base = _free_ports()
         self.process: subprocess.Popen[bytes] | None = None
+        self._has_bucket = False
         folder.mkdir(parents=True)
         credentials = [{"accessKey": KEY, "secretKey": SECRET}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -40,6 +56,14 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.base + _PORTS['s3']}"
+
+    @property
+    def bucket(self) -> str:
+        """A name that no other server of this process has, as clients are kept by bucket."""
+        return f"bucket-{self.base}"
+
+    def uri(self, path: str) -> str:
+        return f"s3://{self.bucket}/{path}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -81,10 +105,20 @@ class S3Server:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self._log()
             if self._is_ready():
+                if not self._has_bucket:
+                    self._make_bucket()
                 return self
             time.sleep(0.1)
         self.kill()
         raise AssertionError(f"the S3 server did not start within {_START_S} s:\n{self._log()}")
+
+    def _make_bucket(self) -> None:
+        import s3fs
+
+        s3fs.S3FileSystem(
+            key=KEY, secret=SECRET, endpoint_url=self.endpoint, skip_instance_cache=True
+        ).mkdir(self.bucket)
+        self._has_bucket = True
 
     def kill(self) -> None:
         """SIGKILL, as when its machine is lost."""
@@ -99,6 +133,7 @@ class S3Server:
         self.process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
+        """After `stall`."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
 
