@@ -12,8 +12,8 @@ HIDDEN = "***"
 _LEAST_LENGTH = 4  # a shorter value of the environment would hide half of every text
 
 _IN_TEXT = [
-    # user:password@ of a URL
-    (re.compile(r"(?<=://)[^\s/@'\"]*:[^\s/@'\"]*(?=@)"), HIDDEN),
+    # user:password@ of a URL; a key of AWS may have slashes, and after a port they start a path
+    (re.compile(r"(?<=://)[^\s/@'\"]*:(?!\d+/)[^\s@'\"]*(?=@)"), HIDDEN),
     # parameters of a URL: signatures, tokens and keys of presigned links and of SAS
     (
         re.compile(
@@ -22,6 +22,7 @@ _IN_TEXT = [
         ),
         rf"\1={HIDDEN}",
     ),
+    (re.compile(r"AWS4-HMAC-SHA256\s.*"), f"AWS4-HMAC-SHA256 {HIDDEN}"),
     # name=value and 'name': 'value' as libraries print their settings
     (
         re.compile(
@@ -32,7 +33,6 @@ _IN_TEXT = [
         rf"\1{HIDDEN}",
     ),
     (re.compile(r"(data\.storage\.options\.[\w.-]*=)\S+"), rf"\1{HIDDEN}"),
-    (re.compile(r"AWS4-HMAC-SHA256\s.*"), f"AWS4-HMAC-SHA256 {HIDDEN}"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
 ]
 _SECRET_NAME = re.compile(

@@ -26,7 +26,7 @@ from dti_dist.errors import told
 from tests.data.shards import build_shards, stream_plan, tokenise
 from tests.s3_server import SECRET, s3_server
 
-SLACK_S = 5  # of a machine that does other things too
+SLACK_S = 10  # of a machine that does other things too
 OPTIONS = BuildOptions(shard_interactions=300, row_group_interactions=100)
 
 
@@ -134,19 +134,19 @@ def test_the_stream_from_s3_is_that_from_disk(server, on_disk, tmp_path):
     assert same(list(stream(remote, tmp_path / "b")), expected)
 
 
-def test_a_truncated_object_is_a_bad_shard_and_is_not_asked_for_again(server):
+def test_a_truncated_object_is_a_bad_shard_and_is_not_asked_for_again(server, capfd):
     uri = server.uri("truncated")
     build(uri)
     dataset = Dataset.open(uri, storage=settings())
     part = dataset.parts("train")[0]
     storage.write_atomic(part.uri, storage.read_bytes(part.uri)[:-100])
-    started = time.monotonic()
+    capfd.readouterr()
     with pytest.raises(BadShard, match=r"expected a readable Parquet file.*it has [\d,]+ bytes"):
         list(iter_sequences(Dataset.open(uri, check_files=False), "train"))
     storage.remove(part.uri)
     with pytest.raises(BadShard, match="the file is missing"):
         list(iter_sequences(Dataset.open(uri, check_files=False), "train"))
-    assert time.monotonic() - started < SLACK_S
+    assert "Trying again" not in capfd.readouterr().err
 
 
 # --- range reads ---------------------------------------------------------------------------------
@@ -288,13 +288,12 @@ def test_the_settings_hold_in_data_workers_and_their_error_has_no_traceback(serv
     assert "Traceback" not in message
 
 
-def test_wrong_credentials_are_refused_at_once_and_not_shown(server, monkeypatch):
+def test_wrong_credentials_are_refused_at_once_and_not_shown(server, monkeypatch, capfd):
     wrong = "ThisSecretIsNotTheServersOwnOne"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", wrong)
-    started = time.monotonic()
     with pytest.raises(StorageError, match="access refused by http://127") as raised:
         Dataset.open(server.uri("shop"), storage=settings(retry_s=61))
-    assert time.monotonic() - started < SLACK_S
+    assert "Trying again" not in capfd.readouterr().err
     text = f"{raised.value} {raised.value.__cause__}"
     assert wrong not in text
     assert SECRET not in text
@@ -319,11 +318,11 @@ def test_no_credentials_are_an_error_that_says_where_they_are_looked_for(server,
     ],
     ids=["open", "prepare"],
 )
-def test_a_bucket_that_does_not_exist_is_named_and_not_made(server, act):
-    started = time.monotonic()
-    with pytest.raises(StorageError, match=r"has no bucket 'not-there'\. Check its name"):
-        act("s3://not-there/shop")
-    assert time.monotonic() - started < SLACK_S
+def test_a_bucket_that_does_not_exist_is_named_and_not_made(server, act, capfd):
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"has no bucket 'not-there'\. Check its name"):
+            act("s3://not-there/shop")
+    assert "Trying again" not in capfd.readouterr().err
 
 
 def test_a_wrong_option_is_named(server):
