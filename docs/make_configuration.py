@@ -5,6 +5,7 @@ python docs/make_configuration.py
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def page() -> str:
     for name, model in _sections(RunConfig):
         parts.append(f"\n## {name}\n")
         if model.__dict__.get("__doc__"):
-            parts.append(f"\n{model.__doc__}\n")
+            parts.append(f"\n{inspect.cleandoc(model.__doc__ or '')}\n")
         parts.append(_table(model))
     return "".join(parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ CLOSE = 1e-4
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     with s3_server(tmp_path_factory.mktemp("s3") / "server") as server:
-        read_users = lambda: read_synthetic(users=60, items=48, interactions_per_user=40)  # noqa: E731
+        read_users = partial(read_synthetic, users=60, items=48, interactions_per_user=40)
         options = BuildOptions(shard_interactions=500, row_group_interactions=150)
         build_dataset(read_users, server.uri("shop"), options)
         yield server
@@ -48,16 +49,19 @@ def on_disk(server, tmp_path):
     return tmp_path / "disk"
 
 
-def config_of(folder: Path, data: Path | str, storage_settings: dict | None = None, **sections):
-    data_section = {
-        "path": str(data),
-        "shuffle_interactions": 300,  # so that row groups are read all along
+def config_of(folder: Path, path: Path | str, limits: dict | None = None, workers=0, **sections):
+    config = write_config(folder / "config.yaml", path, **sections)
+    settings = yaml.safe_load(config.read_text())
+    settings["data"] = {
+        "path": str(path),
+        "workers": workers,
         "prefetch": 1,
+        "shuffle_interactions": 300,  # so that row groups are read all along
         "cache_dir": str(folder / "cache"),
-        "storage": {"timeout_s": 5, "greatest_wait_s": 1, **(storage_settings or {})},
-        **sections.pop("data", {}),
+        "storage": {"timeout_s": 5, "greatest_wait_s": 1, **(limits or {})},
     }
-    return write_config(folder / "config.yaml", data, data=data_section, **sections)
+    config.write_text(yaml.safe_dump(settings))
+    return config
 
 
 def run_dir(config: Path) -> Path:
@@ -72,8 +76,8 @@ def test_a_run_whose_server_is_killed_and_comes_back_learns_the_same(server, on_
     config = config_of(
         tmp_path / "disturbed",
         server.uri("shop"),
-        {"retry_s": 90, "cache_gib": 0},
-        data={"workers": 1},
+        {"retry_s": 90},
+        workers=1,
         checkpoints={"every_steps": 5, "copy_to": copies},
     )
     log = tmp_path / "log"
@@ -118,11 +122,10 @@ def test_a_copied_checkpoint_is_one_that_a_run_goes_on_from(server, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_whose_server_is_gone_ends_in_time_with_a_clear_error(server, tmp_path, workers):
-    config = config_of(
-        tmp_path, server.uri("shop"), {"timeout_s": 1, "retry_s": 3}, data={"workers": workers}
-    )
+    config = config_of(tmp_path, server.uri("shop"), {"timeout_s": 1, "retry_s": 3}, workers)
     log = tmp_path / "log"
-    process = start([*command(1), str(config), "training.epochs=500"], log)
+    endless = ["training.epochs=500", "training.max_steps=9999"]
+    process = start([*command(1), str(config), *endless], log)
     try:
         wait_for_step(process, run_dir(config), 2)
         (server.kill if workers else server.stall)()
