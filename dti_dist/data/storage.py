@@ -51,8 +51,7 @@ def filesystem(uri: str, settings: StorageConfig | None = None) -> tuple[Any, st
         if settings is None or "://" not in uri:
             fs, path = fsspec.core.url_to_fs(uri)
         else:
-            fs = _instance(uri, settings)
-            path = fs._strip_protocol(uri)
+            fs, path = _instance(uri, settings)
     except (ImportError, ValueError, TypeError) as error:
         raise UserError(
             f"{redact(uri)}: expected a local path or a URL that fsspec can open, but "
@@ -62,11 +61,11 @@ def filesystem(uri: str, settings: StorageConfig | None = None) -> tuple[Any, st
     return fs, path.rstrip("/") or "/"
 
 
-_instances: dict[tuple[int, str, str], Any] = {}
+_instances: dict[tuple[int, str, str], tuple[Any, str]] = {}
 _instances_lock = threading.Lock()
 
 
-def _instance(uri: str, settings: StorageConfig) -> Any:
+def _instance(uri: str, settings: StorageConfig) -> tuple[Any, str]:
     """One filesystem for all threads; fsspec's own cache makes one, and its clients, for each."""
     scheme, _, rest = uri.partition("://")
     base = uri if "::" in uri else f"{scheme}://{rest.split('/')[0]}"
@@ -79,11 +78,12 @@ def _instance(uri: str, settings: StorageConfig) -> Any:
                 for protocol in (link.split("://")[0] for link in uri.split("::"))
             }
             options[scheme.split("::")[0]]["skip_instance_cache"] = True
-            fs = fsspec.core.url_to_fs(uri, **options)[0]
+            fs, path = fsspec.core.url_to_fs(uri, **options)
             if _protocol(fs) == "s3":
                 fs.retries = 1  # s3fs's own are silent
-            _instances[key] = fs
-        return _instances[key]
+            _instances[key] = fs, path
+        fs, path = _instances[key]
+    return fs, path if "::" in uri else fs._strip_protocol(uri)
 
 
 def _options(protocol: str, settings: StorageConfig) -> dict[str, Any]:
@@ -150,7 +150,10 @@ def request(
 
 
 def is_local(uri: str) -> bool:
-    return isinstance(filesystem(uri)[0], LocalFileSystem)
+    """Whether it lies on this machine's disk, or a mounted one. Errors as those of `filesystem`."""
+    if "://" not in os.fspath(uri):
+        return True
+    return isinstance(filesystem(uri, _DEFAULTS)[0], LocalFileSystem)
 
 
 def join(uri: str, *parts: str) -> str:
