@@ -11,13 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import BotoCoreError
 
 KEY = "AKIDtestaccesskeyname"
 SECRET = "Sk7pretendThisIsASecret40CharactersLong0"
@@ -46,7 +46,6 @@ class S3Server:
         self.folder = folder
         self.base = _free_ports()
         self.process: subprocess.Popen[bytes] | None = None
-        self._has_bucket = False
         folder.mkdir(parents=True)
         credentials = [{"accessKey": KEY, "secretKey": SECRET}]
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -105,20 +104,10 @@ class S3Server:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self._log()
             if self._is_ready():
-                if not self._has_bucket:
-                    self._make_bucket()
                 return self
             time.sleep(0.1)
         self.kill()
         raise AssertionError(f"the S3 server did not start within {_START_S} s:\n{self._log()}")
-
-    def _make_bucket(self) -> None:
-        import s3fs
-
-        s3fs.S3FileSystem(
-            key=KEY, secret=SECRET, endpoint_url=self.endpoint, skip_instance_cache=True
-        ).mkdir(self.bucket)
-        self._has_bucket = True
 
     def kill(self) -> None:
         """SIGKILL, as when its machine is lost."""
@@ -138,10 +127,22 @@ class S3Server:
             self.process.send_signal(signal.SIGCONT)
 
     def _is_ready(self) -> bool:
+        """Whether an object can be written and read; /healthz alone says so too early."""
+        import s3fs
+
         try:
             with urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
+                assert answer.status == 200
+            fs = s3fs.S3FileSystem(
+                key=KEY, secret=SECRET, endpoint_url=self.endpoint, skip_instance_cache=True
+            )
+            fs.retries = 1
+            if not fs.exists(self.bucket):
+                fs.mkdir(self.bucket)
+            if not fs.exists(f"{self.bucket}/ready"):
+                fs.pipe_file(f"{self.bucket}/ready", b"yes")
+            return fs.cat_file(f"{self.bucket}/ready") == b"yes"
+        except (OSError, BotoCoreError):
             return False
 
     def _log(self) -> str:

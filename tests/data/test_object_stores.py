@@ -109,14 +109,15 @@ def test_a_prepare_that_is_killed_leaves_nothing_that_looks_finished(server):
     uri = server.uri("killed")
     script = f"""
 import os, signal
+from functools import partial
 from dti_dist.data import storage
-from dti_dist.data.dataset import MANIFEST
-from tests.data.test_object_stores import build
-write = storage.write_atomic
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
+from dti_dist.data.prepare.synthetic import read_synthetic
 def killed(uri, *arguments):  # all parts are there, and the manifest is about to follow
     os.kill(os.getpid(), signal.SIGKILL)
 storage.write_atomic = killed
-build({uri!r})
+read = partial(read_synthetic, users=50, items=40, interactions_per_user=20)
+build_dataset(read, {uri!r}, BuildOptions())
 """
     done = subprocess.run([sys.executable, "-c", script], timeout=60)
     assert done.returncode == -9

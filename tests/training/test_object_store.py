@@ -124,7 +124,7 @@ def test_a_copied_checkpoint_is_one_that_a_run_goes_on_from(server, tmp_path):
 def test_a_run_whose_server_is_gone_ends_in_time_with_a_clear_error(server, tmp_path, workers):
     config = config_of(tmp_path, server.uri("shop"), {"timeout_s": 1, "retry_s": 3}, workers)
     log = tmp_path / "log"
-    endless = ["training.epochs=500", "training.max_steps=9999"]
+    endless = ["training.epochs=60", "training.max_steps=9999"]
     process = start([*command(1), str(config), *endless], log)
     try:
         wait_for_step(process, run_dir(config), 2)
