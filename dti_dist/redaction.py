@@ -9,7 +9,7 @@ from typing import Any
 
 HIDDEN = "***"
 
-_LEAST_LENGTH = 4  # a shorter value of the environment would hide half of every text
+_LEAST_LENGTH = 8  # "test", as local servers take it, would be hidden wherever the word stands
 
 _IN_TEXT = [
     # user:password@ of a URL; a key of AWS may have slashes, and after a port they start a path
@@ -40,7 +40,7 @@ _SECRET_NAME = re.compile(
     r"(access|account|private|customer)_?key"
 )
 _SECRET_VARIABLE = re.compile(
-    r"(?i)^(AWS|AZURE|GOOGLE|GCS|S3|MINIO|FSSPEC)\w*(KEY|KEY_ID|SECRET|TOKEN|PASSWORD|STRING)$"
+    r"(?i)^(AWS|AZURE|GOOGLE|GCS|S3|MINIO|FSSPEC|HF|WANDB|MLFLOW)_\w*(KEY|KEY_ID|SECRET|TOKEN|PASSWORD|STRING)$"
 )
 
 
