@@ -5,6 +5,7 @@ python docs/make_configuration.py
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def page() -> str:
     for name, model in _sections(RunConfig):
         parts.append(f"\n## {name}\n")
         if model.__dict__.get("__doc__"):
-            parts.append(f"\n{model.__doc__}\n")
+            parts.append(f"\n{inspect.cleandoc(model.__doc__ or '')}\n")
         parts.append(_table(model))
     return "".join(parts)
 
@@ -87,6 +88,8 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return " | ".join(_type(choice, metadata) for choice in inner)
     if origin is list:
         return f"list of {_type(inner[0], metadata)}"
+    if origin is dict:
+        return "options by name"
     if origin is tuple:
         return f"{len(inner)} × {_type(inner[0], metadata)}"
     words = {int: "integer", float: "number", str: "text", bool: "true | false", type(None): "null"}

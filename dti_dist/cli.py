@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from dti_dist import __version__
 from dti_dist.console import say
-from dti_dist.errors import OtherRankFailed, UserError
+from dti_dist.errors import OtherRankFailed, UserError, told
+from dti_dist.redaction import redact
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -20,7 +21,7 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = main(arguments)
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(redact(traceback.format_exc()))
         code = 1
     if "dti_dist.ranks" in sys.modules:
         from dti_dist.ranks import end_process
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OtherRankFailed:
         return 2
     except UserError as error:
-        say(f"dti-dist {args.command}: {error}")
+        say(f"dti-dist {args.command}: {told(error)}")
         return 2
     except KeyboardInterrupt:
         say(f"dti-dist {args.command}: interrupted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,10 +21,12 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from dti_dist.errors import UserError, nearest
+from dti_dist.redaction import secret_options, url_has_secret
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -35,6 +38,77 @@ class Section(BaseModel):
     @classmethod
     def _an_empty_section_is_the_defaults(cls, given: Any) -> Any:
         return {} if given is None else given
+
+
+class StorageConfig(Section):
+    """How object stores and other fsspec URLs are reached; a local folder needs none of it.
+
+    Waits between attempts double from `first_wait_s` to `greatest_wait_s`, and each is drawn at
+    random between half of that and all of it. Credentials come from the environment (for S3
+    AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), never from
+    here.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    timeout_s: Seconds = Field(
+        30, description="A request fails when the store stays silent for so many seconds."
+    )
+    retry_s: Annotated[float, Field(ge=0)] = Field(
+        300,
+        description="A request that fails for a passing reason is tried again for so many seconds "
+        "before the run ends with an error.",
+    )
+    first_wait_s: Seconds = Field(0.5, description="Before the second attempt.")
+    greatest_wait_s: Seconds = Field(20, description="Between two attempts.")
+    cache_gib: Annotated[float, Field(ge=0)] = Field(
+        0,
+        description="Row groups of a remote data set that are kept in data.cache_dir, for all "
+        "processes of a machine together. 0: none.",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        {},
+        description="fsspec's options by protocol, as in {s3: {endpoint_url: 'http://…'}}; "
+        "credentials are refused.",
+    )
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _no_credentials(cls, value: Any) -> Any:
+        # What was found is never repeated: it may be a secret in the wrong place.
+        if not isinstance(value, dict) or not all(isinstance(o, dict) for o in value.values()):
+            raise ValueError(
+                "expected options by protocol, as in {s3: {endpoint_url: 'http://…'}}, found "
+                "something else"
+            )
+        found = [
+            name
+            for name in secret_options(value)
+            if not (name in ("gs.token", "gcs.token") and _is_gcs_method(value, name))
+        ]
+        if found:
+            raise ValueError(
+                f"expected no credentials, found {', '.join(found)}. A config is kept in the run's "
+                "folder: give credentials by the environment (AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, "
+                "AZURE_STORAGE_CONNECTION_STRING) or by the machine's role"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _waits_in_order(self) -> StorageConfig:
+        if self.first_wait_s > self.greatest_wait_s:
+            raise ValueError(
+                "expected first_wait_s to be greatest_wait_s or less, found "
+                f"{self.first_wait_s:g} and {self.greatest_wait_s:g}"
+            )
+        return self
+
+
+def _is_gcs_method(options: dict[str, dict[str, Any]], name: str) -> bool:
+    """gcsfs takes the name of a way to log in where it would also take a token."""
+    protocol, _, option = name.partition(".")
+    return options[protocol][option] in ("anon", "cloud", "google_default", "cache")
 
 
 class DataConfig(Section):
@@ -58,6 +132,7 @@ class DataConfig(Section):
         description="Where item tokens and the index are kept. Default: `cache` in a local data "
         "set, ~/.cache/dti-dist for a remote one.",
     )
+    storage: StorageConfig = StorageConfig()
 
 
 class SampleConfig(Section):
@@ -242,6 +317,11 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     every_steps: NonNegative = Field(500, description="0: at the end of each epoch only.")
     keep_last: Positive = 2
+    copy_to: str | None = Field(
+        None,
+        description="A folder or any fsspec URL that each complete checkpoint is copied to, while "
+        "training goes on.",
+    )
 
 
 class TrainingConfig(Section):
@@ -304,6 +384,18 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
+    def _no_credentials_in_urls(self) -> RunConfig:
+        found = [key for key, text in _texts(self.model_dump()) if url_has_secret(text)]
+        if found:
+            raise ValueError(
+                f"{', '.join(found)}: expected a URL without credentials, found one with a "
+                "password, key or signature in it. A config is kept in the run's folder: give "
+                "credentials by the environment (for S3 AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _budget_has_no_prefix(self) -> RunConfig:
         if self.attention.policy == "budget" and self.template.prefix:
             raise ValueError(
@@ -316,6 +408,15 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a config with its key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -433,6 +534,8 @@ def _explain(fault: ErrorDetails) -> str:
         message = f"{key}: {context['error']}" if key else str(context["error"])
         return message if message.endswith("?") else f"{message}."
     expected = _EXPECTED.get(kind, fault["msg"].removeprefix("Input should be ")).format(**context)
+    if key.startswith("data.storage.options"):
+        return f"{key}: expected {expected}."  # what was found may be a secret
     hint = ""
     if kind == "literal_error" and isinstance(found, str):
         hint = nearest(found, re.findall(r"'([^']+)'", expected))

@@ -10,12 +10,17 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from tqdm import tqdm
 
+from dti_dist.redaction import redact
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(message: str) -> None:
-    """Print one line to stderr at once; stdout stays free for a command's result."""
-    tqdm.write(message, file=sys.stderr)
+    """Print one line to stderr at once; stdout stays free for a command's result.
+
+    Credentials are hidden here, so that no message needs to think of them.
+    """
+    tqdm.write(redact(message), file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -66,5 +71,5 @@ def without_library_chatter() -> Iterator[None]:
         with redirect_stdout(chatter), redirect_stderr(chatter):
             yield
     except BaseException:
-        sys.stderr.write(chatter.getvalue())
+        sys.stderr.write(redact(chatter.getvalue()))
         raise

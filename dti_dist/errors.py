@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -12,6 +13,16 @@ class UserError(Exception):
     The message says what was expected, what was found, where, and what to do. Commands print it
     without a traceback and exit with 2.
     """
+
+
+def told(error: UserError) -> str:
+    """The error's message, without the traceback that torch puts around a data worker's error."""
+    message = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker process", message):
+        starts = list(re.finditer(rf"^(?:\w+\.)*{type(error).__name__}: ", message, re.M))
+        if starts:
+            return message[starts[-1].end() :].rstrip()
+    return message
 
 
 class OtherRankFailed(UserError):

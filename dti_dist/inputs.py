@@ -50,8 +50,12 @@ class Inputs:
         """
         if config.model.lora.rank:
             require_peft()  # before caches are built
-        # A reader that passes over bad parts judges them one by one.
-        dataset = Dataset.open(config.data.path, check_files=config.data.on_bad_shard == "fail")
+        dataset = Dataset.open(
+            config.data.path,
+            # A reader that passes over bad parts judges them one by one.
+            check_files=config.data.on_bad_shard == "fail",
+            storage=config.data.storage,
+        )
         template = Template.for_items(config.template, dataset.manifest.item_text_columns)
         if config.sample.context > dataset.manifest.context_limit:
             raise UserError(
@@ -69,6 +73,7 @@ class Inputs:
             _keep(tokenizer, tokenizer_dir)
         cache_dir = _cache_dir(config, dataset)
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache_dir)
+        dataset = dataset.with_cache(cache_dir)
         return Inputs(config, dataset, tokenizer, tokens, cache_dir)
 
     @property

@@ -18,13 +18,17 @@ neighbours are unrelated users and the same input gives the same files.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import posixpath
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,8 +37,12 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import dti_dist
+from dti_dist.config import StorageConfig
 from dti_dist.data import storage
+from dti_dist.data.row_group_cache import RowGroupCache
 from dti_dist.errors import UserError, nearest
+
+_FOOTERS_KEPT = 256  # a footer takes some hundred bytes for each column of each row group
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
@@ -130,7 +138,7 @@ class BadShard(UserError):
     ``path`` is relative to the data set; ``row_group`` is None if the whole file is affected.
     """
 
-    def __init__(self, message: str, path: str, row_group: int | None = None):
+    def __init__(self, message: str, path: str = "", row_group: int | None = None):
         super().__init__(message)
         self.path, self.row_group = path, row_group
 
@@ -158,27 +166,71 @@ class SequenceBatch:
     rows: pa.RecordBatch
 
 
+class _Footers:
+    """The newest footers of remote parts, so that each is fetched once; threads share them.
+
+    A process that gets a copy begins with none: footers don't pickle, and others read other parts.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, tuple[threading.Lock, list[pq.FileMetaData]]] = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        return _Footers, ()
+
+    def get(self, uri: str, fetch: Callable[[], pq.FileMetaData]) -> pq.FileMetaData:
+        with self._lock:
+            lock, found = self._held.setdefault(uri, (threading.Lock(), []))
+            self._held.move_to_end(uri)
+            while len(self._held) > _FOOTERS_KEPT:
+                self._held.popitem(last=False)
+        with lock:  # several threads want the same part: one fetches
+            if not found:
+                found.append(fetch())
+            return found[0]
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared data set at a local path or an fsspec URL."""
+    """A prepared data set at a local path or an fsspec URL.
+
+    Attributes:
+        storage: how a URL is reached; data workers get it with the data set.
+        cache: row groups of a remote data set that are kept on this machine.
+    """
 
     uri: str
     manifest: Manifest
+    storage: StorageConfig = dataclasses.field(default_factory=StorageConfig)
+    cache: RowGroupCache | None = None
+    _footers: _Footers = dataclasses.field(default_factory=_Footers, repr=False, compare=False)
 
     @classmethod
-    def open(cls, uri: str, check_files: bool = True) -> Dataset:
+    def open(
+        cls, uri: str, check_files: bool = True, storage: StorageConfig | None = None
+    ) -> Dataset:
         """Read and validate the manifest, and compare the files' names and sizes with it.
 
         ``check_files=False`` leaves the files to be judged when they are read, which a reader that
-        can pass over a bad part wants. Raises UserError; content is for ``verify_checksums``.
+        can pass over a bad part wants. Raises UserError, and StorageError where a store refuses or
+        does not answer; content is for ``verify_checksums``.
         """
-        dataset = cls(uri, _read_manifest(uri))
+        settings = storage or StorageConfig()
+        dataset = cls(uri, _read_manifest(uri, settings), settings)
         if check_files:
             dataset._check_sizes()
             for folder in ("items", *SPLITS):
                 for part in dataset._folder(folder)[:1]:
                     dataset.open_part(part).close()
         return dataset
+
+    def with_cache(self, cache_dir: Path) -> Dataset:
+        """The data set with a cache of row groups there, if it is remote and settings want one."""
+        limit = int(self.storage.cache_gib * 2**30)
+        if not limit or storage.is_local(self.uri):
+            return self
+        return replace(self, cache=RowGroupCache(cache_dir / "row-groups", limit))
 
     def parts(self, split: str) -> list[Part]:
         """The split's parts, in file-name order."""
@@ -191,11 +243,25 @@ class Dataset:
 
     def open_part(self, part: Part) -> pq.ParquetFile:
         """The open Parquet file, its schema checked; use it with ``with``. Raises BadShard."""
-        fs, path = storage.filesystem(part.uri)
         with _reading(part, None):
-            file = pq.ParquetFile(path, filesystem=fs, page_checksum_verification=True)
+            if storage.is_local(part.uri):
+                fs, path = storage.filesystem(part.uri)
+                file = pq.ParquetFile(path, filesystem=fs, page_checksum_verification=True)
+            else:
+                file = self._open_remote(part)
         _check_schema(part, file.schema_arrow, self._schema(posixpath.dirname(part.path)))
         return file
+
+    def _open_remote(self, part: Part) -> pq.ParquetFile:
+        """Its row groups are read by range requests, neighbouring column chunks by one."""
+
+        def content() -> pa.PythonFile:
+            return pa.PythonFile(storage.RangeFile(part.uri, part.bytes, self.storage), mode="r")
+
+        footer = self._footers.get(part.uri, lambda: pq.read_metadata(content()))
+        return pq.ParquetFile(
+            content(), metadata=footer, pre_buffer=True, page_checksum_verification=True
+        )
 
     @property
     def ceiling(self) -> dict[str, float] | None:
@@ -226,7 +292,7 @@ class Dataset:
         changed = [
             path
             for path, entry in self.manifest.files.items()
-            if storage.sha256(storage.join(self.uri, path)) != entry.sha256
+            if storage.sha256(storage.join(self.uri, path), self.storage) != entry.sha256
         ]
         if changed:
             raise BadShard(
@@ -248,7 +314,7 @@ class Dataset:
         ]
 
     def _check_sizes(self) -> None:
-        found = storage.list_files(self.uri)
+        found = storage.list_files(self.uri, self.storage)
         missing = [path for path in self.manifest.files if path not in found]
         if missing:
             raise BadShard(
@@ -300,11 +366,39 @@ def iter_sequences(
     for path, numbers in wanted:
         if path not in parts:
             raise UserError(f"{dataset.uri}: {split} has no part {path!r}.{nearest(path, parts)}")
-        with dataset.open_part(parts[path]) as file:
-            for number in range(file.num_row_groups) if numbers is None else numbers:
-                with _reading(parts[path], number):
-                    table = file.read_row_group(number, columns=columns)
-                yield SequenceBatch(parts[path], number, table.combine_chunks().to_batches()[0])
+        with _RowGroups(dataset, parts[path], columns) as groups:
+            for number in groups.numbers() if numbers is None else numbers:
+                yield SequenceBatch(parts[path], number, groups.read(number))
+
+
+class _RowGroups(ExitStack):
+    """A part's row groups, from the cache where it has them; the part is opened when needed."""
+
+    def __init__(self, dataset: Dataset, part: Part, columns: list[str] | None):
+        super().__init__()
+        self._dataset, self._part, self._columns = dataset, part, columns
+        self._opened: pq.ParquetFile | None = None
+
+    def numbers(self) -> range:
+        return range(self._file().num_row_groups)
+
+    def read(self, number: int) -> pa.RecordBatch:
+        cache, place = self._dataset.cache, (self._part.sha256, number)
+        columns = self._columns or SEQUENCE_SCHEMA.names
+        rows = cache.get(*place, columns) if cache else None
+        if rows is None:
+            file = self._file()
+            with _reading(self._part, number):
+                table = file.read_row_group(number, columns=self._columns)
+            rows = table.combine_chunks().to_batches()[0]
+            if cache:
+                cache.put(*place, columns, rows)
+        return rows
+
+    def _file(self) -> pq.ParquetFile:
+        if self._opened is None:
+            self._opened = self.enter_context(self._dataset.open_part(self._part))
+        return self._opened
 
 
 def _check_schema(part: Part, found: pa.Schema, expected: pa.Schema) -> None:
@@ -341,11 +435,10 @@ def _reading(part: Part, row_group: int | None) -> Iterator[None]:
         raise BadShard(message, part.path, row_group) from error
 
 
-def _read_manifest(uri: str) -> Manifest:
+def _read_manifest(uri: str, settings: StorageConfig) -> Manifest:
     path = storage.join(uri, MANIFEST)
     try:
-        with storage.open_file(path) as file:
-            content = file.read()
+        content = storage.read_bytes(path, settings)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{uri}: expected a prepared data set, found no {MANIFEST} there. Check the path, or "

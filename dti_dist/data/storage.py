@@ -1,41 +1,159 @@
-"""Files and folders on local disk or any fsspec URL, and how a finished folder is published."""
+"""Files and folders on local disk or any fsspec URL, and how a finished folder is published.
+
+What goes over a network takes a StorageConfig: its time-outs and retries hold for each request.
+Local files are read as they are.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import os
 import posixpath
+import tempfile
+import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from dti_dist.config import StorageConfig
+from dti_dist.console import say
+from dti_dist.data.retrying import CutOff, reason_of, with_retries
 from dti_dist.errors import UserError
+from dti_dist.redaction import redact
 
-_HASH_BLOCK = 1 << 20
+T = TypeVar("T")
+
+_BLOCK = 8 << 20  # bytes of a request that reads a whole file
+_SLOWEST = 1 << 20  # bytes a second that a store may need before its attempt is ended
+_UNKNOWN_BYTES = 64 << 20  # allowed for where a request's answer has no known size
+_DEFAULTS = StorageConfig()
+_SAME_PROTOCOL = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az"}
+_OBJECT_STORES = {"s3", "gs", "az"}  # folders exist there by the objects in them
 
 
-def filesystem(uri: str) -> tuple[Any, str]:
+def filesystem(uri: str, settings: StorageConfig | None = None) -> tuple[Any, str]:
     """The fsspec filesystem of a local path or URL, and the path in it.
+
+    Without settings it is fsspec's own, with the library's time-outs and retries, for code that
+    opens files by itself. With them it has their time-outs and options, and no silent retries, for
+    `request`; threads share it.
 
     Raises UserError for an unknown protocol or one whose package is not installed.
     """
+    uri = os.fspath(uri)
     try:
-        fs, path = fsspec.core.url_to_fs(os.fspath(uri))
-    except (ImportError, ValueError) as error:
+        if settings is None or "://" not in uri:
+            fs, path = fsspec.core.url_to_fs(uri)
+        else:
+            fs, path = _instance(uri, settings)
+    except (ImportError, ValueError, TypeError) as error:
         raise UserError(
-            f"{uri}: expected a local path or a URL that fsspec can open, but {error}. "
-            "For S3, Google Cloud Storage or Azure install the extra of that name, "
-            "e.g. pip install 'dti-dist[s3]'."
+            f"{redact(uri)}: expected a local path or a URL that fsspec can open, but "
+            f"{redact(str(error))}. For S3, Google Cloud Storage or Azure install the extra of "
+            "that name, e.g. pip install 'dti-dist[s3]'."
         ) from error
     return fs, path.rstrip("/") or "/"
 
 
+_instances: dict[tuple[int, str, str], tuple[Any, str]] = {}
+_instances_lock = threading.Lock()
+
+
+def _instance(uri: str, settings: StorageConfig) -> tuple[Any, str]:
+    """One filesystem for all threads; fsspec's own cache makes one, and its clients, for each."""
+    scheme, _, rest = uri.partition("://")
+    base = uri if "::" in uri else f"{scheme}://{rest.split('/')[0]}"
+    # After a fork a client of the parent would hang, and settings may differ within a process.
+    key = (os.getpid(), base, json.dumps(settings.model_dump(mode="json"), sort_keys=True))
+    with _instances_lock:
+        if key not in _instances:
+            options = {
+                protocol: _options(protocol, settings)
+                for protocol in (link.split("://")[0] for link in uri.split("::"))
+            }
+            options[scheme.split("::")[0]]["skip_instance_cache"] = True
+            fs, path = fsspec.core.url_to_fs(uri, **options)
+            if _protocol(fs) == "s3":
+                fs.retries = 1  # s3fs's own are silent
+            _instances[key] = fs, path
+        fs, path = _instances[key]
+    return fs, path if "::" in uri else fs._strip_protocol(uri)
+
+
+def _options(protocol: str, settings: StorageConfig) -> dict[str, Any]:
+    """What the protocol's library is told: its time-outs where it has some, then the user's."""
+    name = _SAME_PROTOCOL.get(protocol, protocol)
+    given = {**settings.options.get(name, {}), **settings.options.get(protocol, {})}
+    if name == "s3":
+        config = {
+            "connect_timeout": settings.timeout_s,
+            "read_timeout": settings.timeout_s,
+            "retries": {"total_max_attempts": 1},
+            **given.pop("config_kwargs", {}),
+        }
+        return {"config_kwargs": config, **given}
+    if name == "gs":
+        return {"requests_timeout": settings.timeout_s, **given}
+    if name == "az":
+        seconds = max(1, round(settings.timeout_s))
+        return {"connection_timeout": seconds, "read_timeout": seconds, **given}
+    return given
+
+
+def _protocol(fs: Any) -> str:
+    name = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    return _SAME_PROTOCOL.get(name, name)
+
+
+def _endpoint(fs: Any) -> str:
+    """Where requests go, for a message."""
+    client = getattr(getattr(fs, "_s3", None), "meta", None)
+    url = getattr(client, "endpoint_url", None) or getattr(fs, "endpoint_url", None)
+    return redact(str(url)) if url else f"the store of {_protocol(fs)}://"
+
+
+def request(
+    uri: str,
+    settings: StorageConfig,
+    call: Callable[[Any, str], T],
+    expected_bytes: int = _UNKNOWN_BYTES,
+) -> T:
+    """`call(filesystem, path)`, made again after passing errors. See `with_retries` for errors.
+
+    Args:
+        expected_bytes: what is carried. Libraries without a time-out of their own get
+            `settings.timeout_s` and a second for each MiB.
+    """
+    fs, path = filesystem(uri, settings)
+    if isinstance(fs, LocalFileSystem):
+        return call(fs, path)
+    deadline = settings.timeout_s + expected_bytes / _SLOWEST
+    try:
+        return with_retries(
+            lambda: call(fs, path),
+            redact(uri),
+            settings,
+            lambda: _endpoint(fs),
+            None if _protocol(fs) == "s3" else deadline,
+        )
+    except (TypeError, ValueError) as error:  # of an option or endpoint that the library refuses
+        raise UserError(
+            f"{redact(uri)}: the library for {_protocol(fs)}:// can't work with its settings: "
+            f"{reason_of(error)}. Check data.storage.options and the endpoint in the environment."
+        ) from None
+
+
 def is_local(uri: str) -> bool:
-    return isinstance(filesystem(uri)[0], LocalFileSystem)
+    """Whether it lies on this machine's disk, or a mounted one. Errors as those of `filesystem`."""
+    if "://" not in os.fspath(uri):
+        return True
+    return isinstance(filesystem(uri, _DEFAULTS)[0], LocalFileSystem)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -55,47 +173,157 @@ def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     """Open one file; in a writing mode its missing parent folders are made first."""
     fs, path = filesystem(uri)
     if "w" in mode:
-        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        _make_folder(fs, posixpath.dirname(path))
     return fs.open(path, mode)
 
 
-def exists(uri: str) -> bool:
-    fs, path = filesystem(uri)
-    fs.invalidate_cache()
-    return bool(fs.exists(path))
+def _make_folder(fs: Any, path: str) -> None:
+    """A store of objects has no folders, and s3fs would make a bucket that was misspelt."""
+    if _protocol(fs) not in _OBJECT_STORES:
+        fs.makedirs(path, exist_ok=True)
 
 
-def list_files(uri: str) -> dict[str, int]:
+def read_bytes(uri: str, settings: StorageConfig = _DEFAULTS) -> bytes:
+    """The content of one small file. Raises FileNotFoundError where there is none."""
+    return request(uri, settings, lambda fs, path: fs.cat_file(path))
+
+
+def read_range(
+    uri: str, start: int, end: int, settings: StorageConfig = _DEFAULTS, size: int | None = None
+) -> bytes:
+    """Bytes `start` to `end - 1` of one file by one request, all of them.
+
+    Raises an OSError without errno, as Arrow does for what a file holds, where the file ends
+    before `end`: trying again would not help.
+    """
+
+    def read(fs: Any, path: str) -> bytes:
+        try:
+            content = fs.cat_file(path, start=start, end=end)
+        except OSError as error:
+            if "InvalidRange" not in f"{error.__cause__}":
+                raise
+            content = b""
+        if len(content) == end - start:
+            return content
+        fs.invalidate_cache()
+        found = fs.info(path)["size"]
+        if found < end:
+            raise _Short(f"it has {found:,} bytes, expected {size or end:,}")
+        raise CutOff(f"the answer has {len(content):,} bytes of {end - start:,}")
+
+    try:
+        return request(uri, settings, read, end - start)
+    except _Short as short:
+        raise OSError(str(short)) from None
+
+
+class _Short(Exception):
+    pass
+
+
+class RangeFile(io.RawIOBase):
+    """A file that a reader of Parquet seeks in; each read is one request for that range alone."""
+
+    def __init__(self, uri: str, size: int, settings: StorageConfig):
+        self._uri, self._size, self._settings = uri, size, settings
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = base + offset
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._place + size, self._size)
+        if end <= self._place:
+            return b""
+        content = read_range(self._uri, self._place, end, self._settings, self._size)
+        self._place = end
+        return content
+
+
+def _information(uri: str, settings: StorageConfig) -> dict[str, Any] | None:
+    """What the store says of a file or folder; None where there is nothing."""
+
+    def ask(fs: Any, path: str) -> dict[str, Any] | None:
+        fs.invalidate_cache()  # another process may have written since
+        try:
+            return fs.info(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if "NoSuchBucket" in f"{error.__cause__}":
+                raise
+            return None
+
+    return request(uri, settings, ask)
+
+
+def exists(uri: str, settings: StorageConfig = _DEFAULTS) -> bool:
+    return _information(uri, settings) is not None
+
+
+def list_files(uri: str, settings: StorageConfig = _DEFAULTS) -> dict[str, int]:
     """Bytes of each file below a folder, by path relative to it; empty if there is no folder."""
-    fs, path = filesystem(uri)
-    # Object stores cache listings: another process may have written since.
-    fs.invalidate_cache()
-    found = fs.find(path, detail=True)
-    return {posixpath.relpath(name, path): info["size"] for name, info in sorted(found.items())}
+
+    def find(fs: Any, path: str) -> dict[str, int]:
+        # Object stores cache listings: another process may have written since.
+        fs.invalidate_cache()
+        found = fs.find(path, detail=True)
+        return {posixpath.relpath(name, path): info["size"] for name, info in sorted(found.items())}
+
+    return request(uri, settings, find)
 
 
-def remove(uri: str) -> None:
+def remove(uri: str, settings: StorageConfig = _DEFAULTS) -> None:
     """Remove a file or a folder with all it holds; nothing there is no error."""
-    fs, path = filesystem(uri)
-    fs.invalidate_cache()
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+
+    def rm(fs: Any, path: str) -> None:
+        fs.invalidate_cache()
+        with suppress(FileNotFoundError):
+            fs.info(path)
+            fs.rm(path, recursive=True)
+        fs.invalidate_cache()
+
+    request(uri, settings, rm)
 
 
-def sha256(uri: str) -> str:
-    """Hex digest of one file, read in blocks."""
+def sha256(uri: str, settings: StorageConfig = _DEFAULTS) -> str:
+    """Hex digest of one file, read in blocks. Raises FileNotFoundError where there is none."""
     digest = hashlib.sha256()
-    with open_file(uri) as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
+    size = request(uri, settings, lambda fs, path: fs.info(path)["size"])
+    for start in range(0, size, _BLOCK):
+        digest.update(read_range(uri, start, min(start + _BLOCK, size), settings, size))
     return digest.hexdigest()
 
 
-def write_atomic(uri: str, content: bytes) -> None:
+def upload(local: str, uri: str, settings: StorageConfig = _DEFAULTS) -> None:
+    """Copy one local file. In an object store it appears when it is whole."""
+
+    def put(fs: Any, path: str) -> None:
+        _make_folder(fs, posixpath.dirname(path))
+        fs.put_file(local, path)
+
+    request(uri, settings, put, os.path.getsize(local))
+
+
+def write_atomic(uri: str, content: bytes, settings: StorageConfig = _DEFAULTS) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part of it."""
     if not is_local(uri):
-        fs, path = filesystem(uri)
-        fs.pipe_file(path, content)  # one PUT: object stores show an object only when complete
+
+        def put(fs: Any, path: str) -> None:
+            _make_folder(fs, posixpath.dirname(path))
+            fs.pipe_file(path, content)  # one PUT: object stores show an object when complete
+
+        request(uri, settings, put, len(content))
         return
     parent, name = parent_and_name(uri)
     os.makedirs(parent, exist_ok=True)
@@ -111,10 +339,20 @@ def write_atomic(uri: str, content: bytes) -> None:
 
 
 class HashingWriter:
-    """A file open for writing that knows the size and SHA-256 of what it was given."""
+    """A file open for writing that knows the size and SHA-256 of what it was given.
+
+    A remote one is written to this machine's temporary folder first and uploaded by `close`, so
+    that an upload that fails can be made again.
+    """
 
     def __init__(self, uri: str):
-        self._file = open_file(uri, "wb")
+        self._uri = uri
+        self._remote = not is_local(uri)
+        self._file: IO[bytes] = (
+            tempfile.NamedTemporaryFile(prefix="dti-dist-")  # noqa: SIM115
+            if self._remote
+            else open_file(uri, "wb")
+        )
         self._digest = hashlib.sha256()
         self.bytes = 0
         self.closed = False
@@ -134,7 +372,10 @@ class HashingWriter:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self._file.close()
+            with self._file:
+                if self._remote:
+                    self._file.flush()
+                    upload(self._file.name, self._uri)
 
     def sha256(self) -> str:
         return self._digest.hexdigest()
@@ -146,11 +387,10 @@ def refuse_existing(uri: str, force: bool = False, commit_file: str = "dataset.j
     ``force`` allows replacing a folder that was published before, which its ``commit_file`` tells.
     It never allows replacing any other folder, so that ``--out ~ --force`` costs nothing.
     """
-    fs, path = filesystem(uri)
-    fs.invalidate_cache()
-    if fs.isfile(path):
+    found = _information(uri, _DEFAULTS)  # isfile() takes a store that refuses for an empty one
+    if found is not None and found["type"] == "file":
         raise UserError(f"{uri} is a file; expected the path of a folder to write. Choose another.")
-    files = list_files(uri) if fs.exists(path) else {}
+    files = list_files(uri) if found else {}
     if not files:
         return
     if commit_file not in files:
@@ -180,7 +420,7 @@ def publish_folder(
     refuse_existing(uri, force, commit_file)
     parent, name = parent_and_name(uri)
     staging = join(parent, f".{name}.partial-{uuid.uuid4().hex[:8]}")
-    filesystem(staging)[0].makedirs(filesystem(staging)[1], exist_ok=True)
+    _make_folder(*filesystem(staging))
     try:
         yield staging
         refuse_existing(uri, force, commit_file)  # another process may have been faster
@@ -188,8 +428,13 @@ def publish_folder(
             _publish_by_rename(staging, join(parent, name))
         else:
             _publish_by_copy(staging, uri, commit_file)
-    finally:
-        remove(staging)
+    except BaseException:
+        try:  # once: a store that has just failed would take its time again
+            remove(staging, _DEFAULTS.model_copy(update={"retry_s": 0.0}))
+        except Exception as error:
+            say(f"{staging} could not be removed and may be: {reason_of(error)}.")
+        raise
+    remove(staging)
 
 
 def _publish_by_rename(staging: str, target: str) -> None:
@@ -219,14 +464,16 @@ def _sync(path: str) -> None:
 
 
 def _publish_by_copy(staging: str, target: str, commit_file: str) -> None:
-    fs, target_path = filesystem(target)
-    staged_path = filesystem(staging)[1]
     names = [name for name in list_files(staging) if name != commit_file]
     # The commit file goes first and comes last: in between, the folder does not count as finished.
     for stale in [commit_file, *list_files(target)]:
         remove(join(target, stale))
+    staged_path = filesystem(staging, _DEFAULTS)[1]
     for name in [*names, commit_file]:
-        destination = f"{target_path}/{name}"
-        fs.makedirs(posixpath.dirname(destination), exist_ok=True)
-        fs.cp_file(f"{staged_path}/{name}", destination)
-    fs.invalidate_cache()
+
+        def copy(fs: Any, path: str, name: str = name) -> None:
+            _make_folder(fs, posixpath.dirname(path))
+            fs.cp_file(f"{staged_path}/{name}", path)
+            fs.invalidate_cache()
+
+        request(join(target, name), _DEFAULTS, copy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,12 +148,12 @@ def best_step(folder: Path) -> int | None:
         return None
 
 
-def remove_old(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints and the best one."""
+def remove_old(folder: Path, keep_last: int, in_use: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints, the best one and those in use."""
     complete, _ = complete_checkpoints(folder)
     best = best_step(folder)
     for commit in complete[:-keep_last]:
-        if commit.step != best:
+        if commit.step != best and commit.step not in in_use:
             (commit.folder / COMMIT).unlink()  # first, so that a cut-off delete leaves no half
             shutil.rmtree(commit.folder)
 

@@ -20,6 +20,7 @@ from dti_dist.ranks import Ranks, leave, meet
 from dti_dist.scoring.metrics import click_metrics
 from dti_dist.scoring.predict import predict
 from dti_dist.training import checkpoint
+from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import (
     learning_rate,
     micro_steps_per_step,
@@ -86,6 +87,7 @@ class _Trainer:
         self.saved_at: int | None = None
         self.skipped: dict[str, None] = {}  # what could not be read, each once, in order
         self.skips_written = 0
+        self.copies: CheckpointCopies | None = None
 
     def run(self) -> int:
         config, ranks = self.config, self.ranks
@@ -129,6 +131,10 @@ class _Trainer:
     def _open(self) -> Inputs:
         if self.ranks.is_main:
             self.folder.prepare(self.config)
+            if copy_to := self.config.checkpoints.copy_to:
+                self.copies = CheckpointCopies(
+                    self.folder.checkpoints, copy_to, self.config.data.storage
+                )
         return Inputs.open(self.config, self.folder.tokenizer)
 
     def _share(self, global_packs: int) -> Share:
@@ -145,6 +151,8 @@ class _Trainer:
             state.pop("base")
             self.progress = _Progress(**state)
             self.saved_at = self.progress.step
+            if self.copies:  # the run before may have ended before its copy did
+                self.copies.submit(self.progress.step)
             if self.ranks.is_main:
                 say(f"resuming from {commit.folder.name}, {commit.folder}")
 
@@ -209,6 +217,8 @@ class _Trainer:
         display.close()
         if metrics:
             metrics.close()
+        if self.copies:
+            self.copies.close()
         if stopping:
             if self.ranks.is_main:
                 say(
@@ -342,10 +352,13 @@ class _Trainer:
             state = {**self.progress.state(self.epoch_ends, self.data), "base": self.base}
             checkpoint.save(self.engine, folder, step, state, self.ranks)
             self.saved_at = step
+            if self.copies:
+                self.copies.submit(step)
         if self.ranks.is_main:
             if best is not None:
                 checkpoint.mark_best(folder, step, self.config.validation.metric, best)
-            checkpoint.remove_old(folder, self.config.checkpoints.keep_last)
+            in_use = self.copies.in_use() if self.copies else set()
+            checkpoint.remove_old(folder, self.config.checkpoints.keep_last, in_use)
 
 
 def _due(step: int, every: int) -> bool:

@@ -21,6 +21,7 @@ _MAY_CHANGE = (
     "data.workers",
     "data.prefetch",
     "data.cache_dir",
+    "data.storage",
     "attention.backend",
     "attention.share_interactions",
     "training.micro_batch_packs",

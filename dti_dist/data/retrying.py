@@ -1,0 +1,240 @@
+"""Requests to a store that fail for a passing reason are tried again, aloud and not for ever."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from dti_dist.config import StorageConfig
+from dti_dist.console import say
+from dti_dist.errors import UserError
+from dti_dist.redaction import redact
+
+T = TypeVar("T")
+
+_REASON_LENGTH = 300
+# What no second attempt changes, whichever library says so.
+_FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+)
+_FINAL_STATUS_BUT = {408, 425, 429}  # of the 4xx these say: try again
+_THROTTLED = {
+    "SlowDown",
+    "RequestTimeout",
+    "RequestLimitExceeded",
+    "Throttling",
+    "ThrottlingException",
+}
+# Of botocore, aiohttp, google-auth and azure-core, by name: only some of them are installed.
+_NETWORK_ERRORS = {
+    "ConnectionError",
+    "HTTPClientError",
+    "ResponseStreamingError",
+    "ResponseParserError",
+    "ClientError",  # aiohttp's; botocore's has a status
+    "FSTimeoutError",
+    "TransportError",
+    "ServiceRequestError",
+    "ServiceResponseError",
+    "IncompleteReadError",
+    "ProtocolError",
+}
+_CREDENTIAL_ERRORS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "TokenRetrievalError",
+    "NoAuthTokenError",
+    "UnauthorizedSSOTokenError",
+    "SSOError",
+    "ProfileNotFound",
+    "ClientAuthenticationError",
+    "GoogleAuthError",
+}
+
+
+class StorageError(UserError):
+    """A store that refuses, or did not answer in the time that the settings give it."""
+
+
+class CutOff(ConnectionError):
+    """An answer shorter than what was asked for."""
+
+
+def with_retries(
+    call: Callable[[], T],
+    uri: str,
+    settings: StorageConfig,
+    endpoint: Callable[[], str],
+    deadline_s: float | None = None,
+) -> T:
+    """The result of `call`, which is made again after a passing error.
+
+    Args:
+        uri: what is read or written, for messages.
+        endpoint: where, for messages; asked when one is due.
+        deadline_s: end an attempt after so many seconds, for libraries without a time-out. None
+            trusts the library's own.
+
+    Raises:
+        StorageError: when `settings.retry_s` is spent (the last attempt may then still take
+            `settings.timeout_s`), or at once when the store refuses.
+        FileNotFoundError, and what is no error of a store: unchanged.
+    """
+    started = time.monotonic()
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            return call() if deadline_s is None else _within(call, deadline_s)
+        except Exception as error:
+            if not is_passing(error):
+                refusal = _refusal(error, uri, endpoint)
+                if refusal is None:
+                    raise
+                # The cause's text may hold what the message hides.
+                raise refusal from None
+            reason = reason_of(error)
+            left = started + settings.retry_s - time.monotonic()
+            if left <= 0:
+                tried = time.monotonic() - started
+                raise StorageError(
+                    f"{uri}: {endpoint()} gave no usable answer for {tried:.0f} s in {attempt} "
+                    f"attempt(s); the last one failed with: {reason}. Check that the store is up "
+                    "and that this machine reaches it, then start the same command again; or "
+                    f"raise data.storage.retry_s ({settings.retry_s:g} s) or "
+                    f"data.storage.timeout_s ({settings.timeout_s:g} s)."
+                ) from None
+        wait = min(settings.first_wait_s * 2.0 ** min(attempt - 1, 30), settings.greatest_wait_s)
+        # At random, or many workers that failed together would come back together.
+        wait = min(random.uniform(wait / 2, wait), left)
+        say(
+            f"{uri}: attempt {attempt} failed: {reason}. Trying again in {wait:.1f} s, for up to "
+            f"{left:.0f} s more."
+        )
+        time.sleep(wait)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may succeed later: no connection, no answer, 5xx, throttling."""
+    if any(_names(each) & _CREDENTIAL_ERRORS for each in _causes(error)):
+        return False
+    for each in _causes(error):
+        status, code = _status(each), _code(each)
+        if code in _THROTTLED:
+            return True
+        if status is not None:
+            return status >= 500 or status in _FINAL_STATUS_BUT
+    if isinstance(error, _FINAL) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return False
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if any(_names(each) & _NETWORK_ERRORS for each in _causes(error)):
+        return True
+    # An OSError without a number says what a file holds.
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def reason_of(error: BaseException) -> str:
+    """The error in one line without credentials."""
+    text = redact(" ".join(str(error).split())).rstrip(".")
+    name = type(error).__name__
+    if not text:
+        text = "no answer in time" if isinstance(error, TimeoutError) else "no reason given"
+    return f"{text[:_REASON_LENGTH]} ({name})"
+
+
+def _refusal(error: Exception, uri: str, endpoint: Callable[[], str]) -> StorageError | None:
+    """The error for a request that the store, or its library, refuses; None for other errors."""
+    known = [each for each in _causes(error) if _status(each) is not None or _code(each)]
+    if isinstance(error, FileNotFoundError):
+        if not any(_code(each) == "NoSuchBucket" for each in known):
+            return None
+        bucket = uri.split("://")[-1].split("/")[0]
+        return StorageError(
+            f"{uri}: {endpoint()} has no bucket {bucket!r}. Check its name, the endpoint "
+            "(AWS_ENDPOINT_URL, or data.storage.options) and the region, or create it."
+        )
+    statuses = {_status(each) for each in known}
+    no_access = isinstance(error, PermissionError) or statuses & {401, 403}
+    if no_access or any(_names(each) & _CREDENTIAL_ERRORS for each in _causes(error)):
+        return StorageError(
+            f"{uri}: access refused by {endpoint()}: {reason_of(error)}. Check the credentials "
+            "that this process finds in its environment (for S3 AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), and what they allow."
+        )
+    if known or _is_of_a_store(error):
+        return StorageError(
+            f"{uri}: {endpoint()} refused the request: {reason_of(error)}. Check the URL, the "
+            "region and data.storage.options."
+        )
+    return None
+
+
+def _within(call: Callable[[], T], seconds: float) -> T:
+    """Run it in a thread; TimeoutError when it is not done in time, and the thread is left."""
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except BaseException as error:
+            failure.append(error)
+
+    # A daemon: a request that hangs must not keep the process from ending.
+    thread = threading.Thread(target=run, daemon=True, name="storage request")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, each once."""
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        yield each
+        each = each.__cause__
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _is_of_a_store(error: BaseException) -> bool:
+    rooms = ("botocore.", "aiobotocore.", "aiohttp.", "gcsfs.", "google.", "azure.")
+    return f"{type(error).__module__}.".startswith(rooms)
+
+
+def _answer(error: BaseException) -> dict[str, Any]:
+    found = getattr(error, "response", None)  # botocore's ClientError has a dictionary there
+    return found if isinstance(found, dict) else {}
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that a library put into its error."""
+    found = _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    for name in ("status_code", "status", "code"):
+        found = found if found is not None else getattr(error, name, None)
+    try:
+        status = int(found) if found is not None else 0
+    except (TypeError, ValueError):
+        return None
+    return status if 300 <= status < 600 else None
+
+
+def _code(error: BaseException) -> str | None:
+    return _answer(error).get("Error", {}).get("Code")

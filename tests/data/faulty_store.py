@@ -1,0 +1,44 @@
+"""A store in this process, at faulty://, that counts what is asked of it and fails when told to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+
+class FaultyFileSystem(MemoryFileSystem):
+    """`failures` are raised by the next reads, one by each; `delay_s` is that of every read."""
+
+    protocol = "faulty"
+    store: dict = {}  # noqa: RUF012 - as in the class above, but not shared with it
+    pseudo_dirs = [""]  # noqa: RUF012
+    asked: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
+    failures: list[BaseException] = []  # noqa: RUF012
+    delay_s = 0.0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("faulty://", "memory://"))
+
+    def cat_file(self, path, start=None, end=None, **named):
+        self.asked.append((path, start, end))
+        time.sleep(self.delay_s)
+        if self.failures:
+            raise self.failures.pop(0)
+        return super().cat_file(path, start, end, **named)
+
+
+@contextmanager
+def faulty_store() -> Iterator[type[FaultyFileSystem]]:
+    """The empty store."""
+    fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+    try:
+        yield FaultyFileSystem
+    finally:
+        for held in (FaultyFileSystem.store, FaultyFileSystem.asked, FaultyFileSystem.failures):
+            held.clear()
+        FaultyFileSystem.delay_s = 0.0

@@ -1,0 +1,191 @@
+"""Training that reads from a real S3 server and copies its checkpoints there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dti_dist.data import storage
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
+from dti_dist.data.prepare.synthetic import read_synthetic
+from tests.launching import command, kill, losses, run, start, train, wait_for_step, write_config
+from tests.s3_server import KEY, SECRET, s3_server
+
+pytestmark = pytest.mark.slow
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    with s3_server(tmp_path_factory.mktemp("s3") / "server") as server:
+        read_users = partial(read_synthetic, users=60, items=48, interactions_per_user=40)
+        options = BuildOptions(shard_interactions=500, row_group_interactions=150)
+        build_dataset(read_users, server.uri("shop"), options)
+        yield server
+
+
+@pytest.fixture
+def server(running):
+    running.go_on()
+    if running.process is None:
+        running.start()
+    yield running
+    running.go_on()
+
+
+@pytest.fixture
+def on_disk(server, tmp_path):
+    """The data set of the server, on disk."""
+    for name in storage.list_files(server.uri("shop")):
+        storage.write_atomic(
+            str(tmp_path / "disk" / name), storage.read_bytes(server.uri(f"shop/{name}"))
+        )
+    return tmp_path / "disk"
+
+
+def config_of(folder: Path, path: Path | str, limits: dict | None = None, workers=0, **sections):
+    config = write_config(folder / "config.yaml", path, **sections)
+    settings = yaml.safe_load(config.read_text())
+    settings["data"] = {
+        "path": str(path),
+        "workers": workers,
+        "prefetch": 1,
+        "shuffle_interactions": 300,  # so that row groups are read all along
+        "cache_dir": str(folder / "cache"),
+        "storage": {"timeout_s": 5, "greatest_wait_s": 1, **(limits or {})},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    return config
+
+
+def run_dir(config: Path) -> Path:
+    return Path(yaml.safe_load(config.read_text())["run_dir"])
+
+
+def test_a_run_whose_server_is_killed_and_comes_back_learns_the_same(server, on_disk, tmp_path):
+    """Two ranks with a data worker each, checkpoints copied to the same server."""
+    straight = config_of(tmp_path / "straight", on_disk)
+    train(straight, ranks=2)
+    copies = server.uri("copies")
+    config = config_of(
+        tmp_path / "disturbed",
+        server.uri("shop"),
+        {"retry_s": 90},
+        workers=1,
+        checkpoints={"every_steps": 5, "copy_to": copies},
+    )
+    log = tmp_path / "log"
+    process = start([*command(2), str(config)], log)
+    try:
+        wait_for_step(process, run_dir(config), 2)
+        server.kill()
+        time.sleep(1)
+        server.start()
+        assert process.wait(120) == 0, log.read_text()[-3000:]
+    finally:
+        kill(process)
+    expected, found = losses(run_dir(straight)), losses(run_dir(config))
+    assert set(expected) == set(found) == set(range(1, 21))
+    assert max(abs(expected[step] - found[step]) for step in expected) < CLOSE
+    said = log.read_text()
+    assert "Trying again in" in said
+    assert "Traceback" not in said
+
+    local = run_dir(config) / "checkpoints" / "step-00000020"
+    commit = json.loads((local / "commit.json").read_text())
+    there = storage.list_files(f"{copies}/step-00000020")
+    assert there == {**commit["files"], "commit.json": (local / "commit.json").stat().st_size}
+    copied = json.loads(storage.read_bytes(f"{copies}/step-00000020/commit.json"))
+    assert copied["state"]["data"]["fingerprint"] == commit["state"]["data"]["fingerprint"]
+    assert copied["step"] == 20
+
+
+def test_a_copied_checkpoint_is_one_that_a_run_goes_on_from(server, tmp_path):
+    copies = server.uri("to-go-on")
+    config = config_of(tmp_path / "first", server.uri("shop"), checkpoints={"copy_to": copies})
+    train(config, "training.max_steps=20", "training.epochs=2")
+    fetched = tmp_path / "second" / "run"
+    shutil.copytree(run_dir(config), fetched, ignore=shutil.ignore_patterns("step-*", ".lock"))
+    for name in storage.list_files(copies):
+        storage.write_atomic(
+            str(fetched / "checkpoints" / name), storage.read_bytes(f"{copies}/{name}")
+        )
+    printed = train(config, f"run_dir={fetched}")
+    assert "resuming from step-00000020" in printed
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_whose_server_is_gone_ends_in_time_with_a_clear_error(server, tmp_path, workers):
+    config = config_of(tmp_path, server.uri("shop"), {"timeout_s": 1, "retry_s": 3}, workers)
+    log = tmp_path / "log"
+    endless = ["training.epochs=60", "training.max_steps=9999"]
+    process = start([*command(1), str(config), *endless], log)
+    try:
+        wait_for_step(process, run_dir(config), 2)
+        (server.kill if workers else server.stall)()
+        started = time.monotonic()
+        assert process.wait(60) == 2
+    finally:
+        kill(process)
+    said = log.read_text()
+    assert time.monotonic() - started < 3 + 1 + 20, said  # 20: for steps that were packed ahead
+    assert f"dti-dist train: {server.uri('shop')}/train/part-" in said
+    assert "data.storage.retry_s (3 s)" in said
+    assert "Traceback" not in said
+    assert SECRET not in said
+
+
+def test_no_secret_is_in_anything_that_a_run_leaves(server, tmp_path):
+    """A run that succeeds, one that is refused, and one that has its secret in the wrong place."""
+    good = config_of(tmp_path / "good", server.uri("shop"), {"cache_gib": 0.1})
+    copy = f"checkpoints.copy_to={server.uri('secretly')}"
+    run([*command(1), str(good), "training.max_steps=2", copy], tmp_path / "good.log")
+    wrong = {"AWS_SECRET_ACCESS_KEY": "WrongSecretThatMayNotBeShown"}
+    run(
+        [*command(1), str(good), "run_dir=" + str(tmp_path / "no")],
+        tmp_path / "bad.log",
+        2,
+        **wrong,
+    )
+    misplaced = [f"data.storage.options.s3.secret={SECRET}", f"data.path=s3://a:{SECRET}@b/c"]
+    run([*command(1), str(good), misplaced[0]], tmp_path / "misplaced0.log", 2)
+    run([*command(1), str(good), misplaced[1]], tmp_path / "misplaced1.log", 2)
+    assert "access refused" in (tmp_path / "bad.log").read_text()
+    assert "expected no credentials" in (tmp_path / "misplaced0.log").read_text()
+    assert "expected a URL without credentials" in (tmp_path / "misplaced1.log").read_text()
+    looked_at = 0
+    for path in [
+        *(tmp_path / "good").rglob("*"),
+        *tmp_path.glob("*.log"),
+        *tmp_path.glob("no/**/*"),
+    ]:
+        if path.is_file():
+            content = path.read_bytes()
+            looked_at += 1
+            for secret in (SECRET, KEY, *wrong.values()):
+                assert secret.encode() not in content, path
+    assert looked_at > 8
+
+
+def test_a_copy_that_fails_is_said_and_the_run_goes_on(server, tmp_path):
+    config = config_of(
+        tmp_path, server.uri("shop"), {"retry_s": 1, "timeout_s": 1}, training={"epochs": 1}
+    )
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder can be made here")
+    printed = train(config, f"checkpoints.copy_to={blocked}/copies", "training.max_steps=3")
+    assert "step-00000003 was not copied to" in printed
+    assert "and the run goes on:" in printed
+
+
+def test_a_copy_to_nowhere_is_refused_before_any_work(server, tmp_path):
+    config = config_of(tmp_path, server.uri("shop"))
+    printed = train(config, "checkpoints.copy_to=s3://not-there/copies", expect=2)
+    assert "has no bucket 'not-there'" in printed
+    assert not run_dir(config).exists()
