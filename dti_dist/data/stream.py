@@ -77,10 +77,14 @@ class Batch:
         units = max(len(pack.unit_first) for pack in packs)
         units = -(-max(units, 1) // _UNIT_PADDING) * _UNIT_PADDING
 
-        def stack(name: str, size: int | None = None) -> torch.Tensor:
+        def stack(name: str) -> torch.Tensor:
+            rows = [getattr(pack, name) for pack in packs]
+            return torch.from_numpy(np.stack(rows) if len(rows) > 1 else rows[0][None])
+
+        def stack_padded(name: str, size: int) -> torch.Tensor:
             """[B, size], what is missing filled with 0, or with the last unit's end."""
             rows = [getattr(pack, name) for pack in packs]
-            table = np.zeros((len(rows), size or len(rows[0])), dtype=rows[0].dtype)
+            table = np.zeros((len(rows), size), dtype=rows[0].dtype)
             for line, row in zip(table, rows, strict=True):
                 line[: len(row)] = row
                 if name == "unit_start":
@@ -96,10 +100,10 @@ class Batch:
             tokens=tokens,
             positions=stack("positions"),
             unit=stack("unit"),
-            unit_start=stack("unit_start", units + 1),
-            unit_first=stack("unit_first", units),
-            prefix_start=stack("prefix_start", units),
-            prefix_end=stack("prefix_end", units),
+            unit_start=stack_padded("unit_start", units + 1),
+            unit_first=stack_padded("unit_first", units),
+            prefix_start=stack_padded("prefix_start", units),
+            prefix_end=stack_padded("prefix_end", units),
             readout_end=stack("readout_end"),
             labels=stack("labels"),
             weights=stack("weights"),
