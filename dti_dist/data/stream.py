@@ -34,6 +34,22 @@ class SharedTokens:
     end: torch.Tensor
     source: torch.Tensor
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _as_arrays(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(_as_tensors(state))
+
+
+def _as_arrays(fields: Any) -> dict[str, Any]:
+    """Pickled as arrays, a batch goes from a worker through its pipe in one piece. Each tensor
+    would take a file descriptor and a connection of its own: more time than packing."""
+    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(fields).items()}
+
+
+def _as_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -66,6 +82,12 @@ class Batch:
     step_targets: int
     last_of_step: bool
     shared: SharedTokens | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _as_arrays(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(_as_tensors(state))
 
     @property
     def length(self) -> int:
