@@ -262,7 +262,7 @@ def build_pack(
     unit[slots] = unit_of_interaction[target]
 
     def tail(values: np.ndarray | int, unused: int, dtype: type) -> np.ndarray:
-        array = np.empty(shape.slots, dtype=dtype)
+        array: np.ndarray = np.empty(shape.slots, dtype=dtype)
         array[:used] = values
         array[used:] = unused
         return array
