@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,14 @@ class _Stream:
         memory = []
         every = max(sum(timed) // _MEMORY_SAMPLES, 1)
         cpu, started = cpu_seconds(os.getpid(), without), time.perf_counter()
+        targets = 0
         for number in range(sum(timed)):
-            next(stream)
+            batch = next(stream)
+            targets += batch.step_targets * batch.last_of_step
             if number % every == 0:
                 memory.append(resident_mib(os.getpid(), without))
         seconds = time.perf_counter() - started
+        assert targets == self.plan.index.total_targets * len(timed)
         return {
             "tokens": self.contents.tokens * len(timed),
             "seconds": seconds,
@@ -183,15 +187,13 @@ def _measured(
     streams: list[_Stream], process: PeerProcess | None, workers: int, rounds: int, tokens: int
 ) -> list[dict[str, Any]]:
     """All contestants with so many workers, in turn."""
-    peer_pid = process.pid if process else None
     works: dict[tuple[str, str | None], Callable[[], dict[str, Any]]] = {
-        (OURS, stream.uri): lambda stream=stream: stream.round(workers, peer_pid)  # type: ignore[misc]
+        (OURS, stream.uri): partial(stream.round, workers, process.pid if process else None)
         for stream in streams
     }
-    for peer in PEERS if process else ():
-        assert process is not None
-        ask = {"peer": peer, "workers": workers}
-        works[peer, None] = lambda ask=ask: process.measured("read", **ask)  # type: ignore[misc]
+    if process:
+        for peer in PEERS:
+            works[peer, None] = partial(process.measured, "read", peer=peer, workers=workers)
     taken: dict[tuple[str, str | None], list[dict[str, Any]]] = {key: [] for key in works}
     first_of_peer = {}
     for number in range(rounds):
