@@ -232,7 +232,7 @@ def _figures(
         "resumed_first_batch_s": measure.spread(resumed) if resumed else None,
         "memory_mib": [round(value, 1) for value in last["memory_mib"]],
         "batches_between_memory": last.get("batches_between_memory"),
-        "highest_memory_mib": max(max(turn["memory_mib"]) for turn in turns),
+        "highest_memory_mib": round(max(max(turn["memory_mib"]) for turn in turns), 1),
     }
 
 
