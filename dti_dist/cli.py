@@ -156,7 +156,44 @@ def _parser() -> argparse.ArgumentParser:
         metavar="L,L,…",
         help="body tokens of a pack, multiples of 128 (default: 2048,4096,8192)",
     )
-    for command in (paradigm, attention):
+    data = _command(
+        kinds,
+        "data",
+        _benchmark_data,
+        "the training stream from any storage, beside other loaders of the same samples",
+        "dti-dist benchmark data launch/recipes/ml1m_tiny.yaml --workers 0 2 --out data.png",
+    )
+    data.add_argument("config", metavar="CONFIG", help="YAML file; see launch/recipes/")
+    data.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    data.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="URI",
+        help="a copy of the data set elsewhere, such as s3://bucket/data; may be repeated",
+    )
+    data.add_argument(
+        "--workers",
+        type=_not_negative,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="loader processes, one measurement each (default: 0 1 2)",
+    )
+    data.add_argument(
+        "--epochs", type=_positive, default=3, help="timed epochs in a round (default: 3)"
+    )
+    data.add_argument(
+        "--targets", type=_positive, help="only the first whole users that have so many"
+    )
+    data.add_argument(
+        "--peers",
+        metavar="PYTHON",
+        help="also measure Hugging Face datasets and mosaicml-streaming, which this Python has; "
+        "see benchmarks/data_peers.py",
+    )
+    data.add_argument("--out", metavar="PNG", help="draw speed and memory")
+    for command in (paradigm, attention, data):
         command.add_argument(
             "--rounds", type=_positive, default=3, help="timed rounds (default: 3)"
         )
@@ -227,6 +264,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, found {value}")
     return value
 
 
@@ -305,6 +349,24 @@ def _benchmark_attention(args: argparse.Namespace) -> int:
 
     result = benchmark_attention(args.lengths, args.rounds)
     print(json.dumps(result, indent=2) if args.json else attention_table(result))
+    return 0
+
+
+def _benchmark_data(args: argparse.Namespace) -> int:
+    from dti_dist.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dti_dist.benchmarks.data import benchmark_data, data_table, draw_data
+    from dti_dist.reporting.picture import check_picture
+
+    path = check_picture(args.out) if args.out else None
+    result = benchmark_data(
+        config, args.also, args.workers, args.rounds, args.epochs, args.targets, args.peers
+    )
+    print(json.dumps(result, indent=2) if args.json else data_table(result))
+    if path is not None:
+        draw_data(result, path)
+        say(f"wrote {path}")
     return 0
 
 

@@ -1,7 +1,12 @@
 """Benchmarks measure what they name; their figures are not tested."""
 
+import hashlib
 import json
+import os
+import shutil
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -9,9 +14,19 @@ from dti_dist.attention.backend import AttentionPlans, AttentionScheme
 from dti_dist.attention.intervals import body_intervals, readout_intervals
 from dti_dist.attention.policies import layer_windows
 from dti_dist.benchmarks.attention import HEAD_DIM, HEADS, KV_HEADS, TOKENS, N, full_pack
+from dti_dist.benchmarks.data import data_table
+from dti_dist.benchmarks.data_peers import PEERS, SampleDigest, exchange
 from dti_dist.benchmarks.paradigm import BASELINE, VARIANTS
+from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.cli import main
+from dti_dist.config import load_config
+from dti_dist.data.packing import PackShape
+from dti_dist.data.samples import make_samples
+from dti_dist.inputs import Inputs
 from tests.launching import write_config
+from tests.tiny import batch_of, item_tokens, users
+
+PEERS_PYTHON = os.environ.get("DTI_TEST_PEERS")
 
 
 def test_paradigm_trains_every_variant_on_the_same_targets_a_token_count_apart(
@@ -59,3 +74,133 @@ def test_lengths_that_are_no_blocks_are_refused(lengths, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["benchmark", "attention", "--lengths", lengths])
     assert stop.value.code == 2
+
+
+def data_config(tmp_path, data, **sections):
+    return write_config(tmp_path / "config.yaml", data, template={"item": "\n{title}:"}, **sections)
+
+
+@pytest.mark.parametrize("policy", ["budget", "isolated"])
+def test_data_counts_the_tokens_that_the_index_has_wherever_they_are_read(
+    capsys, synthetic, tmp_path, policy
+):
+    config = data_config(tmp_path, synthetic, attention={"policy": policy})
+    copy = shutil.copytree(synthetic, tmp_path / "copy")
+    picture = tmp_path / "data.png"
+    arguments = ["--also", str(copy), "--workers", "0", "--rounds", "2", "--epochs", "1"]
+    command = ["benchmark", "data", str(config), *arguments, "--json", "--out", str(picture)]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+
+    opened = Inputs.open(load_config(config), tmp_path / "tokenizer")
+    index = opened.stream_plan("train").index
+    assert result["targets"] == index.total_targets
+    assert result["tokens"] == index.tokens.sum() + index.total_targets
+    assert result["samples"] == len(index.tokens)
+    assert result["packs"] > 1
+    assert result["gather_tokens_per_core_s"]["min"] > 0
+    assert result["peers"] is None
+    assert [run["data"] for run in result["runs"]] == [str(synthetic), str(copy)]
+    for run in result["runs"]:
+        assert run["contestant"] == "dti-dist"
+        assert run["workers"] == 0
+        for figure in ("tokens_per_s", "tokens_per_core_s", "first_batch_s"):
+            assert 0 < run[figure]["min"] <= run[figure]["median"] <= run[figure]["max"]
+        assert run["targets_per_s"]["median"] < run["tokens_per_s"]["median"]
+        assert run["resumed_first_batch_s"]["min"] > 0
+        assert len(run["memory_mib"]) > 1
+        assert run["highest_memory_mib"] >= max(run["memory_mib"]) > 10
+    assert result["runs"][0]["ours_over_it"] == {"median": 1, "min": 1, "max": 1}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = data_table(result)
+    assert str(copy) in table
+    assert "--peers PYTHON" in table
+
+
+def test_data_elsewhere_must_be_a_copy(capsys, synthetic, tmp_path):
+    from functools import partial
+
+    from dti_dist.data.prepare.build import BuildOptions, build_dataset
+    from dti_dist.data.prepare.synthetic import read_synthetic
+
+    other = str(tmp_path / "other")
+    read = partial(read_synthetic, users=20, items=48, interactions_per_user=40)
+    build_dataset(read, other, BuildOptions())
+    config = data_config(tmp_path, synthetic)
+    assert main(["benchmark", "data", str(config), "--also", other, "--workers", "0"]) == 2
+    assert "is not a copy" in capsys.readouterr().err
+
+
+def test_peers_that_cannot_start_are_named(capsys, synthetic, tmp_path):
+    config = data_config(tmp_path, synthetic)
+    assert main(["benchmark", "data", str(config), "--peers", str(tmp_path / "python")]) == 2
+    assert "expected the Python of an environment" in capsys.readouterr().err
+    assert main(["benchmark", "data", str(config), "template.time_gaps=true", "--peers", "p"]) == 2
+    assert "template.time_gaps=false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("share", [False, True])
+def test_the_digest_is_of_samples_as_they_were_before_packing(share, prefix):
+    rng = np.random.default_rng(0)
+    tokens = item_tokens(rng, prefix=prefix)
+    block = users(rng, [9, 1, 14, 30, 6])
+    n, k = 4, 5
+    digest = SampleDigest(tokens.sum_id)
+    digest.add(batch_of(block, tokens, n, k, PackShape(128, 128), share=share))
+
+    samples = make_samples(block.offsets, block.target_start, n, k, 1)
+    expected, total = 0, 0
+    for row, first, first_target, end in zip(*vars(samples).values(), strict=True):
+        ids = list(tokens.prefix)
+        for position in range(first, end):
+            at = block.offsets[row] + position
+            item = block.item_ids[at]
+            ids += list(tokens.tokens[tokens.offsets[item] : tokens.offsets[item + 1]])
+            ids += [tokens.sum_id] * int(position >= first_target)
+            ids.append(tokens.label_ids[block.labels[at]])
+        part = hashlib.blake2b(np.array(ids, dtype="<i4").tobytes(), digest_size=8).digest()
+        expected = (expected + int.from_bytes(part, "little")) % 2**64
+        total += len(ids)
+    assert digest.summary() == {
+        "samples": len(samples),
+        "tokens": total,
+        "digest": f"{expected:016x}",
+    }
+
+
+def test_peers_are_given_the_users_that_the_stream_reads(synthetic, tmp_path):
+    opened = Inputs.open(load_config(data_config(tmp_path, synthetic)), tmp_path / "tokenizer")
+    plan = opened.stream_plan("train", max_targets=400)
+    folder = tmp_path / "exchange"
+    folder.mkdir()
+    exchange(folder, opened, plan)
+    given = pq.read_table(folder / "sequences")
+    assert len(given) == len(plan.index.row_targets)
+    train = pq.read_table(synthetic / "train").slice(0, len(given))
+    assert given["item_ids"].equals(train["item_ids"])
+    settings = json.loads((folder / "exchange.json").read_text())
+    assert (settings["n"], settings["k"]) == (5, 8)
+    assert {path.name for path in folder.iterdir()} >= {"tokenizer.json", "items.parquet"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PEERS_PYTHON is None, reason="DTI_TEST_PEERS names no Python with the peers")
+def test_peers_read_the_same_samples(capsys, synthetic, tmp_path):
+    config = data_config(tmp_path, synthetic)
+    arguments = ["--peers", PEERS_PYTHON, "--workers", "0", "1", "--rounds", "1", "--epochs", "1"]
+    command = ["benchmark", "data", str(config), *arguments, "--targets", "500", "--json"]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["peers"]["same_samples"] == dict.fromkeys(PEERS, True)
+    assert [run["contestant"] for run in result["runs"]] == ["dti-dist", *PEERS] * 2
+    assert "MDS shards were written" in data_table(result)
+
+
+def test_what_a_process_and_its_children_use_is_counted():
+    me = os.getpid()
+    assert resident_mib(me) > 10
+    before = cpu_seconds(me)
+    while cpu_seconds(me) - before < 0.03:
+        sum(range(1000))
+    assert cpu_seconds(me, without=me) == resident_mib(me, without=me) == 0

@@ -181,87 +181,108 @@ def build_pack(
 
     Where the shape has a `body`, equal interactions are also laid out once each.
     """
-    P = len(tokens.prefix)
+    P, L = len(tokens.prefix), shape.length
     count = samples.end - samples.first  # interactions per sample
+    end_of_sample = count.cumsum()
+    first_of_sample = end_of_sample - count
     interactions = int(count.sum())
 
     # Interactions of all samples, end to end: which of the block, and of which sample.
-    sample = np.repeat(np.arange(len(samples)), count)
-    first_of_sample = np.cumsum(count) - count
-    position_in_row = samples.first[sample] + np.arange(interactions) - first_of_sample[sample]
-    source = block.offsets[samples.row[sample]] + position_in_row
+    sample = np.arange(len(samples)).repeat(count)
+    position_in_row = np.arange(interactions) + (samples.first - first_of_sample)[sample]
+    source = position_in_row + block.offsets[samples.row][sample]
     items, labels = block.item_ids[source], block.labels[source]
 
-    # Where each interaction starts in the body. Each sample's prefix lies before its first one.
+    # Where each interaction lies in the body. Each sample's prefix lies before its first one.
     gaps = block.gap_buckets[source] if tokens.gaps else None
-    gap_lengths = np.zeros(interactions, np.int64) if gaps is None else tokens.gap_lengths[gaps]
-    text_lengths = tokens.lengths[items]
-    lengths = gap_lengths + text_lengths + 1
-    start = np.cumsum(lengths) - lengths + P * (sample + 1)
-    body_tokens = int(lengths.sum()) + P * len(samples)
-    label_at = start + lengths - 1
-
-    body = np.zeros(shape.length, dtype=np.int64)
-    text_start = start + gap_lengths
-    item_tokens = np.asarray(tokens.tokens)  # indexing is faster without the memory map's class
-    body[_ranges(text_start, text_lengths)] = item_tokens[
-        _ranges(np.asarray(tokens.offsets)[items], text_lengths)
-    ]
-    body[label_at] = np.asarray(tokens.label_ids)[labels]
+    lengths = tokens.lengths[items] + 1
     if gaps is not None:
-        flat_gaps = np.concatenate(tokens.gaps)
-        gap_offsets = np.cumsum(tokens.gap_lengths) - tokens.gap_lengths
-        body[_ranges(start, gap_lengths)] = flat_gaps[_ranges(gap_offsets[gaps], gap_lengths)]
-    sample_start = start[first_of_sample] - P
+        gap_lengths = tokens.gap_lengths[gaps]
+        lengths += gap_lengths
+    end = lengths.cumsum()
     if P:
-        body[_ranges(sample_start, np.full(len(samples), P))] = np.tile(tokens.prefix, len(samples))
+        end += P * (sample + 1)
+    start, label_at = end - lengths, end - 1
+    body_tokens = int(end[-1]) if interactions else 0
+    sample_start = start[first_of_sample] - P
+    sample_tokens = end[end_of_sample - 1] - sample_start
 
     # Units in body order: with a prefix, one more before each sample's interactions.
-    prefixes = int(P > 0)
-    unit_of_interaction = np.arange(interactions) + prefixes * (sample + 1)
-    units = interactions + prefixes * len(samples)
-    unit_start = np.full(units + 1, body_tokens, dtype=np.int32)
-    unit_start[unit_of_interaction] = start
+    unit_of_interaction = np.arange(interactions)
+    unit_lengths = lengths
+    if P:
+        unit_of_interaction += sample + 1
+        unit_lengths = np.full(interactions + len(samples), P)
+        unit_lengths[unit_of_interaction] = lengths
+    units = len(unit_lengths)
+    first_unit = unit_of_interaction[first_of_sample]
+    unit_start = np.zeros(units + 1, dtype=np.int32)
+    unit_lengths.cumsum(out=unit_start[1:])
     unit_first = np.arange(units, dtype=np.int32)
-    unit_first[unit_of_interaction] = unit_of_interaction[first_of_sample][sample]
+    unit_first[unit_of_interaction] = first_unit[sample]
     prefix_start = np.zeros(units, dtype=np.int32)
     prefix_end = np.zeros(units, dtype=np.int32)
     if P:
-        unit_start[unit_of_interaction[first_of_sample] - 1] = sample_start
         prefix_start[unit_of_interaction] = sample_start[sample]
         prefix_end[unit_of_interaction] = sample_start[sample] + P
 
-    # Slots: one for each target, in order.
-    target = np.flatnonzero(position_in_row >= samples.first_target[sample])
-    used = len(target)
-    end = label_at[target]
+    # The body. Reading all of it as item text, and then writing what is none, is fastest. A run
+    # is an interaction with the prefix of the sample after it.
+    place = np.arange(body_tokens)
+    runs = lengths
+    if P:
+        runs = lengths.copy()
+        runs[end_of_sample[:-1] - 1] += P
+    text_at = np.asarray(tokens.offsets)[items] - start
+    if gaps is not None:
+        text_at -= gap_lengths
+    item_tokens = np.asarray(tokens.tokens)  # indexing is faster without the memory map's class
+    ids = np.zeros(L + shape.slots, dtype=np.int64)
+    ids[P:body_tokens] = item_tokens.take(place[P:] + text_at.repeat(runs), mode="clip")
+    ids[label_at] = np.asarray(tokens.label_ids)[labels]
+    if gaps is not None:
+        flat_gaps = np.concatenate(tokens.gaps)
+        gap_offsets = tokens.gap_lengths.cumsum() - tokens.gap_lengths
+        ids[_ranges(start, gap_lengths)] = flat_gaps[_ranges(gap_offsets[gaps], gap_lengths)]
+    if P:
+        ids[sample_start[:, None] + np.arange(P)] = tokens.prefix
+    positions = np.zeros(L + shape.slots, dtype=np.int64)
+    np.subtract(place, sample_start.repeat(sample_tokens), out=positions[:body_tokens])
+    unit = np.empty(L + shape.slots, dtype=np.int32)
+    unit[:body_tokens] = np.arange(units, dtype=np.int32).repeat(unit_lengths)
+    unit[body_tokens:] = -1
 
-    def tail(values: np.ndarray, unused: int = 0, dtype: type = np.int64) -> np.ndarray:
-        array: np.ndarray = np.full(shape.slots, unused, dtype=dtype)
+    # Slots: one for each target, in order.
+    (target,) = (position_in_row >= samples.first_target[sample]).nonzero()
+    used = len(target)
+    slots = slice(L, L + used)
+    readout_end = label_at[target]
+    ids[slots] = tokens.sum_id
+    positions[slots] = positions[readout_end]
+    unit[slots] = unit_of_interaction[target]
+
+    def tail(values: np.ndarray | int, unused: int, dtype: type) -> np.ndarray:
+        array: np.ndarray = np.empty(shape.slots, dtype=dtype)
         array[:used] = values
+        array[used:] = unused
         return array
 
-    positions = np.zeros(shape.length, dtype=np.int64)
-    sample_tokens = np.diff(np.append(sample_start, body_tokens))
-    positions[:body_tokens] = np.arange(body_tokens) - np.repeat(sample_start, sample_tokens)
-    unit = np.full(shape.length, -1, dtype=np.int32)
-    unit[:body_tokens] = np.repeat(np.arange(units), np.diff(unit_start))
     shared = None
     if shape.body is not None:
         texts = items if gaps is None else gaps * len(tokens.lengths) + items
-        shared = _share(texts, labels, start, lengths - 1, sample_start, P, body)
+        shared = _share(texts, labels, start, lengths - 1, runs, sample_start, P, ids[:L])
     return Pack(
-        tokens=np.concatenate([body, tail(np.full(used, tokens.sum_id))]),
-        positions=np.concatenate([positions, tail(positions[end])]),
-        unit=np.concatenate([unit, tail(unit_of_interaction[target], -1, np.int32)]),
+        tokens=ids,
+        positions=positions,
+        unit=unit,
         unit_start=unit_start,
         unit_first=unit_first,
         prefix_start=prefix_start,
         prefix_end=prefix_end,
-        readout_end=tail(end, 0, np.int32),
+        readout_end=tail(readout_end, 0, np.int32),
         labels=tail(labels[target], 0, np.float32),
-        weights=tail(np.ones(used), 0, np.float32),
-        target_row=tail(block.rows[samples.row[sample[target]]], -1),
+        weights=tail(1, 0, np.float32),
+        target_row=tail(block.rows[samples.row[sample[target]]], -1, np.int64),
         target_position=tail(position_in_row[target], -1, np.int32),
         body_tokens=body_tokens if shared is None else len(shared.tokens),
         shared=shared,
@@ -273,6 +294,7 @@ def _share(
     labels: npt.NDArray[np.int8],
     start: IntArray,
     lengths: IntArray,
+    runs: IntArray,
     prefix_at: IntArray,
     prefix_length: int,
     body: npt.NDArray[np.int64],
@@ -283,6 +305,7 @@ def _share(
         texts: [interactions] equal numbers mean equal texts (gap words and item).
         labels: [interactions] 0 or 1.
         start, lengths: [interactions] where each text lies in `body`, and its tokens.
+        runs: [interactions] tokens from the start of each text to that of the next.
         prefix_at: [samples] where each sample's prefix lies in `body`.
         body: [L] token ids of all samples end to end.
     """
@@ -292,31 +315,35 @@ def _share(
     text_length, labels_of_text = lengths[first], occurs.sum(axis=1)
     prefix = prefix_length if len(prefix_at) else 0
     unit_length = text_length + labels_of_text
-    unit_start = prefix + np.cumsum(unit_length) - unit_length
+    unit_end = prefix + unit_length.cumsum()
+    unit_start = unit_end - unit_length
+    used = int(unit_end[-1]) if len(first) else prefix
 
-    label_place = unit_start[unit] + lengths + occurs[unit, 0] * labels
+    end_of_samples = prefix + int(runs.sum())
     source = np.zeros(len(body), dtype=np.int64)
-    source[_ranges(start, lengths)] = _ranges(unit_start[unit], lengths)
-    source[start + lengths] = label_place
-    source[_ranges(prefix_at, np.full(len(prefix_at), prefix))] = np.tile(
-        np.arange(prefix), len(prefix_at)
+    np.add(
+        np.arange(prefix, end_of_samples),
+        (unit_start[unit] - start).repeat(runs),
+        out=source[prefix:end_of_samples],
     )
-    used = prefix + int(unit_length.sum())
-    tokens = np.zeros(used, dtype=np.int64)
-    end_of_samples = int((start + lengths)[-1]) + 1 if len(start) else 0
+    source[start + lengths] = unit_start[unit] + lengths + occurs[unit, 0] * labels
+    if prefix:
+        source[prefix_at[:, None] + np.arange(prefix)] = np.arange(prefix)
+    tokens = np.empty(used, dtype=np.int64)
     tokens[source[:end_of_samples]] = body[:end_of_samples]
 
     # A text token sees the text before it; a label token, the whole text.
-    of_text = np.repeat(np.arange(len(first)), unit_length)
-    text_start = unit_start[of_text]
-    seen = np.minimum(np.arange(prefix, used) - text_start, text_length[of_text])
-    in_prefix = np.arange(prefix)
+    place = np.arange(used)
+    start_seen = np.zeros(used, dtype=np.int32)
+    start_seen[prefix:] = unit_start.repeat(unit_length)
+    end_seen = place.astype(np.int32)
+    second_label = unit_end[labels_of_text == 2] - 1
+    end_seen[second_label] -= 1
+    positions = place - start_seen
+    positions[prefix:] += prefix
+    positions[second_label] -= 1
     return SharedBody(
-        tokens=tokens,
-        positions=np.concatenate([in_prefix, prefix + seen]),
-        start=np.concatenate([np.zeros(prefix), text_start]).astype(np.int32),
-        end=np.concatenate([in_prefix, text_start + seen]).astype(np.int32),
-        source=source,
+        tokens=tokens, positions=positions, start=start_seen, end=end_seen, source=source
     )
 
 

@@ -37,6 +37,22 @@ class SharedTokens:
     end: torch.Tensor
     source: torch.Tensor
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _as_arrays(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(_as_tensors(state))
+
+
+def _as_arrays(fields: Any) -> dict[str, Any]:
+    """Pickled as arrays, a batch goes from a worker through its pipe in one piece. Each tensor
+    would take a file descriptor and a connection of its own: more time than packing."""
+    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(fields).items()}
+
+
+def _as_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -72,6 +88,12 @@ class Batch:
     skipped: tuple[str, ...] = ()
     shared: SharedTokens | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _as_arrays(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(_as_tensors(state))
+
     @property
     def length(self) -> int:
         """L, the tokens of a pack's samples."""
@@ -82,10 +104,14 @@ class Batch:
         units = max(len(pack.unit_first) for pack in packs)
         units = -(-max(units, 1) // _UNIT_PADDING) * _UNIT_PADDING
 
-        def stack(name: str, size: int | None = None) -> torch.Tensor:
+        def stack(name: str) -> torch.Tensor:
+            rows = [getattr(pack, name) for pack in packs]
+            return torch.from_numpy(np.stack(rows) if len(rows) > 1 else rows[0][None])
+
+        def stack_padded(name: str, size: int) -> torch.Tensor:
             """[B, size], what is missing filled with 0, or with the last unit's end."""
             rows = [getattr(pack, name) for pack in packs]
-            table = np.zeros((len(rows), size or len(rows[0])), dtype=rows[0].dtype)
+            table = np.zeros((len(rows), size), dtype=rows[0].dtype)
             for line, row in zip(table, rows, strict=True):
                 line[: len(row)] = row
                 if name == "unit_start":
@@ -101,10 +127,10 @@ class Batch:
             tokens=tokens,
             positions=stack("positions"),
             unit=stack("unit"),
-            unit_start=stack("unit_start", units + 1),
-            unit_first=stack("unit_first", units),
-            prefix_start=stack("prefix_start", units),
-            prefix_end=stack("prefix_end", units),
+            unit_start=stack_padded("unit_start", units + 1),
+            unit_first=stack_padded("unit_first", units),
+            prefix_start=stack_padded("prefix_start", units),
+            prefix_end=stack_padded("prefix_end", units),
             readout_end=stack("readout_end"),
             labels=stack("labels"),
             weights=stack("weights"),

@@ -50,7 +50,7 @@ def check_picture(out: str) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"`dti-dist inspect` draws with matplotlib, and {error.name!r} is missing. Install it "
+            f"--out: pictures are drawn with matplotlib, and {error.name!r} is missing. Install it "
             "with: pip install 'dti-dist[plots]'"
         ) from error
     try:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dti_dist.data.packing import Pack, PackShape, assign_packs, build_pack, pack_shape
 from dti_dist.data.samples import Samples, make_samples
 from dti_dist.errors import UserError
-from tests.tiny import item_tokens, users
+from tests.tiny import batch_of, item_tokens, users
 
 SHAPE = PackShape(length=1024, slots=128)
 
@@ -231,6 +233,22 @@ def test_the_same_fields_have_the_same_types_in_every_pack():
         assert type(a) is type(b)
         if isinstance(a, np.ndarray):
             assert a.dtype == b.dtype, field.name
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_batch_is_the_same_after_a_workers_pipe(share):
+    rng = np.random.default_rng(0)
+    batch = batch_of(users(rng, [9, 14, 30]), item_tokens(rng), 4, 5, SHAPE, share=share)
+    received = pickle.loads(pickle.dumps(batch))
+    pairs = [(batch, received)] + ([(batch.shared, received.shared)] if share else [])
+    for sent, got in pairs:
+        for name, value in vars(sent).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, vars(got)[name]), name
+                assert value.dtype == vars(got)[name].dtype
+            elif name != "shared":
+                assert value == vars(got)[name]
+    assert (received.shared is not None) == share
 
 
 # --- the pack's constants --------------------------------------------------------------------
