@@ -325,8 +325,8 @@ def data_table(result: dict[str, Any]) -> str:
     if shuffle := result["shuffle"]:
         lines.append(
             f"Neighbours of the files lie {shuffle['neighbours_apart']['median']:,.0f} samples "
-            f"apart in the median, {shuffle['neighbours_apart_share']:.2%} of the epoch (29.29% in a "
-            f"random order); {shuffle['neighbours_in_one_pack']:.2%} are in one pack; "
+            f"apart in the median, {shuffle['neighbours_apart_share']:.2%} of the epoch (29.29% "
+            f"in a random order); {shuffle['neighbours_in_one_pack']:.2%} are in one pack; "
             f"{shuffle['windows']:,} windows."
         )
     if peers is None:
