@@ -100,8 +100,53 @@ class FileEntry(_Record):
     sha256: str
 
 
+class Distribution(_Record):
+    """How large something is over many. ``median`` and ``p90`` are values that occur: the least
+    that half, and nine tenths, do not exceed."""
+
+    mean: float
+    min: int
+    median: int
+    p90: int
+    max: int
+
+
+class TextSize(Distribution):
+    """``histogram``: interactions by size; sizes above 100 are rounded to two digits."""
+
+    histogram: dict[int, int]
+
+
+class DayCounts(_Record):
+    interactions: int
+    clicks: int
+
+
+class Statistics(_Record):
+    """What the interactions are like. Text is that of an interaction's item, over all the text
+    columns, counted before any template or tokenizer. ``days``: by date in UTC."""
+
+    interactions_per_user: Distribution
+    characters_per_interaction: TextSize
+    words_per_interaction: TextSize
+    days: dict[str, DayCounts]
+
+
+class AppendRecord(_Record):
+    """What one ``prepare events --append`` added; the timestamps are its first and last."""
+
+    append_to: str
+    interactions: int
+    users: int
+    new_users: int
+    new_items: int
+    first_timestamp: int
+    last_timestamp: int
+    source: dict[str, Any] = {}
+
+
 class Manifest(_Record):
-    """The content of ``dataset.json``."""
+    """The content of ``dataset.json``. Fields with a default may be absent in older ones."""
 
     format_version: int = FORMAT_VERSION
     name: str
@@ -113,6 +158,8 @@ class Manifest(_Record):
     split: SplitRule
     item_text_columns: list[str]
     source: dict[str, Any] = {}
+    statistics: Statistics | None = None
+    appends: list[AppendRecord] = []
     files: dict[str, FileEntry]
 
     @field_validator("files")

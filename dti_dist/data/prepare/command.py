@@ -80,7 +80,7 @@ def _common_options() -> argparse.ArgumentParser:
         default=defaults.memory_limit,
         metavar="SIZE",
         help="for DuckDB, such as 8GB; what it does not hold spills to disk (default: 70%% of the "
-        "machine's memory)",
+        "machine's memory, at most 6 GiB)",
     )
     group.add_argument(
         "--temp-directory",

@@ -32,6 +32,12 @@ def positions(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
+def disorder(histories: Histories) -> int:
+    """How many interactions come before their user's preceding one in the input."""
+    later = positions(histories.lengths)[1:] > 0
+    return int(np.count_nonzero((np.diff(histories.columns["input_order"]) < 0) & later))
+
+
 def target_ranges(
     histories: Histories, rule: SplitRule
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
