@@ -41,7 +41,7 @@ from dti_dist.data.prepare.tables import (
     count_days,
     count_users,
     date_and_time,
-    item_sizes_query,
+    item_sizes_select,
     listed,
     quote,
     read_statistics,
@@ -55,6 +55,7 @@ _INTERACTIONS_AT_A_TIME = 1 << 20
 # More than this sorts no faster: DuckDB writes sorted runs and merges them either way, and what it
 # leaves free the system uses to cache them. The process takes up to 2 GiB beside it.
 _MOST_MEMORY = "6 GiB"
+SET_UTC = "SET TimeZone = 'UTC'"  # for dates without a zone
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def open_workspace(out_uri: str, options: BuildOptions) -> Iterator[Workspace]:
             connection = duckdb.connect(f"{folder}/work.duckdb", config=config)
             if not options.memory_limit:
                 _limit_memory(connection)
-            connection.execute("SET TimeZone = 'UTC'")  # for dates without a zone
+            connection.execute(SET_UTC)
         try:
             yield Workspace(connection, Path(folder))
         finally:
@@ -353,7 +354,7 @@ def load_items(tables: DuckTables, source: Source) -> None:
         f"source_id, {columns} FROM ({source.items})",
         doing,
     )
-    tables.create("item_sizes", item_sizes_query(texts, "items"), doing)
+    tables.create("item_sizes", f"{item_sizes_select(texts)} FROM items", doing)
     (without_id,) = tables.rows(
         "SELECT count(*) AS items FROM items WHERE source_id IS NULL", doing
     )

@@ -44,14 +44,14 @@ class Tables(Protocol):
         """The place of an interaction in the input, from 1."""
 
 
-def item_sizes_query(text_columns: list[str], items: str) -> str:
-    """A SELECT for ``item_sizes`` (and item_id) over a DuckDB relation of ``item_schema``."""
+def item_sizes_select(text_columns: list[str]) -> str:
+    """A SELECT for ``item_sizes`` (and item_id), up to its FROM, over ``item_schema`` in DuckDB."""
     texts = ", ".join(quote(name) for name in text_columns)
     text = f"concat_ws(' ', {texts})"
     return (
         f"SELECT item_id, source_id, trim(concat_ws('', {texts})) = '' AS blank, "
         f"length(trim({text}))::BIGINT AS characters, "
-        f"len(regexp_extract_all({text}, '\\S+'))::BIGINT AS words FROM {items}"
+        f"len(regexp_extract_all({text}, '\\S+'))::BIGINT AS words"
     )
 
 

@@ -1,0 +1,178 @@
+"""Spark against DuckDB: a real local session, the same input, the same files."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from dti_dist.data.dataset import SPLITS, Dataset
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
+from dti_dist.data.prepare.events import EventColumns, read_events
+from dti_dist.data.prepare.spark import build_with_spark
+from dti_dist.errors import UserError
+
+COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title", "kind"))
+START = 1_700_000_000
+needs_java = pytest.mark.skipif(not shutil.which("java"), reason="Spark needs Java")
+
+
+@pytest.fixture(scope="module")
+def spark():
+    """The session that all tests of this file share: starting one takes seconds."""
+    pyspark_sql = pytest.importorskip("pyspark.sql", reason="the extra spark is not installed")
+    session = (
+        pyspark_sql.SparkSession.builder.master("local[2]")
+        .config("spark.ui.enabled", "false")
+        .config("spark.sql.shuffle.partitions", "3")
+        .config("spark.log.level", "OFF")
+        .getOrCreate()
+    )
+    yield session
+    session.stop()
+
+
+def write_input(folder, events, kind="parquet", files=3, **columns):
+    """Event files with many ties in time, out of order, and an item table. Paths of both."""
+    bounds = np.linspace(0, len(events), files + 1).astype(int)
+    user, item, timestamp, rating = (list(column) for column in zip(*events, strict=True))
+    table = pa.table({"user": user, "item": item, "time": timestamp, "rating": rating} | columns)
+    (folder / "events").mkdir()
+    paths = [folder / "events" / f"{number}.{kind}" for number in range(files)]
+    for path, first, end in zip(paths, bounds[:-1], bounds[1:], strict=True):
+        write_table(table.slice(first, end - first), path)
+    names = [f"{n:02d}" for n in range(12)]
+    kinds = [None if n % 3 else f"kind {n}" for n in range(12)]
+    items = folder / f"items.{kind}"
+    write_table(
+        pa.table({"item": names, "title": [f"títle {n}" for n in names], "kind": kinds}), items
+    )
+    return [str(folder / "events")], [str(items)]
+
+
+def write_table(table, path):
+    if path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+
+
+def random_events(seed, users=40, seconds=50, step=1):
+    """(user, item, time, rating); users 0 to 4 have one interaction."""
+    rng = random.Random(seed)
+    events = []
+    for user in range(users):
+        for _ in range(1 if user < 5 else rng.randrange(2, 30)):
+            time = START + step * rng.randrange(seconds)
+            events.append((f"u{user:03d}", f"{rng.randrange(12):02d}", time, rng.randrange(1, 6)))
+    rng.shuffle(events)
+    return events
+
+
+def both(tmp_path, paths, items, label="rating >= 4", columns=COLUMNS, **options):
+    """What each engine built, or the error that it raised."""
+    results = []
+    for engine, build in [("duckdb", build_dataset), ("spark", build_with_spark)]:
+        out = tmp_path / engine
+        read = partial(read_events, paths=paths, items=items, columns=columns, label=label)
+        try:
+            results.append(build(read, str(out), BuildOptions(**options)))
+        except UserError as error:
+            assert not out.exists()
+            results.append(str(error))
+    return results
+
+
+@needs_java
+@pytest.mark.parametrize(
+    ("seed", "rule", "kind", "step", "limits"),
+    [
+        (0, "time", "parquet", 1, (60, 20)),
+        (1, "time", "csv", 40_000, (10**6, 50)),
+        (2, "leave-last", "parquet", 1, (7, 1000)),
+        (3, "leave-last", "csv", 1, (100, 10)),
+    ],
+)
+def test_both_engines_write_the_same_bytes(spark, tmp_path, seed, rule, kind, step, limits):
+    paths, items = write_input(tmp_path, random_events(seed, step=step), kind)
+    shard, group = limits
+    duck, spark_made = both(
+        tmp_path,
+        paths,
+        items,
+        split=rule,
+        context_limit=6,
+        shard_interactions=shard,
+        row_group_interactions=group,
+    )
+    assert spark_made.manifest == duck.manifest
+    assert spark_made.notes == duck.notes
+    assert any("out of time order" in note for note in duck.notes)
+    assert duck.manifest.counts.users_left_out == 5
+    dataset = Dataset.open(str(tmp_path / "spark"))
+    dataset.verify_checksums()
+    if shard < 1000:
+        assert all(len(dataset.parts(split)) > 1 for split in SPLITS)
+    assert sorted(path.name for path in (tmp_path / "spark").iterdir()) == sorted(
+        ["dataset.json", "items", *SPLITS]
+    )
+
+
+@needs_java
+def test_times_as_text_are_read_alike(spark, tmp_path):
+    events = [
+        (user, item, f"{np.datetime64(time, 's')}Z", rating)
+        for user, item, time, rating in random_events(5)
+    ]
+    duck, spark_made = both(tmp_path, *write_input(tmp_path, events, "csv"))
+    assert spark_made.manifest == duck.manifest
+
+
+@needs_java
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "rating"}, r"expected every label to be 0 or 1; \d+ are not. The first is"),
+        ({"label": "user::INTEGER"}, "Could not convert string"),
+        ({"item": "99"}, "interactions have an item with no row in the item table"),
+        ({"user": None}, r"expected a user in every interaction; 1 have none .* interaction 78"),
+        ({"time": "yesterday"}, "--time-col time: expected numbers or ISO dates .*'yesterday'"),
+        ({"seconds": 1}, "train, valid is empty: timestamps run from"),
+        ({"columns": EventColumns("user", "item", "tine", "item", ("title",))}, "--time-col tine"),
+    ],
+)
+def test_both_engines_refuse_alike(spark, tmp_path, change, message):
+    events = random_events(7, seconds=change.pop("seconds", 50))
+    if "time" in change:
+        events = [(u, i, str(np.datetime64(t, "s")), r) for u, i, t, r in events]
+    for place, column in enumerate(("user", "item", "time")):
+        if column in change:
+            row = list(events[77])
+            row[place] = change.pop(column)
+            events[77] = tuple(row)
+    duck, spark_made = both(tmp_path, *write_input(tmp_path, events), **change)
+    assert isinstance(duck, str)
+    assert spark_made == duck
+    pytest.raises(UserError, match=message).__exit__(UserError, UserError(duck), None)
+
+
+def test_without_pyspark_or_java_the_error_says_how_to_get_them(tmp_path, monkeypatch):
+    def build():
+        build_with_spark(lambda workspace, extreme: None, str(tmp_path / "out"), BuildOptions())
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dti-dist\[spark\]'"):
+        build()
+    monkeypatch.undo()
+    pyspark = pytest.importorskip("pyspark")
+    monkeypatch.setattr(pyspark.SparkContext, "_active_spark_context", None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(UserError, match="found no java on PATH.*Install Java 17"):
+        build()
