@@ -147,6 +147,7 @@ class Summary:
     manifest: Manifest
     notes: list[str]
     seconds: float
+    written: list[str] | None = None  # files, where not all of the data set
 
     def __str__(self) -> str:
         manifest, counts = self.manifest, self.manifest.counts
@@ -165,11 +166,11 @@ class Summary:
                 f"{found.clicks / found.targets:>11.4f}   "
                 f"{date_and_time(found.first_timestamp)} … {date_and_time(found.last_timestamp)}"
             )
-        size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+        written = list(manifest.files) if self.written is None else self.written
+        size = sum(manifest.files[path].bytes for path in written) / 1e6
         lines += ["", *(f"note: {note}" for note in self.notes)]
         lines.append(
-            f"wrote {len(manifest.files)} files, {size:,.1f} MB, in {self.seconds:.1f} s: "
-            f"{self.uri}"
+            f"wrote {len(written)} files, {size:,.1f} MB, in {self.seconds:.1f} s: {self.uri}"
         )
         return "\n".join(lines)
 
@@ -190,7 +191,7 @@ def build_dataset(
         source = read_source(workspace)
         tables = DuckTables(workspace, source)
         load_items(tables, source)
-        _load_events(tables, source)
+        load_events(tables, source)
         check_events(tables)
         users = count_users(tables)
         days = count_days(tables, users.kept_events)
@@ -337,26 +338,22 @@ def stream(connection: duckdb.DuckDBPyConnection, query: str, rows: int) -> pa.R
     return read(rows)
 
 
-def load_items(tables: DuckTables, source: Source) -> None:
+def load_items(tables: DuckTables, source: Source, known: str | None = None) -> None:
     """Make the tables ``items`` (item_schema), with dense ids in the order of source_id, and
-    ``item_sizes``. Raises UserError for ids that are missing or occur twice."""
-    texts = source.text_columns
+    ``item_sizes``. Items of the relation ``known`` keep their ids and texts, and come first.
+    Raises UserError for ids that are missing or occur twice."""
+    texts = tables.text_columns
     if not texts or {"item_id", "source_id"} & set(texts):
         raise UserError(
             "item text columns: expected at least one, and none named item_id or source_id, which "
             f"the data set uses itself; found {', '.join(texts) or 'none'}."
         )
     doing = "reading the item table"
+    names = ", ".join(quote(text) for text in texts)
     columns = ", ".join(f"coalesce({quote(text)}, '') AS {quote(text)}" for text in texts)
-    tables.create(
-        "items",
-        "SELECT row_number() OVER (ORDER BY source_id) - 1 AS item_id, "
-        f"source_id, {columns} FROM ({source.items})",
-        doing,
-    )
-    tables.create("item_sizes", f"{item_sizes_select(texts)} FROM items", doing)
+    tables.create("given_items", f"SELECT source_id, {columns} FROM ({source.items})", doing)
     (without_id,) = tables.rows(
-        "SELECT count(*) AS items FROM items WHERE source_id IS NULL", doing
+        "SELECT count(*) AS items FROM given_items WHERE source_id IS NULL", doing
     )
     if without_id["items"]:
         raise UserError(
@@ -365,7 +362,7 @@ def load_items(tables: DuckTables, source: Source) -> None:
         )
     (repeated,) = tables.rows(
         "SELECT count(*) AS ids, array_agg(source_id ORDER BY source_id)[:3] AS examples FROM "
-        "(SELECT source_id FROM items GROUP BY source_id HAVING count(*) > 1)",
+        "(SELECT source_id FROM given_items GROUP BY source_id HAVING count(*) > 1)",
         doing,
     )
     if repeated["ids"]:
@@ -373,6 +370,17 @@ def load_items(tables: DuckTables, source: Source) -> None:
             f"{source.name}: expected one row per item in the item table; {repeated['ids']:,} ids "
             f"have several, e.g. {listed(repeated['examples'])}. Remove the duplicates."
         )
+    number = "row_number() OVER (ORDER BY source_id) - 1"
+    if known is None:
+        items = f"SELECT {number} AS item_id, source_id, {names} FROM given_items"
+    else:
+        items = (
+            f"SELECT item_id, source_id, {names} FROM {known} UNION ALL "
+            f"SELECT (SELECT count(*) FROM {known}) + {number}, source_id, {names} FROM "
+            f"given_items ANTI JOIN {known} USING (source_id)"
+        )
+    tables.create("items", items, doing)
+    tables.create("item_sizes", f"{item_sizes_select(texts)} FROM items", doing)
 
 
 def events_query(tables: DuckTables, source: Source, scan: str) -> str:
@@ -394,7 +402,7 @@ def events_query(tables: DuckTables, source: Source, scan: str) -> str:
     )
 
 
-def _load_events(tables: DuckTables, source: Source) -> None:
+def load_events(tables: DuckTables, source: Source) -> None:
     """Make the table ``events``; the rowid of what it shows is the input order."""
     query = events_query(tables, source, source.events)
     say(f"{source.name}: reading the interactions")
@@ -423,7 +431,7 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
         "CREATE TABLE ranks AS SELECT *, row_number() OVER (ORDER BY md5(user_id), user_id) AS "
         "rank FROM users"
     )
-    interactions = _Rows(
+    interactions = RowStream(
         stream(
             connection,
             "SELECT items.item_id::INTEGER AS item_id, label::TINYINT AS label, timestamp, "
@@ -442,20 +450,21 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
             before = ends[start] - lengths[start]
             end = int(np.searchsorted(ends, before + _INTERACTIONS_AT_A_TIME, side="right"))
             end = max(end, start + 1)
-            columns = interactions.take(int(ends[end - 1] - before))
+            taken = interactions.take(int(ends[end - 1] - before))
+            columns = {name: taken[name].to_numpy() for name in taken.column_names}
             user_ids = batch["user_id"].slice(start, end - start)
             yield Histories(user_ids, lengths[start:end], columns)
             start = end
 
 
-class _Rows:
+class RowStream:
     """Takes any number of rows from a stream of record batches."""
 
     def __init__(self, reader: pa.RecordBatchReader):
         self._reader = reader
         self._held = reader.schema.empty_table()
 
-    def take(self, count: int) -> dict[str, np.ndarray]:
+    def take(self, count: int) -> pa.Table:
         tables = [self._held]
         missing = count - len(self._held)
         while missing > 0:
@@ -464,8 +473,7 @@ class _Rows:
             missing -= len(batch)
         rows = pa.concat_tables(tables)
         self._held = rows.slice(count)
-        taken = rows.slice(0, count)
-        return {name: taken[name].to_numpy() for name in taken.column_names}
+        return rows.slice(0, count)
 
 
 def _write_sequences(

@@ -29,7 +29,7 @@ import time
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -150,6 +150,7 @@ def build_with_spark(
         _session(master) as spark,
         storage.publish_folder(out_uri, options.force) as staging,
         open_workspace(out_uri, options) as workspace,
+        ExitStack() as stack,
     ):
         source = read_source(workspace, extreme=_SparkExtreme(spark))
         duck = DuckTables(workspace, source)
@@ -164,7 +165,7 @@ def build_with_spark(
             staging, options.shard_interactions, options.row_group_interactions
         ) as writer:
             writer.write_items(item_batches(duck), source.text_columns)
-        tables = _SparkTables(spark, source)
+        tables = stack.enter_context(closing(_SparkTables(spark, source)))
         say(f"{source.name}: reading the interactions")
         tables.scan("events", scan, query, _EVENT_SCHEMA)
         parts = tuple(storage.join(staging, path) for path in sorted(writer.files))
@@ -241,10 +242,14 @@ def _task_errors() -> Iterator[None]:
         yield
     except PythonException as error:
         name = re.escape(f"{UserError.__module__}.{UserError.__qualname__}")
-        told = re.findall(rf"^{name}: (.*)$", str(error), flags=re.MULTILINE)
-        if not told:
-            raise
-        raise UserError(told[-1]) from error
+        if told := re.findall(rf"^{name}: (.*)$", str(error), flags=re.MULTILINE):
+            raise UserError(told[-1]) from error
+        if missing := re.findall(r"^ModuleNotFoundError: (.*)$", str(error), flags=re.MULTILINE):
+            raise UserError(
+                f"--engine spark: expected dti-dist in the Python of the executors; found: "
+                f"{missing[-1]}. Install it there, or set PYSPARK_PYTHON to a Python that has it."
+            ) from error
+        raise
 
 
 def _schema(arrow: pa.Schema) -> str:
@@ -273,6 +278,11 @@ class _SparkTables:
     def __init__(self, spark: Any, source: Source):
         self.spark = spark
         self.name, self.text_columns = source.name, source.text_columns
+        self._kept: list[Any] = []
+
+    def close(self) -> None:
+        for frame in self._kept:
+            frame.unpersist()
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
         with _task_errors():
@@ -295,7 +305,8 @@ class _SparkTables:
     def _keep(self, table: str, frame: Any) -> None:
         from pyspark import StorageLevel
 
-        frame.persist(StorageLevel.DISK_ONLY).createOrReplaceTempView(table)
+        self._kept.append(frame.persist(StorageLevel.DISK_ONLY))
+        frame.createOrReplaceTempView(table)
 
 
 class _SparkExtreme:
