@@ -9,11 +9,13 @@
     test/part-*.parquet
 
 A sequence holds one user's interactions in time order. Those before ``target_start`` are context
-only; the others are the split's targets. In train every interaction is a target; in valid and test
-the user's last ``context_limit`` earlier interactions come first.
+only; the others are the split's targets. As first prepared, in train every interaction is a target;
+in valid and test, and in what was appended, the user's last ``context_limit`` earlier interactions
+come first.
 
 Parts are Parquet with zstd and page checksums. Rows lie in the order of the MD5 of ``user_id``, so
-neighbours are unrelated users and the same input gives the same files.
+neighbours are unrelated users and the same input gives the same files; what was appended at once
+has an order of its own, and in it a user has a row of their own.
 """
 
 from __future__ import annotations
