@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from pyspark import SparkContext
+from pyspark.sql import SparkSession
 
-from dti_dist.data.dataset import SPLITS, Dataset
+from dti_dist.data.dataset import SPLITS, Dataset, SplitRule
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
-from dti_dist.data.prepare.spark import build_with_spark
+from dti_dist.data.prepare.spark import _Cut, build_with_spark
 from dti_dist.errors import UserError
 
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title", "kind"))
@@ -30,12 +32,12 @@ needs_java = pytest.mark.skipif(not shutil.which("java"), reason="Spark needs Ja
 def spark():
     """The session that all tests of this file share: starting one takes seconds."""
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    pyspark_sql = pytest.importorskip("pyspark.sql", reason="the extra spark is not installed")
     session = (
-        pyspark_sql.SparkSession.builder.master("local[2]")
+        SparkSession.builder.master("local[2]")
         .config("spark.ui.enabled", "false")
         .config("spark.sql.shuffle.partitions", "2")
         .config("spark.sql.adaptive.enabled", "false")
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", "50")
         .config("spark.log.level", "OFF")
         .getOrCreate()
     )
@@ -134,7 +136,10 @@ def test_both_engines_refuse_alike(spark, tmp_path):
     pq.write_table(pq.read_table(items[0]).slice(2), tmp_path / "few.parquet")
     few = [str(tmp_path / "few.parquet")]
     for change, message in [
-        ({"label": "rating"}, r"expected every label to be 0 or 1; \d+ are not. The first is 2 in"),
+        (
+            {"label": "rating"},
+            r"expected every label to be 0 or 1; \d+ are not. The first is \d in interaction \d+ ",
+        ),
         (
             {"label": "user[1:1]::INTEGER"},
             "events: reading the interactions failed: Could not conv",
@@ -146,6 +151,36 @@ def test_both_engines_refuse_alike(spark, tmp_path):
         assert re.search(message, duck)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 7, 40])
+def test_histories_that_reach_over_batches_are_cut_as_one(at_a_time):
+    users = np.repeat(["a", "b", "c", "d"], [9, 1, 30, 20])
+    order = np.arange(60)
+    rows = pa.table(
+        {
+            "user_id": users,
+            "item_id": pa.array(order, pa.int32()),
+            "label": pa.array(order % 2, pa.int8()),
+            "timestamp": order // 3,
+            "input_order": order % 5,
+        }
+    )
+    rule = SplitRule(rule="time", boundaries={"valid": 12, "test": 16})
+    plan = {split: [("", "")] for split in SPLITS}
+
+    def cut(rows_of_a_batch, at_a_time):
+        batches = rows.to_batches(max_chunksize=rows_of_a_batch)
+        found = pa.Table.from_batches(_Cut(rule, 4, plan, at_a_time)(batches))
+        disorder = sum(found["out_of_order"].to_pylist())
+        return disorder, found.drop(["out_of_order"]).sort_by(
+            [("split", "ascending"), ("user_id", "ascending")]
+        )
+
+    whole = cut(60, 60)
+    assert whole[0] == 9
+    for rows_of_a_batch in (1, 4, 60):
+        assert cut(rows_of_a_batch, at_a_time) == whole
+
+
 def test_without_pyspark_or_java_the_error_says_how_to_get_them(tmp_path, monkeypatch):
     def build():
         build_with_spark(lambda workspace, extreme: None, str(tmp_path / "out"), BuildOptions())
@@ -153,9 +188,9 @@ def test_without_pyspark_or_java_the_error_says_how_to_get_them(tmp_path, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dti-dist\[spark\]'"):
         build()
-    monkeypatch.undo()
-    pyspark = pytest.importorskip("pyspark")
-    monkeypatch.setattr(pyspark.SparkContext, "_active_spark_context", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(SparkContext, "_active_spark_context", None)
+    monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("JAVA_HOME", raising=False)
     with pytest.raises(UserError, match=r"found no java on PATH.*Install Java 17"):

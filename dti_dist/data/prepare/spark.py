@@ -386,14 +386,21 @@ def _serialise(batches: Batches) -> Iterator[pa.RecordBatch]:
 class _Cut:
     """Cuts interactions, sorted by user, time and place in the input, into sequences of parts."""
 
-    def __init__(self, rule: SplitRule, context_limit: int, plan: dict[str, list[Key]]):
+    def __init__(
+        self,
+        rule: SplitRule,
+        context_limit: int,
+        plan: dict[str, list[Key]],
+        at_a_time: int = _INTERACTIONS_AT_A_TIME,
+    ):
         self._rule, self._context_limit, self._plan = rule, context_limit, plan
+        self._at_a_time = at_a_time
 
     def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
         held: list[pa.RecordBatch] = []
         for batch in batches:
             held.append(batch)
-            if sum(map(len, held)) >= _INTERACTIONS_AT_A_TIME:
+            if sum(map(len, held)) >= self._at_a_time:
                 rows = pa.Table.from_batches(held).combine_chunks()
                 # The last user may have more interactions in the next batch.
                 last = int(_starts(rows)[-1])
