@@ -431,6 +431,8 @@ def _manifest(
             ),
             "label_rate": sum(counts.clicks for counts in splits.values()) / targets,
             "split": rule,
+            # Of targets that were, and the new ones' probabilities are unknown.
+            "source": {key: value for key, value in old.source.items() if key != "ceiling"},
             "statistics": statistics,
             "appends": [*old.appends, record],
             "files": dict(sorted(files.items())),
