@@ -9,11 +9,13 @@
     test/part-*.parquet
 
 A sequence holds one user's interactions in time order. Those before ``target_start`` are context
-only; the others are the split's targets. In train every interaction is a target; in valid and test
-the user's last ``context_limit`` earlier interactions come first.
+only; the others are the split's targets. As first prepared, in train every interaction is a target;
+in valid and test, and in what was appended, the user's last ``context_limit`` earlier interactions
+come first.
 
 Parts are Parquet with zstd and page checksums. Rows lie in the order of the MD5 of ``user_id``, so
-neighbours are unrelated users and the same input gives the same files.
+neighbours are unrelated users and the same input gives the same files; what was appended at once
+has an order of its own, and in it a user has a row of their own.
 """
 
 from __future__ import annotations
@@ -108,8 +110,53 @@ class FileEntry(_Record):
     sha256: str
 
 
+class Distribution(_Record):
+    """How large something is over many. ``median`` and ``p90`` are values that occur: the least
+    that half, and nine tenths, do not exceed."""
+
+    mean: float
+    min: int
+    median: int
+    p90: int
+    max: int
+
+
+class TextSize(Distribution):
+    """``histogram``: interactions by size; sizes above 100 are rounded to two digits."""
+
+    histogram: dict[int, int]
+
+
+class DayCounts(_Record):
+    interactions: int
+    clicks: int
+
+
+class Statistics(_Record):
+    """What the interactions are like. Text is that of an interaction's item, over all the text
+    columns, counted before any template or tokenizer. ``days``: by date in UTC."""
+
+    interactions_per_user: Distribution
+    characters_per_interaction: TextSize
+    words_per_interaction: TextSize
+    days: dict[str, DayCounts]
+
+
+class AppendRecord(_Record):
+    """What one ``prepare events --append`` added; the timestamps are its first and last."""
+
+    append_to: str
+    interactions: int
+    users: int
+    new_users: int
+    new_items: int
+    first_timestamp: int
+    last_timestamp: int
+    source: dict[str, Any] = {}
+
+
 class Manifest(_Record):
-    """The content of ``dataset.json``."""
+    """The content of ``dataset.json``. Fields with a default may be absent in older ones."""
 
     format_version: int = FORMAT_VERSION
     name: str
@@ -121,6 +168,8 @@ class Manifest(_Record):
     split: SplitRule
     item_text_columns: list[str]
     source: dict[str, Any] = {}
+    statistics: Statistics | None = None
+    appends: list[AppendRecord] = []
     files: dict[str, FileEntry]
 
     @field_validator("files")

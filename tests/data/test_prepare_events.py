@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dti_dist.data import storage
 from dti_dist.data.dataset import SPLITS, Dataset, iter_sequences
-from dti_dist.data.prepare.build import BuildOptions, build_dataset
+from dti_dist.data.prepare.build import BuildOptions, build_dataset, open_workspace
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.errors import UserError
 
@@ -447,6 +447,14 @@ def test_missing_mixed_and_broken_files_are_refused(tmp_path):
         build(tmp_path, [str(tmp_path / "broken.parquet")])
     with pytest.raises(UserError, match="a URL that fsspec can open"):
         build(tmp_path, ["nonsense://bucket/x.parquet"])
+
+
+@pytest.mark.parametrize(("limit", "most"), [(None, 6.0), ("2GiB", 2.0)])
+def test_memory_is_bounded_on_any_machine(tmp_path, limit, most):
+    with open_workspace(str(tmp_path / "out"), BuildOptions(memory_limit=limit)) as workspace:
+        found = workspace.connection.sql("SELECT current_setting('memory_limit')").fetchall()[0][0]
+    number, unit = found.split()
+    assert unit == "MiB" or float(number) <= most
 
 
 def test_bad_options_are_refused():

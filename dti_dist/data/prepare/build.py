@@ -14,31 +14,47 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-from sklearn.metrics import roc_auc_score
 
 from dti_dist.console import progress, say
 from dti_dist.data import storage
 from dti_dist.data.dataset import Manifest, SplitRule, item_schema
+from dti_dist.data.prepare import statistics
+from dti_dist.data.prepare.ceiling import Ceiling
 from dti_dist.data.prepare.split import (
     Histories,
     cut_sequences,
+    disorder,
     inside,
-    positions,
     target_ranges,
+)
+from dti_dist.data.prepare.tables import (
+    FEWEST_INTERACTIONS,
+    UserCounts,
+    check_events,
+    choose_split,
+    count_days,
+    count_users,
+    date_and_time,
+    item_sizes_select,
+    listed,
+    quote,
+    read_statistics,
+    refuse_empty_split,
 )
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.errors import UserError
 
 # About 30 bytes each in Python: enough to make numpy's overhead vanish, little to hold in memory.
 _INTERACTIONS_AT_A_TIME = 1 << 20
-_FEWEST_INTERACTIONS = 2
+# With it 100 million interactions took a process of 6.3 GiB; what stays free caches the spill.
+_MOST_MEMORY = "6 GiB"
+SET_UTC = "SET TimeZone = 'UTC'"  # for dates without a zone
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,9 @@ class BuildOptions:
     """How a data set is built; see ``dti-dist prepare events --help``.
 
     ``fractions`` of the interactions go to train, valid and test under the rule ``time``.
-    ``memory_limit`` is DuckDB's, e.g. "8GB" or "70%"; ``temp_directory`` is where it spills,
-    by default beside a local output and in the system's temporary folder otherwise.
+    ``memory_limit`` is DuckDB's, e.g. "8GB" or "70%", by default 70 % of the machine's memory and
+    at most 6 GiB; ``temp_directory`` is where it spills, by default beside a local output and in
+    the system's temporary folder otherwise.
     """
 
     split: Literal["time", "leave-last"] = "time"
@@ -55,7 +72,7 @@ class BuildOptions:
     context_limit: int = 256
     shard_interactions: int = 2_000_000
     row_group_interactions: int = 65_536
-    memory_limit: str = "70%"
+    memory_limit: str | None = None
     threads: int | None = None
     temp_directory: str | None = None
     force: bool = False
@@ -82,6 +99,21 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class FileScan:
+    """A SELECT over files that may also be read one by one: ``select`` ends before its FROM, and
+    ``reader`` is a table function of DuckDB that takes a list of files, then ``options``."""
+
+    select: str
+    reader: str
+    files: tuple[str, ...]
+    options: str = ""
+
+    def query(self, files: tuple[str, ...] | None = None) -> str:
+        paths = ", ".join(literal(file) for file in files or self.files)
+        return f"{self.select} FROM {self.reader}([{paths}]{self.options})"
+
+
+@dataclass(frozen=True)
 class Source:
     """What a source hands to the engine.
 
@@ -94,6 +126,7 @@ class Source:
         text_columns: their names.
         description: what ``dataset.json`` says under ``source``.
         notes: lines for the summary.
+        event_files: the same as ``events``, file by file, for engines that share them out.
     """
 
     name: str
@@ -102,6 +135,7 @@ class Source:
     text_columns: list[str]
     description: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    event_files: FileScan | None = None
 
 
 @dataclass(frozen=True)
@@ -110,18 +144,17 @@ class Summary:
 
     uri: str
     manifest: Manifest
-    interactions_per_user: tuple[int, int, int, int]  # min, median, 90th percentile, max
     notes: list[str]
     seconds: float
+    written: list[str] | None = None  # files, where not all of the data set
 
     def __str__(self) -> str:
         manifest, counts = self.manifest, self.manifest.counts
-        least, median, p90, most = self.interactions_per_user
+        described = statistics.describe(manifest.statistics) if manifest.statistics else []
         lines = [
             f"{manifest.name}: {counts.interactions:,} interactions of {counts.users:,} users "
             f"with {counts.items:,} items, label rate {manifest.label_rate:.4f}",
-            f"interactions per user: min {least:,}, median {median:,}, 90 % at most {p90:,}, "
-            f"max {most:,}",
+            *described,
             "",
             f"{'split':<6} {'sequences':>11} {'targets':>13} {'label rate':>11}   "
             "first and last target",
@@ -130,13 +163,13 @@ class Summary:
             lines.append(
                 f"{split:<6} {found.rows:>11,} {found.targets:>13,} "
                 f"{found.clicks / found.targets:>11.4f}   "
-                f"{_date(found.first_timestamp)} … {_date(found.last_timestamp)}"
+                f"{date_and_time(found.first_timestamp)} … {date_and_time(found.last_timestamp)}"
             )
-        size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+        written = list(manifest.files) if self.written is None else self.written
+        size = sum(manifest.files[path].bytes for path in written) / 1e6
         lines += ["", *(f"note: {note}" for note in self.notes)]
         lines.append(
-            f"wrote {len(manifest.files)} files, {size:,.1f} MB, in {self.seconds:.1f} s: "
-            f"{self.uri}"
+            f"wrote {len(written)} files, {size:,.1f} MB, in {self.seconds:.1f} s: {self.uri}"
         )
         return "\n".join(lines)
 
@@ -152,44 +185,64 @@ def build_dataset(
     started = time.monotonic()
     with (
         storage.publish_folder(out_uri, options.force) as staging,
-        _open_workspace(out_uri, options) as workspace,
+        open_workspace(out_uri, options) as workspace,
     ):
         source = read_source(workspace)
-        connection = workspace.connection
-        _load_items(connection, source)
-        _load_events(connection, source)
-        per_user, left_out = _rank_users(connection, source)
-        rule = _split_rule(connection, options)
+        tables = DuckTables(workspace, source)
+        load_items(tables, source)
+        load_events(tables, source)
+        check_events(tables)
+        users = count_users(tables)
+        days = count_days(tables, users.kept_events)
+        rule = choose_split(tables, options.split, options.fractions, days, users.kept_events)
         with DatasetWriter(
             staging, options.shard_interactions, options.row_group_interactions
         ) as writer:
-            texts = source.text_columns
-            writer.write_items(_item_batches(connection, texts), texts)
-            disorder, ceiling = _write_sequences(connection, writer, rule, options.context_limit)
-            _refuse_empty_split(connection, writer, rule)
-            manifest = writer.finish(
-                name=source.name,
-                users=per_user["users"],
-                users_left_out=left_out["users"],
-                interactions_left_out=left_out["interactions"],
-                context_limit=options.context_limit,
-                split=rule,
-                item_text_columns=texts,
-                source=source.description | ({"ceiling": ceiling} if ceiling else {}),
+            writer.write_items(item_batches(tables), source.text_columns)
+            out_of_order, ceiling = _write_sequences(
+                tables, writer, users, rule, options.context_limit
             )
+            empty = [split for split, counts in writer.splits.items() if not counts.rows]
+            refuse_empty_split(empty, rule, days)
+            manifest = writer.finish(
+                users=users.users,
+                split=rule,
+                statistics=read_statistics(tables, users.per_user, days),
+                **manifest_fields(source, options, users, ceiling),
+            )
+    notes = summary_notes(source, users, out_of_order, ceiling)
+    return Summary(out_uri, manifest, notes, time.monotonic() - started)
+
+
+def manifest_fields(
+    source: Source, options: BuildOptions, users: UserCounts, ceiling: dict[str, float]
+) -> dict[str, Any]:
+    """Fields of Manifest and Counts that every engine fills alike."""
+    return {
+        "name": source.name,
+        "users_left_out": users.users_left_out,
+        "interactions_left_out": users.interactions_left_out,
+        "context_limit": options.context_limit,
+        "item_text_columns": source.text_columns,
+        "source": source.description | ({"ceiling": ceiling} if ceiling else {}),
+    }
+
+
+def summary_notes(
+    source: Source, users: UserCounts, out_of_order: int, ceiling: dict[str, float]
+) -> list[str]:
     notes = list(source.notes)
-    if disorder:
-        notes.append(f"interactions out of time order in the input, now sorted: {disorder:,}")
-    if left_out["users"]:
+    if out_of_order:
+        notes.append(f"interactions out of time order in the input, now sorted: {out_of_order:,}")
+    if users.users_left_out:
         notes.append(
-            f"users left out, for they have fewer than {_FEWEST_INTERACTIONS} interactions: "
-            f"{left_out['users']:,}"
+            f"users left out, for they have fewer than {FEWEST_INTERACTIONS} interactions: "
+            f"{users.users_left_out:,}"
         )
     if ceiling:
         known = ", ".join(f"{split} {auc:.4f}" for split, auc in ceiling.items())
         notes.append(f"AUC of the true click probabilities, which no model can beat: {known}")
-    quantiles = (per_user["least"], per_user["median"], per_user["p90"], per_user["most"])
-    return Summary(out_uri, manifest, quantiles, notes, time.monotonic() - started)
+    return notes
 
 
 @contextmanager
@@ -212,13 +265,13 @@ def short_reason(error: Exception) -> str:
     return re.sub(r"^[A-Z][A-Za-z ]*Error: ", "", first)
 
 
-def quote(name: str) -> str:
-    """An SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
+def literal(text: str) -> str:
+    """An SQL string."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 @contextmanager
-def _open_workspace(out_uri: str, options: BuildOptions) -> Iterator[Workspace]:
+def open_workspace(out_uri: str, options: BuildOptions) -> Iterator[Workspace]:
     beside = options.temp_directory
     if beside is None and storage.is_local(out_uri):
         beside = storage.parent_and_name(out_uri)[0]
@@ -226,28 +279,59 @@ def _open_workspace(out_uri: str, options: BuildOptions) -> Iterator[Workspace]:
         Path(beside).mkdir(parents=True, exist_ok=True)
     name = storage.parent_and_name(out_uri)[1]
     with tempfile.TemporaryDirectory(prefix=f".{name}.work-", dir=beside) as folder:
-        config: dict[str, Any] = {
-            "memory_limit": options.memory_limit,
-            "temp_directory": f"{folder}/spill",
-        }
+        config: dict[str, Any] = {"temp_directory": f"{folder}/spill"}
+        if options.memory_limit:
+            config["memory_limit"] = options.memory_limit
         if options.threads:
             config["threads"] = options.threads
         with sql_errors("starting DuckDB with --memory-limit and --threads as given"):
             connection = duckdb.connect(f"{folder}/work.duckdb", config=config)
-            connection.execute("SET TimeZone = 'UTC'")  # for dates without a zone
+            if not options.memory_limit:
+                _limit_memory(connection)
+            connection.execute(SET_UTC)
         try:
             yield Workspace(connection, Path(folder))
         finally:
             connection.close()
 
 
-def _row(connection: duckdb.DuckDBPyConnection, query: str) -> dict[str, Any]:
-    """The only row of a query's result, by column name."""
-    result = connection.sql(query)
-    return dict(zip(result.columns, result.fetchall()[0], strict=True))
+def _limit_memory(connection: duckdb.DuckDBPyConnection) -> None:
+    """At most 70 % of what DuckDB takes the machine, or its container, to have."""
+    connection.execute("SET memory_limit = '70%'")
+    share = _bytes(connection)
+    connection.execute(f"SET memory_limit = '{_MOST_MEMORY}'")
+    if share < _bytes(connection):
+        connection.execute("SET memory_limit = '70%'")
 
 
-def _stream(connection: duckdb.DuckDBPyConnection, query: str, rows: int) -> pa.RecordBatchReader:
+def _bytes(connection: duckdb.DuckDBPyConnection) -> int:
+    """DuckDB's limit, which it writes as "6.0 GiB"."""
+    setting = connection.sql("SELECT current_setting('memory_limit')").fetchall()[0][0]
+    number, unit = setting.split()
+    return round(float(number) * 1024 ** ("bytes", "KiB", "MiB", "GiB", "TiB").index(unit))
+
+
+class DuckTables:
+    """The raw interactions as tables of DuckDB; see Tables."""
+
+    def __init__(self, workspace: Workspace, source: Source):
+        self.connection = workspace.connection
+        self.name, self.text_columns = source.name, source.text_columns
+
+    def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
+        with sql_errors(f"{self.name}: {doing}"):
+            result = self.connection.sql(query)
+            return [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
+
+    def create(self, table: str, query: str, doing: str) -> None:
+        with sql_errors(f"{self.name}: {doing}"):
+            self.connection.execute(f"CREATE TABLE {table} AS {query}")
+
+    def input_number(self, input_order: int) -> int:
+        return input_order + 1
+
+
+def stream(connection: duckdb.DuckDBPyConnection, query: str, rows: int) -> pa.RecordBatchReader:
     """The result as record batches of at most so many rows, on a cursor of its own: DuckDB allows
     one unfinished result per cursor. Older releases call it fetch_record_batch."""
     relation = connection.cursor().sql(query)
@@ -255,43 +339,56 @@ def _stream(connection: duckdb.DuckDBPyConnection, query: str, rows: int) -> pa.
     return read(rows)
 
 
-def _load_items(connection: duckdb.DuckDBPyConnection, source: Source) -> None:
-    texts = source.text_columns
+def load_items(tables: DuckTables, source: Source, known: str | None = None) -> None:
+    """Make the tables ``items`` (item_schema), with dense ids in the order of source_id, and
+    ``item_sizes``. Items of the relation ``known`` keep their ids and texts, and come first.
+    Raises UserError for ids that are missing or occur twice."""
+    texts = tables.text_columns
     if not texts or {"item_id", "source_id"} & set(texts):
         raise UserError(
             "item text columns: expected at least one, and none named item_id or source_id, which "
             f"the data set uses itself; found {', '.join(texts) or 'none'}."
         )
-    with sql_errors(f"{source.name}: reading the item table"):
-        columns = ", ".join(f"coalesce({quote(text)}, '') AS {quote(text)}" for text in texts)
-        connection.execute(
-            "CREATE TABLE items AS SELECT row_number() OVER (ORDER BY source_id) - 1 AS item_id, "
-            f"source_id, {columns} FROM ({source.items})"
-        )
-        without_id = _row(
-            connection, "SELECT count(*) AS items FROM items WHERE source_id IS NULL"
-        )["items"]
-        repeated = _row(
-            connection,
-            "SELECT count(*) AS ids, array_agg(source_id ORDER BY source_id)[:3] AS examples FROM "
-            "(SELECT source_id FROM items GROUP BY source_id HAVING count(*) > 1)",
-        )
-    if without_id:
+    doing = "reading the item table"
+    names = ", ".join(quote(text) for text in texts)
+    columns = ", ".join(f"coalesce({quote(text)}, '') AS {quote(text)}" for text in texts)
+    tables.create("given_items", f"SELECT source_id, {columns} FROM ({source.items})", doing)
+    (without_id,) = tables.rows(
+        "SELECT count(*) AS items FROM given_items WHERE source_id IS NULL", doing
+    )
+    if without_id["items"]:
         raise UserError(
-            f"{source.name}: expected an id for every row of the item table; {without_id:,} rows "
-            "have none. Remove those rows."
+            f"{source.name}: expected an id for every row of the item table; "
+            f"{without_id['items']:,} rows have none. Remove those rows."
         )
+    (repeated,) = tables.rows(
+        "SELECT count(*) AS ids, array_agg(source_id ORDER BY source_id)[:3] AS examples FROM "
+        "(SELECT source_id FROM given_items GROUP BY source_id HAVING count(*) > 1)",
+        doing,
+    )
     if repeated["ids"]:
         raise UserError(
             f"{source.name}: expected one row per item in the item table; {repeated['ids']:,} ids "
-            f"have several, e.g. {_listed(repeated['examples'])}. Remove the duplicates."
+            f"have several, e.g. {listed(repeated['examples'])}. Remove the duplicates."
         )
+    number = "row_number() OVER (ORDER BY source_id) - 1"
+    if known is None:
+        items = f"SELECT {number} AS item_id, source_id, {names} FROM given_items"
+    else:
+        items = (
+            f"SELECT item_id, source_id, {names} FROM {known} UNION ALL "
+            f"SELECT (SELECT count(*) FROM {known}) + {number}, source_id, {names} FROM "
+            f"given_items ANTI JOIN {known} USING (source_id)"
+        )
+    tables.create("items", items, doing)
+    tables.create("item_sizes", f"{item_sizes_select(texts)} FROM items", doing)
 
 
-def _load_events(connection: duckdb.DuckDBPyConnection, source: Source) -> None:
-    """Make the table ``events``; its rowid is the input order."""
+def events_query(tables: DuckTables, source: Source, scan: str) -> str:
+    """A SELECT for the table ``events`` over ``scan``, which is the source's. Raises UserError for
+    a label that is no number."""
     with sql_errors(f"{source.name}: reading the interactions"):
-        found = connection.sql(source.events)
+        found = tables.connection.sql(source.events)
         types = dict(zip(found.columns, map(str, found.types), strict=True))
     if not re.match(r"BOOL|U?[A-Z]*INT|FLOAT|DOUBLE|DECIMAL", types["label"]):
         raise UserError(
@@ -300,165 +397,52 @@ def _load_events(connection: duckdb.DuckDBPyConnection, source: Source) -> None:
             "\"event = 'click'\"."
         )
     probability = ", probability" if "probability" in types else ""
-    say(f"{source.name}: reading the interactions")
-    with sql_errors(f"{source.name}: reading the interactions"):
-        connection.execute(
-            "CREATE TABLE events AS SELECT user_id, item_id, time_us, "
-            "CAST(floor(time_us / 1000000) AS BIGINT) AS timestamp, "
-            f"CAST(label AS DOUBLE) AS label{probability} FROM ({source.events})"
-        )
-    _check_events(connection, source)
-
-
-def _check_events(connection: duckdb.DuckDBPyConnection, source: Source) -> None:
-    if not _row(connection, "SELECT count(*) AS rows FROM events")["rows"]:
-        raise UserError(
-            f"{source.name}: expected interactions, found none: the input has no rows. Check the "
-            "paths."
-        )
-    for column, what in [
-        ("user_id", "a user"),
-        ("item_id", "an item"),
-        ("time_us", "a timestamp"),
-        ("label", "a label"),
-    ]:
-        count, first = _offending(connection, f"{column} IS NULL")
-        if count:
-            raise UserError(
-                f"{source.name}: expected {what} in every interaction; {count:,} have none (null)"
-                f". The first is {_place(first)}. Remove or fill these rows, or check which column "
-                "the command reads."
-            )
-    count, first = _offending(connection, "label NOT IN (0, 1)")
-    if count:
-        raise UserError(
-            f"{source.name}: expected every label to be 0 or 1; {count:,} are not. The first is "
-            f"{first['label']:g} in {_place(first)}. Use an expression that is true for a click, "
-            'e.g. --label "rating >= 4".'
-        )
-    texts = ", ".join(quote(name) for name in source.text_columns)
-    for condition, problem in [
-        ("items.source_id IS NULL", "have an item with no row in the item table"),
-        (
-            f"trim(concat_ws('', {texts})) = ''",
-            f"have an item with no text (null or blank in {texts})",
-        ),
-    ]:
-        found = _row(
-            connection,
-            "SELECT sum(interactions) AS interactions, count(*) AS items, "
-            "array_agg(item_id ORDER BY item_id)[:3] AS examples FROM (SELECT events.item_id, "
-            "count(*) AS interactions FROM events LEFT JOIN items ON events.item_id = "
-            f"items.source_id WHERE {condition} GROUP BY events.item_id)",
-        )
-        if found["items"]:
-            raise UserError(
-                f"{source.name}: {found['interactions']:,} interactions {problem}; "
-                f"{found['items']:,} such items, e.g. {_listed(found['examples'])}. Add them to "
-                "the item table, or remove their interactions."
-            )
-
-
-def _offending(connection: duckdb.DuckDBPyConnection, condition: str) -> tuple[int, dict[str, Any]]:
-    """How many events meet the condition, and the first of them in input order."""
-    found = _row(
-        connection, f"SELECT count(*) AS rows, min(rowid) AS first FROM events WHERE {condition}"
+    return (
+        "SELECT user_id, item_id, time_us, CAST(floor(time_us / 1000000) AS BIGINT) AS timestamp, "
+        f"CAST(label AS DOUBLE) AS label{probability} FROM ({scan})"
     )
-    if not found["rows"]:
-        return 0, {}
-    query = f"SELECT rowid + 1 AS number, * FROM events WHERE rowid = {found['first']}"
-    return found["rows"], _row(connection, query)
 
 
-def _place(event: dict[str, Any]) -> str:
-    return f"interaction {event['number']:,} (user {event['user_id']}, item {event['item_id']})"
+def load_events(tables: DuckTables, source: Source) -> None:
+    """Make the table ``events``; the rowid of what it shows is the input order."""
+    query = events_query(tables, source, source.events)
+    say(f"{source.name}: reading the interactions")
+    tables.create("stored_events", query, "reading the interactions")
+    tables.connection.execute(
+        "CREATE VIEW events AS SELECT rowid AS input_order, * FROM stored_events"
+    )
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-def _rank_users(
-    connection: duckdb.DuckDBPyConnection, source: Source
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Make the table ``users`` of those with enough interactions, ranked by the MD5 of their id.
-
-    Gives the number of users and quantiles of their interactions, and what is left out.
-    """
-    with sql_errors("ranking the users"):
-        connection.execute(
-            "CREATE TABLE all_users AS SELECT user_id, count(*) AS interactions FROM events "
-            "GROUP BY user_id"
-        )
-        connection.execute(
-            "CREATE TABLE users AS SELECT *, row_number() OVER (ORDER BY md5(user_id), user_id) "
-            f"AS rank FROM all_users WHERE interactions >= {_FEWEST_INTERACTIONS}"
-        )
-        per_user = _row(
-            connection,
-            "SELECT count(*) AS users, min(interactions) AS least, max(interactions) AS most, "
-            "quantile_disc(interactions, 0.5) AS median, quantile_disc(interactions, 0.9) AS p90 "
-            "FROM users",
-        )
-        left_out = _row(
-            connection,
-            "SELECT count(*) AS users, coalesce(sum(interactions), 0)::BIGINT AS interactions "
-            f"FROM all_users WHERE interactions < {_FEWEST_INTERACTIONS}",
-        )
-    if not per_user["users"]:
-        raise UserError(
-            f"{source.name}: expected users with at least {_FEWEST_INTERACTIONS} interactions; all "
-            f"{left_out['users']:,} users have fewer. Check the user column."
-        )
-    return per_user, left_out
-
-
-def _split_rule(connection: duckdb.DuckDBPyConnection, options: BuildOptions) -> SplitRule:
-    if options.split == "leave-last":
-        return SplitRule(rule="leave-last")
-    total = _row(connection, "SELECT sum(interactions)::BIGINT AS n FROM users")["n"]
-    train, valid, _ = options.fractions
-    # A boundary is the timestamp that has the nearest to the wanted number of interactions
-    # before it; of two equally near, the earlier.
-    nearest = "min(struct_pack(distance := abs(before - {}), timestamp := timestamp)).timestamp"
-    with sql_errors("finding the split's boundaries"):
-        boundaries = _row(
-            connection,
-            "WITH per_second AS (SELECT timestamp, count(*) AS n FROM events SEMI JOIN users "
-            "USING (user_id) GROUP BY timestamp), cumulative AS (SELECT timestamp, "
-            "sum(n) OVER (ORDER BY timestamp) - n AS before FROM per_second) "
-            f"SELECT {nearest.format(round(total * train))} AS valid, "
-            f"{nearest.format(round(total * (train + valid)))} AS test FROM cumulative",
-        )
-    return SplitRule(rule="time", fractions=options.fractions, boundaries=boundaries)
-
-
-def _item_batches(
-    connection: duckdb.DuckDBPyConnection, texts: list[str]
-) -> Iterator[pa.RecordBatch]:
-    schema = item_schema(texts)
+def item_batches(tables: DuckTables, first: int = 0) -> Iterator[pa.RecordBatch]:
+    """The items from this id on, batches of ``item_schema``."""
+    schema = item_schema(tables.text_columns)
     columns = ", ".join(quote(name) for name in schema.names)
-    reader = _stream(connection, f"SELECT {columns} FROM items ORDER BY item_id", 65_536)
-    for batch in reader:
+    query = f"SELECT {columns} FROM items WHERE item_id >= {first} ORDER BY item_id"
+    for batch in stream(tables.connection, query, 65_536):
         yield from pa.Table.from_batches([batch]).cast(schema).to_batches()
 
 
-def _histories(connection: duckdb.DuckDBPyConnection) -> Iterator[Histories]:
-    """All users' histories, in the order of rank."""
+def histories(tables: DuckTables) -> Iterator[Histories]:
+    """The histories of all ``users``, in the order of the MD5 of their id."""
+    connection = tables.connection
     probability = ""
-    if "probability" in connection.table("events").columns:
+    if "probability" in connection.table("stored_events").columns:
         probability = ", probability"
-    interactions = _Rows(
-        _stream(
+    connection.execute(
+        "CREATE TABLE ranks AS SELECT *, row_number() OVER (ORDER BY md5(user_id), user_id) AS "
+        "rank FROM users"
+    )
+    interactions = RowStream(
+        stream(
             connection,
             "SELECT items.item_id::INTEGER AS item_id, label::TINYINT AS label, timestamp, "
-            f"events.rowid AS input_order{probability} FROM events "
-            "JOIN users USING (user_id) JOIN items ON events.item_id = items.source_id "
-            "ORDER BY users.rank, events.time_us, events.rowid",
+            f"input_order{probability} FROM events "
+            "JOIN ranks USING (user_id) JOIN items ON events.item_id = items.source_id "
+            "ORDER BY ranks.rank, events.time_us, events.input_order",
             100_000,
         )
     )
-    users = _stream(connection, "SELECT user_id, interactions FROM users ORDER BY rank", 10_000)
+    users = stream(connection, "SELECT user_id, interactions FROM ranks ORDER BY rank", 10_000)
     for batch in users:
         lengths = np.asarray(batch["interactions"])
         ends = np.cumsum(lengths)
@@ -467,20 +451,21 @@ def _histories(connection: duckdb.DuckDBPyConnection) -> Iterator[Histories]:
             before = ends[start] - lengths[start]
             end = int(np.searchsorted(ends, before + _INTERACTIONS_AT_A_TIME, side="right"))
             end = max(end, start + 1)
-            columns = interactions.take(int(ends[end - 1] - before))
+            taken = interactions.take(int(ends[end - 1] - before))
+            columns = {name: taken[name].to_numpy() for name in taken.column_names}
             user_ids = batch["user_id"].slice(start, end - start)
             yield Histories(user_ids, lengths[start:end], columns)
             start = end
 
 
-class _Rows:
+class RowStream:
     """Takes any number of rows from a stream of record batches."""
 
     def __init__(self, reader: pa.RecordBatchReader):
         self._reader = reader
         self._held = reader.schema.empty_table()
 
-    def take(self, count: int) -> dict[str, np.ndarray]:
+    def take(self, count: int) -> pa.Table:
         tables = [self._held]
         missing = count - len(self._held)
         while missing > 0:
@@ -489,76 +474,37 @@ class _Rows:
             missing -= len(batch)
         rows = pa.concat_tables(tables)
         self._held = rows.slice(count)
-        taken = rows.slice(0, count)
-        return {name: taken[name].to_numpy() for name in taken.column_names}
+        return rows.slice(0, count)
 
 
 def _write_sequences(
-    connection: duckdb.DuckDBPyConnection,
+    tables: DuckTables,
     writer: DatasetWriter,
+    users: UserCounts,
     rule: SplitRule,
     context_limit: int,
-) -> tuple[int, dict[str, float] | None]:
+) -> tuple[int, dict[str, float]]:
     """Cut every history into the splits' sequences and write them.
 
     Gives the number of interactions that stood out of time order in the input, and the AUC of the
     true click probabilities on valid and test where they are known.
     """
-    total = _row(connection, "SELECT sum(interactions)::BIGINT AS n FROM users")["n"]
-    disorder = 0
-    truths: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"valid": [], "test": []}
-    say(f"sorting {total:,} interactions")
+    out_of_order = 0
+    ceilings = {"valid": Ceiling(), "test": Ceiling()}
+    say(f"sorting {users.interactions:,} interactions")
     with (
         sql_errors("sorting the interactions"),
-        progress("writing", total, "interactions") as bar,
+        progress("writing", users.interactions, "interactions") as bar,
     ):
-        for histories in _histories(connection):
-            position = positions(histories.lengths)
-            order = histories.columns["input_order"]
-            disorder += int(np.count_nonzero((np.diff(order) < 0) & (position[1:] > 0)))
-            for split, begin, end in target_ranges(histories, rule):
-                writer.write_sequences(split, cut_sequences(histories, begin, end, context_limit))
-                if "probability" in histories.columns and split in truths:
-                    targets = inside(histories, begin, end)
-                    truths[split].append(
-                        (
-                            histories.columns["label"][targets],
-                            histories.columns["probability"][targets],
-                        )
+        for some in histories(tables):
+            out_of_order += disorder(some)
+            for split, begin, end in target_ranges(some, rule):
+                writer.write_sequences(split, cut_sequences(some, begin, end, context_limit))
+                if "probability" in some.columns and split in ceilings:
+                    targets = inside(some, begin, end)
+                    ceilings[split].add(
+                        some.columns["probability"][targets], some.columns["label"][targets]
                     )
-            bar.advance(len(order))
-    ceiling = {
-        split: float(roc_auc_score(*map(np.concatenate, zip(*found, strict=True))))
-        for split, found in truths.items()
-        if found and 0 < writer.splits[split].clicks < writer.splits[split].targets
-    }
-    return disorder, ceiling or None
-
-
-def _refuse_empty_split(
-    connection: duckdb.DuckDBPyConnection, writer: DatasetWriter, rule: SplitRule
-) -> None:
-    empty = [split for split, counts in writer.splits.items() if not counts.rows]
-    if not empty:
-        return
-    if rule.boundaries is None:
-        raise UserError(
-            f"the split {', '.join(empty)} is empty: leave-last gives train all but a user's last "
-            "two interactions, and no user has three. Use --split time, or more data."
-        )
-    span = _row(connection, "SELECT min(timestamp) AS first, max(timestamp) AS last FROM events")
-    raise UserError(
-        f"the split {', '.join(empty)} is empty: timestamps run from {_date(span['first'])} to "
-        f"{_date(span['last'])}, valid begins at {_date(rule.boundaries['valid'])} and test at "
-        f"{_date(rule.boundaries['test'])}, and equal timestamps can't be parted. Change "
-        "--fractions, check the time column, or use --split leave-last."
-    )
-
-
-def _date(timestamp: int | None) -> str:
-    if timestamp is None:
-        return "never"
-    try:
-        return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return f"timestamp {timestamp}"
+            bar.advance(int(some.lengths.sum()))
+    found = {split: ceiling.auc() for split, ceiling in ceilings.items()}
+    return out_of_order, {split: auc for split, auc in found.items() if auc is not None}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dti_dist.data.prepare import movielens, synthetic
+from dti_dist.data.prepare.append import AppendTo, append_to_dataset
 from dti_dist.data.prepare.build import BuildOptions, Source, Workspace, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.errors import UserError
@@ -48,14 +50,12 @@ def _common_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--split",
         choices=["time", "leave-last"],
-        default=defaults.split,
         help="time: by two timestamps, the same for all users; leave-last: each user's last "
-        "interaction is for test and the one before for valid (default: %(default)s)",
+        f"interaction is for test and the one before for valid (default: {defaults.split})",
     )
     group.add_argument(
         "--fractions",
         type=_fractions,
-        default=defaults.fractions,
         metavar="F,F,F",
         help="of the interactions, for train, valid and test, with --split time "
         "(default: 0.8,0.1,0.1)",
@@ -63,9 +63,9 @@ def _common_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--context-limit",
         type=int,
-        default=defaults.context_limit,
         metavar="N",
-        help="earlier interactions kept as context in valid and test (default: %(default)s)",
+        help="earlier interactions kept as context in valid and test "
+        f"(default: {defaults.context_limit})",
     )
     group.add_argument(
         "--shard-interactions",
@@ -80,7 +80,7 @@ def _common_options() -> argparse.ArgumentParser:
         default=defaults.memory_limit,
         metavar="SIZE",
         help="for DuckDB, such as 8GB; what it does not hold spills to disk (default: 70%% of the "
-        "machine's memory)",
+        "machine's memory, at most 6 GiB)",
     )
     group.add_argument(
         "--temp-directory",
@@ -154,7 +154,10 @@ def _register_events(sources: Any, common: argparse.ArgumentParser) -> None:
         "events",
         "dti-dist prepare events s3://logs/2024/*.parquet --items s3://logs/items.parquet \\\n"
         "    --user-col user --item-col item --time-col ts --label \"event = 'click'\" \\\n"
-        "    --text-cols title,brand --out s3://bucket/prepared",
+        "    --text-cols title,brand --out s3://bucket/prepared\n\n"
+        "with the same options, newer interactions of new and old items:\n"
+        "  dti-dist prepare events s3://logs/today/*.parquet --items s3://logs/new.parquet \\\n"
+        "    … --out s3://bucket/prepared --append",
         help="Parquet or CSV event logs and an item table",
         description="Event logs with a row per interaction, and an item table with texts. Times "
         "are dates, ISO strings, or numbers since 1970 whose unit (s, ms, us, ns) their magnitude "
@@ -186,6 +189,33 @@ def _register_events(sources: Any, common: argparse.ArgumentParser) -> None:
         "--item-key", metavar="COL", help="the item table's id (default: as --item-col)"
     )
     parser.add_argument("--name", default="events", help="of the data set (default: %(default)s)")
+    group = parser.add_argument_group("newer interactions for a data set that is there")
+    group.add_argument(
+        "--append",
+        action="store_true",
+        help="add them to the data set at --out, whose files stay as they are; all must be newer "
+        "than what it has, and --items need name new items alone",
+    )
+    group.add_argument(
+        "--append-to",
+        choices=get_args(AppendTo),
+        metavar="SPLIT",
+        help="roll: the new interactions become test, test becomes valid and valid joins train; "
+        "train, valid, test: they join that split (default: roll)",
+    )
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine",
+        choices=["duckdb", "spark"],
+        default="duckdb",
+        help="duckdb: this machine, out of core; spark: a cluster, the same files; needs Java and "
+        "pip install 'dti-dist[spark]', there too (default: %(default)s)",
+    )
+    group.add_argument(
+        "--spark-master",
+        metavar="URL",
+        help="such as local[4] or spark://host:7077 (default: that of Spark's own configuration)",
+    )
     parser.set_defaults(run=_run_events)
 
 
@@ -205,7 +235,41 @@ def _run_events(args: argparse.Namespace) -> int:
         label=args.label,
         name=args.name,
     )
+    if args.spark_master and args.engine != "spark":
+        raise UserError(
+            f"--spark-master {args.spark_master}: expected --engine spark with it; found --engine "
+            f"{args.engine}. Add --engine spark, or leave it out."
+        )
+    if args.append:
+        return _append(read, args)
+    if args.append_to:
+        raise UserError(
+            f"--append-to {args.append_to}: expected --append with it; found none. Add --append, "
+            "or leave it out."
+        )
+    if args.engine == "spark":
+        from dti_dist.data.prepare.spark import build_with_spark
+
+        print(build_with_spark(read, args.out, _options(args), args.spark_master))
+        return 0
     return _build(read, args)
+
+
+def _append(read_source: Callable[[Workspace], Source], args: argparse.Namespace) -> int:
+    for name in ("split", "fractions", "context_limit", "force"):
+        if getattr(args, name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"--append {option}: expected the data set's own settings to stay; found {option}. "
+                "Leave it out, or prepare a new data set."
+            )
+    if args.engine != "duckdb":
+        raise UserError(
+            f"--append --engine {args.engine}: expected --engine duckdb, which reads only the new "
+            "interactions and the data set. Leave --engine out."
+        )
+    print(append_to_dataset(read_source, args.out, args.append_to or "roll", _options(args)))
+    return 0
 
 
 def _register_synthetic(sources: Any, common: argparse.ArgumentParser) -> None:
@@ -239,15 +303,12 @@ def _run_synthetic(args: argparse.Namespace) -> int:
 
 
 def _build(read_source: Callable[[Workspace], Source], args: argparse.Namespace) -> int:
-    options = BuildOptions(
-        split=args.split,
-        fractions=args.fractions,
-        context_limit=args.context_limit,
-        shard_interactions=args.shard_interactions,
-        memory_limit=args.memory_limit,
-        temp_directory=args.temp_directory,
-        threads=args.threads,
-        force=args.force,
-    )
-    print(build_dataset(read_source, args.out, options))
+    print(build_dataset(read_source, args.out, _options(args)))
     return 0
+
+
+def _options(args: argparse.Namespace) -> BuildOptions:
+    """Options that were not given have the defaults of BuildOptions."""
+    names = (field.name for field in fields(BuildOptions))
+    given = {name: getattr(args, name, None) for name in names}
+    return BuildOptions(**{name: value for name, value in given.items() if value is not None})

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import duckdb
 from fsspec.implementations.local import LocalFileSystem
 
 from dti_dist.data import storage
-from dti_dist.data.prepare.build import Source, Workspace, quote, sql_errors
+from dti_dist.data.prepare.build import FileScan, Source, Workspace, literal, sql_errors
 from dti_dist.data.prepare.label import label_expression
+from dti_dist.data.prepare.tables import quote
 from dti_dist.errors import UserError, nearest
 
 _FORMATS = {
@@ -24,6 +26,9 @@ _FORMATS = {
     ".tsv": "csv",
     ".tsv.gz": "csv",
 }
+READING_TIMES = "the events: reading the time column"
+# The value that a scan gives over all files; where they are read one by one, min or max joins them.
+Extreme = Callable[[FileScan, Callable[[list[Any]], Any]], Any]
 _SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
 _INTEGERS = (*_SIGNED, *(f"U{name}" for name in _SIGNED))
 # Told apart by the largest timestamp: seconds reach 1e11 in the year 5138, and 1e11 milliseconds
@@ -49,11 +54,24 @@ class EventColumns:
 
 @dataclass(frozen=True)
 class _Table:
-    """Files that are read as one: a table function's call, and the type of each column."""
+    """Files that are read as one: by a table function, with the type of each column."""
 
     what: str
-    sql: str
+    reader: str
+    files: tuple[str, ...]
+    options: str
     types: dict[str, str]
+
+    def scan(self, select: str) -> FileScan:
+        return FileScan(select, self.reader, self.files, self.options)
+
+    def scan_one_by_one(self, select: str) -> FileScan:
+        """The same for each file read alone: a CSV file of few rows would suggest other types."""
+        types = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in self.types.items())
+        options = (
+            self.options if self.reader == "read_parquet" else f", header=true, types={{{types}}}"
+        )
+        return FileScan(select, self.reader, self.files, options)
 
     def type_of(self, column: str, option: str) -> str:
         if column not in self.types:
@@ -81,33 +99,34 @@ def read_events(
     columns: EventColumns,
     label: str,
     name: str = "events",
+    extreme: Extreme | None = None,
 ) -> Source:
     """Event files and an item table as a Source.
 
     ``paths`` and ``items`` are files, folders, globs or fsspec URLs, of Parquet or CSV (with a
     header). The time column may be a date or timestamp, an ISO string, or a number since 1970 in
     seconds, milliseconds, microseconds or nanoseconds, told apart by the largest one's magnitude.
-    Timestamps without a zone count as UTC. Raises UserError naming the option that is at fault.
+    Timestamps without a zone count as UTC. ``extreme`` reads the smallest or largest value over the
+    files, by default with DuckDB. Raises UserError naming the option that is at fault.
     """
     connection = workspace.connection
     ids = (columns.user, columns.item)
     events = _open_table(connection, "the events", paths, text=ids)
     user = events.id_column(columns.user, "--user-col")
     item = events.id_column(columns.item, "--item-col")
-    time_us, unit = _time_us(connection, events, columns.time)
+    time_us, unit = _time_us(events, columns.time, extreme or partial(_extreme, connection))
     expression = label_expression(connection, label, list(events.types))
     table = _open_table(connection, "the item table", items, (columns.item_key, *columns.texts))
+    key = table.id_column(columns.item_key, "--item-key")
     texts = [_text(table, column) for column in columns.texts]
+    select = (
+        f"SELECT {user} AS user_id, {item} AS item_id, {time_us} AS time_us, {expression} AS label"
+    )
     return Source(
         name=name,
-        events=(
-            f"SELECT {user} AS user_id, {item} AS item_id, {time_us} AS time_us, "
-            f"{expression} AS label FROM {events.sql}"
-        ),
-        items=(
-            f"SELECT {table.id_column(columns.item_key, '--item-key')} AS source_id, "
-            f"{', '.join(texts)} FROM {table.sql}"
-        ),
+        events=events.scan(select).query(),
+        event_files=events.scan_one_by_one(select),
+        items=table.scan(f"SELECT {key} AS source_id, {', '.join(texts)}").query(),
         text_columns=list(columns.texts),
         description={
             "kind": "events",
@@ -138,19 +157,19 @@ def _open_table(
             f"{what}: expected files of one format; found {' and '.join(kinds.values())}. "
             "Name only those of one format."
         )
-    listed = ", ".join(_literal(file) for file in files)
+    listed = ", ".join(literal(file) for file in files)
     kind = next(iter(kinds))
     options = "" if kind == "parquet" else ", header=true"
     with sql_errors(f"{what}: reading {files[0]}" + (", …" if len(files) > 1 else "")):
         relation = connection.sql(f"SELECT * FROM read_{kind}([{listed}]{options})")
         if kind == "csv":
             types = ", ".join(
-                f"{_literal(name)}: 'VARCHAR'" for name in relation.columns if name in text
+                f"{literal(name)}: 'VARCHAR'" for name in relation.columns if name in text
             )
             options += f", types={{{types}}}" if types else ""
             relation = connection.sql(f"SELECT * FROM read_csv([{listed}]{options})")
         found = dict(zip(relation.columns, map(str, relation.types), strict=True))
-    return _Table(what, f"read_{kind}([{listed}]{options})", found)
+    return _Table(what, f"read_{kind}", tuple(files), options, found)
 
 
 def _expand(connection: duckdb.DuckDBPyConnection, path: str) -> list[str]:
@@ -202,21 +221,16 @@ def _kind(file: str, default: str | None = "unknown") -> str | None:
     )
 
 
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _time_us(connection: duckdb.DuckDBPyConnection, events: _Table, column: str) -> tuple[str, str]:
+def _time_us(events: _Table, column: str, extreme: Extreme) -> tuple[str, str]:
     """An SQL expression for microseconds since epoch, and the unit found."""
     found, name = events.type_of(column, "--time-col"), quote(column)
     if found.startswith(("DATE", "TIMESTAMP")):
         plain = name if "ZONE" in found else f"CAST({name} AS TIMESTAMP)"
         return f"epoch_us({plain})", found.lower()
     if found == "VARCHAR":
-        bad = _one(
-            connection,
-            f"SELECT min({name}) FROM {events.sql} WHERE {name} IS NOT NULL AND "
-            f"TRY_CAST({name} AS TIMESTAMPTZ) IS NULL",
+        unreadable = f"{name} IS NOT NULL AND TRY_CAST({name} AS TIMESTAMPTZ) IS NULL"
+        bad = extreme(
+            events.scan_one_by_one(f"SELECT min(CASE WHEN {unreadable} THEN {name} END)"), min
         )
         if bad is not None:
             raise UserError(
@@ -229,7 +243,7 @@ def _time_us(connection: duckdb.DuckDBPyConnection, events: _Table, column: str)
             f"--time-col {column}: expected numbers, dates or ISO strings; found {found} in "
             f"{events.what}. Name another column."
         )
-    largest = _one(connection, f"SELECT max(abs({name}))::DOUBLE FROM {events.sql}") or 0.0
+    largest = extreme(events.scan_one_by_one(f"SELECT max(abs({name}))::DOUBLE"), max) or 0.0
     unit, to_us = next((unit, to_us) for limit, unit, to_us in _UNITS if largest < limit)
     if found in _INTEGERS:
         # Integers stay integers: 1e18 nanoseconds have more digits than a double.
@@ -237,9 +251,9 @@ def _time_us(connection: duckdb.DuckDBPyConnection, events: _Table, column: str)
     return f"CAST(floor({name} {to_us}) AS BIGINT)", unit
 
 
-def _one(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
-    with sql_errors("the events: reading the time column"):
-        return connection.sql(query).fetchall()[0][0]
+def _extreme(connection: duckdb.DuckDBPyConnection, scan: FileScan, _pick: Callable) -> Any:
+    with sql_errors(READING_TIMES):
+        return connection.sql(scan.query()).fetchall()[0][0]
 
 
 def _text(table: _Table, column: str) -> str:

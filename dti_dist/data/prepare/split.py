@@ -32,6 +32,12 @@ def positions(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
+def disorder(histories: Histories) -> int:
+    """How many interactions come before their user's preceding one in the input."""
+    later = positions(histories.lengths)[1:] > 0
+    return int(np.count_nonzero((np.diff(histories.columns["input_order"]) < 0) & later))
+
+
 def target_ranges(
     histories: Histories, rule: SplitRule
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -57,12 +63,18 @@ def inside(histories: Histories, begin: np.ndarray, end: np.ndarray) -> np.ndarr
     return (position >= np.repeat(begin, lengths)) & (position < np.repeat(end, lengths))
 
 
+def sequence_starts(begin: np.ndarray, end: np.ndarray, context_limit: int) -> np.ndarray:
+    """[users] the place of the first interaction of a sequence whose targets are [begin, end);
+    ``end`` where there are none."""
+    return np.where(end > begin, np.maximum(begin - context_limit, 0), end)
+
+
 def cut_sequences(
     histories: Histories, begin: np.ndarray, end: np.ndarray, context_limit: int
 ) -> pa.RecordBatch:
     """The sequences whose targets are [begin, end), for the users who have any."""
     has_targets = end > begin
-    start = np.where(has_targets, np.maximum(begin - context_limit, 0), end)
+    start = sequence_starts(begin, end, context_limit)
     kept = inside(histories, start, end)
     offsets = np.concatenate([[0], np.cumsum((end - start)[has_targets])])
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class DatasetWriter:
         self.splits = {split: SplitCounts() for split in SPLITS}
         self.items = 0
         self._shard_interactions = shard_interactions
-        self._row_group_interactions = min(row_group_interactions, shard_interactions)
+        self._row_group_interactions = row_group_interactions
         self._sequences = {split: self._folder_writer(split, SEQUENCE_SCHEMA) for split in SPLITS}
 
     def __enter__(self) -> DatasetWriter:
@@ -62,127 +63,195 @@ class DatasetWriter:
         """Append user sequences, a batch of SEQUENCE_SCHEMA, to a split."""
         if not len(batch):
             return
-        lengths = np.asarray(batch["item_ids"].value_lengths(), dtype=np.int64)
-        first = np.cumsum(lengths) - lengths + np.asarray(batch["target_start"])
-        # +1 where a sequence's targets begin, -1 where they end; the sum is 1 on targets.
-        edges = np.zeros(lengths.sum() + 1, dtype=np.int64)
-        np.add.at(edges, first, 1)
-        np.add.at(edges, np.cumsum(lengths), -1)
-        is_target = np.cumsum(edges)[:-1] > 0
-        timestamps = np.asarray(batch["timestamps"].flatten())[is_target]
-        counts = self.splits[split]
-        seen = [int(timestamps.min()), int(timestamps.max())]
-        if counts.first_timestamp is not None and counts.last_timestamp is not None:
-            seen += [counts.first_timestamp, counts.last_timestamp]
-        self.splits[split] = SplitCounts(
-            rows=counts.rows + len(batch),
-            interactions=counts.interactions + int(lengths.sum()),
-            targets=counts.targets + len(timestamps),
-            clicks=counts.clicks + int(np.asarray(batch["labels"].flatten())[is_target].sum()),
-            first_timestamp=min(seen),
-            last_timestamp=max(seen),
-        )
-        self._sequences[split].write(batch, lengths)
+        self.splits[split] = add_counts(self.splits[split], count_targets(batch))
+        self._sequences[split].write(batch, sequence_lengths(batch))
 
     def finish(self, **fields: Any) -> Manifest:
         """Close the parts and write ``dataset.json``; ``fields`` are those of Manifest and Counts
         that the writer can't know."""
         self._close()
-        targets = sum(counts.targets for counts in self.splits.values())
-        clicks = sum(counts.clicks for counts in self.splits.values())
-        manifest = Manifest(
-            schema={
-                "items": _type_names(item_schema(fields["item_text_columns"])),
-                "sequences": _type_names(SEQUENCE_SCHEMA),
-            },
-            counts=Counts(
-                interactions=targets,
-                items=self.items,
-                splits=self.splits,
-                **{name: fields.pop(name) for name in list(fields) if name in Counts.model_fields},
-            ),
-            label_rate=clicks / targets,
-            files=dict(sorted(self.files.items())),
-            **fields,
-        )
-        content = manifest.model_dump_json(indent=2, by_alias=True).encode()
-        storage.write_atomic(storage.join(self.uri, MANIFEST), content + b"\n")
+        manifest = make_manifest(self.items, self.splits, self.files, **fields)
+        write_manifest(self.uri, manifest)
         return manifest
 
     def _close(self) -> None:
         for writer in self._sequences.values():
             writer.close()
 
-    def _folder_writer(self, folder: str, schema: pa.Schema) -> _FolderWriter:
-        return _FolderWriter(
-            self.uri,
-            folder,
-            schema,
-            self._shard_interactions,
-            self._row_group_interactions,
-            self.files,
-        )
+    def _folder_writer(self, folder: str, schema: pa.Schema) -> FolderWriter:
+        cutter = Cutter(self._shard_interactions, self._row_group_interactions)
+        return FolderWriter(self.uri, folder, schema, cutter, self.files)
+
+
+def make_manifest(
+    items: int, splits: dict[str, SplitCounts], files: dict[str, FileEntry], **fields: Any
+) -> Manifest:
+    """The manifest of these files; ``fields`` are the others of Manifest and Counts."""
+    targets = sum(counts.targets for counts in splits.values())
+    clicks = sum(counts.clicks for counts in splits.values())
+    return Manifest(
+        schema={
+            "items": _type_names(item_schema(fields["item_text_columns"])),
+            "sequences": _type_names(SEQUENCE_SCHEMA),
+        },
+        counts=Counts(
+            interactions=targets,
+            items=items,
+            splits=splits,
+            **{name: fields.pop(name) for name in list(fields) if name in Counts.model_fields},
+        ),
+        label_rate=clicks / targets,
+        files=dict(sorted(files.items())),
+        **fields,
+    )
+
+
+def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Write ``dataset.json``, at once and whole: the files that it lists must be there."""
+    content = manifest.model_dump_json(indent=2, by_alias=True).encode()
+    storage.write_atomic(storage.join(uri, MANIFEST), content + b"\n")
+
+
+def sequence_lengths(batch: pa.RecordBatch) -> np.ndarray:
+    """[rows] interactions of each sequence, context included."""
+    return np.asarray(batch["item_ids"].value_lengths(), dtype=np.int64)
+
+
+def count_targets(batch: pa.RecordBatch) -> SplitCounts:
+    """What SplitCounts says of a batch of SEQUENCE_SCHEMA that has at least one row."""
+    lengths = sequence_lengths(batch)
+    first = np.cumsum(lengths) - lengths + np.asarray(batch["target_start"])
+    # +1 where a sequence's targets begin, -1 where they end; the sum is 1 on targets.
+    edges = np.zeros(lengths.sum() + 1, dtype=np.int64)
+    np.add.at(edges, first, 1)
+    np.add.at(edges, np.cumsum(lengths), -1)
+    is_target = np.cumsum(edges)[:-1] > 0
+    timestamps = np.asarray(batch["timestamps"].flatten())[is_target]
+    return SplitCounts(
+        rows=len(batch),
+        interactions=int(lengths.sum()),
+        targets=len(timestamps),
+        clicks=int(np.asarray(batch["labels"].flatten())[is_target].sum()),
+        first_timestamp=int(timestamps.min()),
+        last_timestamp=int(timestamps.max()),
+    )
+
+
+def add_counts(one: SplitCounts, other: SplitCounts) -> SplitCounts:
+    """The counts of both together."""
+    firsts = [c.first_timestamp for c in (one, other) if c.first_timestamp is not None]
+    lasts = [c.last_timestamp for c in (one, other) if c.last_timestamp is not None]
+    return SplitCounts(
+        rows=one.rows + other.rows,
+        interactions=one.interactions + other.interactions,
+        targets=one.targets + other.targets,
+        clicks=one.clicks + other.clicks,
+        first_timestamp=min(firsts, default=None),
+        last_timestamp=max(lasts, default=None),
+    )
 
 
 def _type_names(schema: pa.Schema) -> dict[str, str]:
     return {field.name: str(field.type) for field in schema}
 
 
-class _FolderWriter:
-    """Cuts a flow of weighted rows into row groups and parts of bounded weight."""
+@dataclass(frozen=True)
+class Group:
+    """The next ``rows`` of a flow make one row group, which may be the first of a part."""
+
+    rows: int
+    opens_part: bool
+
+
+class Cutter:
+    """Decides where a flow of weighted rows is cut into row groups and parts of bounded weight.
+
+    A group takes rows while they fit, and a part takes groups; one heavier row is a group, and
+    one heavier group a part. The cuts depend on the weights alone, not on how they are fed.
+    """
+
+    def __init__(self, part_limit: int, group_limit: int):
+        self._part_limit, self._group_limit = part_limit, min(group_limit, part_limit)
+        self._waiting = np.zeros(0, dtype=np.int64)
+        self._part_weight: int | None = None
+
+    def feed(self, weights: np.ndarray) -> Iterator[Group]:
+        """[rows] weights that come next. Gives the groups that they complete; the last group
+        stays open, for the next rows may fit into it."""
+        weights = np.concatenate([self._waiting, weights])
+        ends = np.cumsum(weights)
+        start = 0
+        while start < len(weights):
+            before = ends[start] - weights[start]
+            if ends[-1] - before <= self._group_limit:
+                break
+            end = int(np.searchsorted(ends, before + self._group_limit, side="right"))
+            end = max(end, start + 1)
+            yield self._group(end - start, int(ends[end - 1] - before))
+            start = end
+        self._waiting = weights[start:]
+
+    def finish(self) -> Iterator[Group]:
+        """The last group, if there is one."""
+        if len(self._waiting):
+            yield self._group(len(self._waiting), int(self._waiting.sum()))
+            self._waiting = self._waiting[:0]
+
+    def _group(self, rows: int, weight: int) -> Group:
+        held = self._part_weight
+        opens_part = held is None or bool(held and held + weight > self._part_limit)
+        self._part_weight = weight if opens_part or held is None else held + weight
+        return Group(rows, opens_part)
+
+
+class FolderWriter:
+    """Writes a flow of rows into the parts ``{folder}/part-{number}{suffix}.parquet`` of a data
+    set, cut by a Cutter, and enters each finished part in ``files``."""
 
     def __init__(
         self,
         uri: str,
         folder: str,
         schema: pa.Schema,
-        part_limit: int,
-        group_limit: int,
+        cutter: Cutter,
         files: dict[str, FileEntry],
+        first_part: int = 0,
+        suffix: str = "",
     ):
         self._uri, self._folder, self._schema = uri, folder, schema
-        self._part_limit, self._group_limit, self._files = part_limit, group_limit, files
+        self._cutter, self._files = cutter, files
+        self._parts, self._suffix = first_part, suffix
         self._waiting = schema.empty_table()
-        self._waiting_weights = np.zeros(0, dtype=np.int64)
-        self._part_weight = 0
         self._part_rows = 0
-        self._parts = 0
         self._output: storage.HashingWriter | None = None
         self._parquet: pq.ParquetWriter | None = None
 
     def write(self, batch: pa.RecordBatch, weights: np.ndarray) -> None:
-        rows = pa.concat_tables([self._waiting, pa.Table.from_batches([batch], self._schema)])
-        weights = np.concatenate([self._waiting_weights, weights])
-        ends = np.cumsum(weights)
-        start = 0
-        # The last group stays: the next batch may still add rows to it.
-        while len(rows) and ends[-1] - (ends[start] - weights[start]) > self._group_limit:
-            before = ends[start] - weights[start]
-            end = int(np.searchsorted(ends, before + self._group_limit, side="right"))
-            end = max(end, start + 1)
-            self._write_group(rows.slice(start, end - start), int(ends[end - 1] - before))
-            start = end
-            if start == len(rows):
-                break
-        self._waiting, self._waiting_weights = rows.slice(start), weights[start:]
+        """[rows] of the schema, and the weight of each."""
+        self._waiting = pa.concat_tables(
+            [self._waiting, pa.Table.from_batches([batch], self._schema)]
+        )
+        self._write_groups(self._cutter.feed(weights))
 
     def close(self) -> None:
-        if len(self._waiting):
-            self._write_group(self._waiting, int(self._waiting_weights.sum()))
-            self._waiting = self._schema.empty_table()
+        self._write_groups(self._cutter.finish())
         self._close_part()
 
-    def _write_group(self, rows: pa.Table, weight: int) -> None:
-        if self._part_weight and self._part_weight + weight > self._part_limit:
-            self._close_part()
-        if self._parquet is None:
-            self._output = storage.HashingWriter(storage.join(self._uri, self._part_path()))
-            self._parquet = pq.ParquetWriter(
-                self._output, self._schema, compression="zstd", write_page_checksum=True
-            )
-        self._parquet.write_table(rows, row_group_size=len(rows))
-        self._part_weight += weight
-        self._part_rows += len(rows)
+    def _write_groups(self, groups: Iterable[Group]) -> None:
+        start = 0
+        for group in groups:
+            if group.opens_part:
+                self._close_part()
+            if self._parquet is None:
+                self._output = storage.HashingWriter(storage.join(self._uri, self._part_path()))
+                self._parquet = pq.ParquetWriter(
+                    self._output, self._schema, compression="zstd", write_page_checksum=True
+                )
+            rows = self._waiting.slice(start, group.rows)
+            self._parquet.write_table(rows, row_group_size=len(rows))
+            self._part_rows += len(rows)
+            start += group.rows
+        self._waiting = self._waiting.slice(start)
 
     def _close_part(self) -> None:
         if self._parquet is None or self._output is None:
@@ -193,8 +262,8 @@ class _FolderWriter:
             rows=self._part_rows, bytes=self._output.bytes, sha256=self._output.sha256()
         )
         self._parts += 1
-        self._part_weight = self._part_rows = 0
+        self._part_rows = 0
         self._parquet = self._output = None
 
     def _part_path(self) -> str:
-        return f"{self._folder}/part-{self._parts:05d}.parquet"
+        return f"{self._folder}/part-{self._parts:05d}{self._suffix}.parquet"

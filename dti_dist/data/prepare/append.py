@@ -1,0 +1,459 @@
+"""Append newer interactions to a prepared data set, whose own files stay as they are.
+
+New interactions come after all that the data set has. Each becomes a target, after its user's last
+``context_limit`` earlier interactions, which are read from the data set. New items get ids after
+those that are there. ``append_to`` says where the new targets go:
+
+- ``roll``: they become test; what was test becomes valid, and what was valid joins train.
+- ``train``, ``valid``, ``test``: they join that split.
+
+All new files have names of their own, and ``dataset.json``, which lists the files that count, is
+replaced last: a reader sees the data set before or after, and a killed append leaves files that
+nothing reads. Files that a roll has replaced stay for readers that are under way, until the next
+append removes what ``dataset.json`` does not list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from dti_dist.console import progress, say
+from dti_dist.data import storage
+from dti_dist.data.dataset import (
+    MANIFEST,
+    SEQUENCE_SCHEMA,
+    SPLITS,
+    AppendRecord,
+    Dataset,
+    FileEntry,
+    Manifest,
+    SplitCounts,
+    Statistics,
+    item_schema,
+)
+from dti_dist.data.prepare.build import (
+    BuildOptions,
+    DuckTables,
+    RowStream,
+    Source,
+    Summary,
+    Workspace,
+    histories,
+    item_batches,
+    literal,
+    load_events,
+    load_items,
+    open_workspace,
+    sql_errors,
+    stream,
+)
+from dti_dist.data.prepare.split import Histories, cut_sequences, positions
+from dti_dist.data.prepare.statistics import add_days, add_text_sizes, distribution
+from dti_dist.data.prepare.tables import (
+    check_events,
+    count_days,
+    count_users,
+    date_and_time,
+    read_statistics,
+)
+from dti_dist.data.prepare.writer import (
+    Cutter,
+    FolderWriter,
+    add_counts,
+    count_targets,
+    sequence_lengths,
+    write_manifest,
+)
+from dti_dist.errors import UserError
+
+AppendTo = Literal["roll", "train", "valid", "test"]
+_PART = re.compile(r"(items|train|valid|test)/part-(\d+)(-[0-9a-f]+)?\.parquet")
+
+
+def append_to_dataset(
+    read_source: Callable[[Workspace], Source],
+    uri: str,
+    append_to: AppendTo,
+    options: BuildOptions,
+) -> Summary:
+    """Append a source's interactions to the data set at ``uri``; context_limit and split are the
+    data set's.
+
+    Users with a single new interaction are kept: it may be context of a later one. Raises
+    UserError, and changes nothing, for a data set split by ``leave-last``, for other text columns
+    than it has, for interactions that are not newer than all it has, and for what prepare refuses.
+    """
+    started = time.monotonic()
+    dataset = Dataset.open(uri)
+    before = _manifest_bytes(uri)
+    if dataset.manifest.split.rule != "time":
+        raise UserError(
+            f"{uri}: expected a data set split by time; found {dataset.manifest.split.rule}, where "
+            "newer interactions would change what is in each split. Prepare all of them again."
+        )
+    with open_workspace(uri, options) as workspace:
+        source = read_source(workspace)
+        _check_texts(dataset, source)
+        source = replace(source, text_columns=dataset.manifest.item_text_columns)
+        tables = DuckTables(workspace, source)
+        old = _OldTables(tables, dataset)
+        load_items(tables, source, known="known_items")
+        load_events(tables, source)
+        check_events(tables)
+        days = count_days(tables, "events")
+        _check_newer(tables, dataset.manifest)
+        users = count_users(tables, fewest=1)
+        old.find_contexts()
+        tag = hashlib.sha256(before + json.dumps(source.description).encode()).hexdigest()[:8]
+        files = _Files(dataset, tag)
+        files.remove_unlisted()
+        new_items = files.write_items(tables, options)
+        split = "test" if append_to == "roll" else append_to
+        added = SplitCounts()
+        say(f"sorting {users.interactions:,} interactions")
+        with (
+            sql_errors("sorting the interactions"),
+            progress("writing", users.interactions, "interactions") as bar,
+            files.sequences(split, options) as write,
+        ):
+            for batch in old.sequences():
+                counts = count_targets(batch)
+                added = add_counts(added, counts)
+                write(batch)
+                bar.advance(counts.targets)
+        entries = files.listed(append_to)
+        known_users = old.known_users()
+        statistics = dataset.manifest.statistics
+        if statistics is not None:
+            statistics = _joined(
+                statistics,
+                read_statistics(tables, users.per_user, days),
+                old.users_by_interactions(),
+            )
+    assert added.first_timestamp is not None
+    assert added.last_timestamp is not None
+    record = AppendRecord(
+        append_to=append_to,
+        interactions=added.targets,
+        users=users.users,
+        new_users=users.users - known_users,
+        new_items=new_items,
+        first_timestamp=added.first_timestamp,
+        last_timestamp=added.last_timestamp,
+        source=source.description,
+    )
+    manifest = _manifest(dataset.manifest, record, added, entries, statistics)
+    files.sync()
+    if _manifest_bytes(uri) != before:
+        raise UserError(
+            f"{uri}: expected {MANIFEST} as it was when this append began; another command has "
+            "changed it since. Run this one again."
+        )
+    write_manifest(uri, manifest)
+    summary = _notes(source, dataset.manifest, record)
+    return Summary(uri, manifest, summary, time.monotonic() - started, list(files.new))
+
+
+def _manifest_bytes(uri: str) -> bytes:
+    with storage.open_file(storage.join(uri, MANIFEST)) as file:
+        return file.read()
+
+
+def _check_texts(dataset: Dataset, source: Source) -> None:
+    wanted, found = dataset.manifest.item_text_columns, source.text_columns
+    if set(wanted) != set(found):
+        raise UserError(
+            f"{dataset.uri}: expected item texts {', '.join(wanted)}, as the data set has; found "
+            f"{', '.join(found)}. Give --text-cols {','.join(wanted)}."
+        )
+
+
+def _check_newer(tables: DuckTables, manifest: Manifest) -> None:
+    last = max(counts.last_timestamp or 0 for counts in manifest.counts.splits.values())
+    (found,) = tables.rows(
+        "SELECT count(*) AS total, count(CASE WHEN timestamp <= "
+        f"{last} THEN 1 END) AS old, min(timestamp) AS first FROM events",
+        "comparing times",
+    )
+    if found["old"]:
+        raise UserError(
+            f"{tables.name}: expected interactions newer than the data set's last, at "
+            f"{date_and_time(last)}; {found['old']:,} of {found['total']:,} are not, the first at "
+            f"{date_and_time(found['first'])}. They may have been appended before: give only newer "
+            "ones, or prepare all of them again."
+        )
+
+
+class _OldTables:
+    """What the data set has of items and users, beside the tables of new interactions."""
+
+    def __init__(self, tables: DuckTables, dataset: Dataset):
+        self._tables, self._limit = tables, dataset.manifest.context_limit
+        connection = tables.connection
+        fs, _ = storage.filesystem(dataset.uri)
+        if not storage.is_local(dataset.uri):
+            protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+            if not connection.filesystem_is_registered(protocol):
+                connection.register_filesystem(fs)
+
+        def read(folder: str, options: str = "") -> str:
+            parts = sorted(path for path in dataset.manifest.files if path.startswith(folder + "/"))
+            uris = ", ".join(literal(storage.join(dataset.uri, path)) for path in parts)
+            return f"read_parquet([{uris}]{options})"
+
+        tables.create(
+            "known_items", f"SELECT * FROM {read('items')}", "reading the data set's items"
+        )
+        place = ", filename=true, file_row_number=true"
+        self._sequences = " UNION ALL ".join(
+            "SELECT user_id, item_ids, labels, timestamps, target_start, filename, file_row_number "
+            f"FROM {read(split, place)}"
+            for split in SPLITS
+            if dataset.manifest.counts.splits[split].rows
+        )
+
+    def find_contexts(self) -> None:
+        """Make ``old_users``, with each one's interactions and where the latest row lies, and
+        ``contexts``: the last interactions of those who have new ones. A row holds a whole stretch
+        of its user's interactions, so the latest is enough."""
+        doing = "reading the data set's sequences"
+        self._tables.create(
+            "old_users",
+            "SELECT user_id, CAST(sum(len(item_ids) - target_start) AS BIGINT) AS interactions, "
+            "arg_max({'file': filename, 'row': file_row_number}, timestamps[-1]) AS place "
+            f"FROM ({self._sequences}) GROUP BY user_id",
+            doing,
+        )
+        lists = ", ".join(
+            f"{name}[-least(len({name}), {self._limit}):] AS {name}"
+            for name in ("item_ids", "labels", "timestamps")
+        )
+        self._tables.create(
+            "contexts",
+            f"SELECT sequences.user_id, {lists} FROM ({self._sequences}) AS sequences JOIN "
+            "(SELECT place.file AS file, place.row AS row FROM old_users SEMI JOIN users USING "
+            "(user_id)) AS latest ON filename = latest.file AND file_row_number = latest.row",
+            doing,
+        )
+
+    def known_users(self) -> int:
+        (found,) = self._tables.rows("SELECT count(*) AS users FROM contexts", "counting the users")
+        return found["users"]
+
+    def users_by_interactions(self) -> dict[int, int]:
+        """How many users have so many interactions, old and new."""
+        found = self._tables.rows(
+            "SELECT total, count(*) AS users FROM (SELECT coalesce(old_users.interactions, 0) + "
+            "coalesce(users.interactions, 0) AS total FROM old_users FULL JOIN users USING "
+            "(user_id)) GROUP BY total",
+            "counting the users",
+        )
+        return {row["total"]: row["users"] for row in found}
+
+    def sequences(self) -> Iterator[pa.RecordBatch]:
+        """Batches of SEQUENCE_SCHEMA: each user's context and new targets."""
+        contexts: RowStream | None = None
+        for new in histories(self._tables):
+            # The ranks that order both are made with the first histories.
+            contexts = contexts or RowStream(
+                stream(
+                    self._tables.connection,
+                    "SELECT item_ids, labels, timestamps FROM ranks LEFT JOIN contexts USING "
+                    "(user_id) ORDER BY rank",
+                    1_000,
+                )
+            )
+            context = contexts.take(len(new.lengths))
+            before = context["item_ids"].combine_chunks().value_lengths().fill_null(0).to_numpy()
+            joined = _joined_histories(new, before, context)
+            yield cut_sequences(joined, before, joined.lengths, self._limit)
+
+
+def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> Histories:
+    """Histories that begin with [users] ``before`` context interactions each."""
+    lengths = before + new.lengths
+    is_context = positions(lengths) < np.repeat(before, lengths)
+    columns = {}
+    for name, column in [("item_id", "item_ids"), ("label", "labels"), ("timestamp", "timestamps")]:
+        values = np.empty(len(is_context), dtype=np.int64)
+        values[is_context] = context[column].combine_chunks().flatten().to_numpy()
+        values[~is_context] = new.columns[name]
+        columns[name] = values
+    return Histories(new.user_ids, lengths, columns)
+
+
+@dataclass(frozen=True)
+class _Write:
+    writer: FolderWriter
+
+    def __enter__(self) -> Callable[[pa.RecordBatch], None]:
+        return lambda batch: self.writer.write(batch, sequence_lengths(batch))
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self.writer.close()
+
+
+class _Files:
+    """The files that an append adds, under names that no other has."""
+
+    def __init__(self, dataset: Dataset, tag: str):
+        self._dataset, self._tag = dataset, tag
+        self.new: dict[str, FileEntry] = {}
+
+    def remove_unlisted(self) -> None:
+        """Remove parts that a killed append left or an earlier one replaced."""
+        for path in storage.list_files(self._dataset.uri):
+            if _PART.fullmatch(path) and path not in self._dataset.manifest.files:
+                storage.remove(storage.join(self._dataset.uri, path))
+
+    def write_items(self, tables: DuckTables, options: BuildOptions) -> int:
+        """Write the items that the data set does not have, and give their number."""
+        writer = self._writer("items", item_schema(tables.text_columns), options)
+        items = 0
+        for batch in item_batches(tables, first=self._dataset.manifest.counts.items):
+            writer.write(batch, np.ones(len(batch), dtype=np.int64))
+            items += len(batch)
+        writer.close()
+        return items
+
+    def sequences(self, split: str, options: BuildOptions) -> _Write:
+        return _Write(self._writer(split, SEQUENCE_SCHEMA, options))
+
+    def listed(self, append_to: AppendTo) -> dict[str, FileEntry]:
+        """The files of the data set as it will be. For a roll valid and test are copied."""
+        old = dict(self._dataset.manifest.files)
+        if append_to == "roll":
+            for split, target in [("valid", "train"), ("test", "valid")]:
+                number = self._next(target)
+                for path in sorted(path for path in old if posixpath.dirname(path) == split):
+                    copy = f"{target}/part-{number:05d}-{self._tag}.parquet"
+                    self._copy(path, copy)
+                    self.new[copy] = old.pop(path)
+                    number += 1
+        return old | self.new
+
+    def sync(self) -> None:
+        """Check that the new files are there, and make them outlive a crash of the machine."""
+        uri = self._dataset.uri
+        found = storage.list_files(uri)
+        gone = [path for path, entry in self.new.items() if found.get(path) != entry.bytes]
+        if gone:
+            raise UserError(
+                f"{uri}: expected {len(self.new)} new files; {', '.join(gone[:3])} changed while "
+                "they were written. Another command works on this data set: run them in turn."
+            )
+        if storage.is_local(uri):
+            folder = storage.filesystem(uri)[1]
+            paths = [f"{folder}/{path}" for path in self.new]
+            for path in [*paths, *{posixpath.dirname(path) for path in paths}]:
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+
+    def _writer(self, folder: str, schema: pa.Schema, options: BuildOptions) -> FolderWriter:
+        cutter = Cutter(options.shard_interactions, options.row_group_interactions)
+        uri, number = self._dataset.uri, self._next(folder)
+        return FolderWriter(uri, folder, schema, cutter, self.new, number, f"-{self._tag}")
+
+    def _next(self, folder: str) -> int:
+        """The number after the folder's last part."""
+        matches = map(_PART.fullmatch, self._dataset.manifest.files)
+        numbers = [int(found[2]) for found in matches if found and found[1] == folder]
+        return max(numbers, default=-1) + 1
+
+    def _copy(self, path: str, target: str) -> None:
+        fs, source = storage.filesystem(storage.join(self._dataset.uri, path))
+        destination = storage.filesystem(storage.join(self._dataset.uri, target))[1]
+        fs.makedirs(posixpath.dirname(destination), exist_ok=True)
+        fs.cp_file(source, destination)
+
+
+def _joined(old: Statistics, new: Statistics, users: dict[int, int]) -> Statistics:
+    return Statistics(
+        interactions_per_user=distribution(users),
+        characters_per_interaction=add_text_sizes(
+            old.characters_per_interaction, new.characters_per_interaction
+        ),
+        words_per_interaction=add_text_sizes(old.words_per_interaction, new.words_per_interaction),
+        days=add_days(old.days, new.days),
+    )
+
+
+def _manifest(
+    old: Manifest,
+    record: AppendRecord,
+    added: SplitCounts,
+    files: dict[str, FileEntry],
+    statistics: Statistics | None,
+) -> Manifest:
+    splits, rule = dict(old.counts.splits), old.split
+    if record.append_to == "roll":
+        assert rule.boundaries is not None
+        splits = {
+            "train": add_counts(splits["train"], splits["valid"]),
+            "valid": splits["test"],
+            "test": added,
+        }
+        rule = rule.model_copy(
+            update={
+                "boundaries": {
+                    "valid": rule.boundaries["test"],
+                    "test": record.first_timestamp,
+                }
+            }
+        )
+    else:
+        splits[record.append_to] = add_counts(splits[record.append_to], added)
+    targets = sum(counts.targets for counts in splits.values())
+    return old.model_copy(
+        update={
+            "counts": old.counts.model_copy(
+                update={
+                    "interactions": targets,
+                    "users": old.counts.users + record.new_users,
+                    "items": old.counts.items + record.new_items,
+                    "splits": splits,
+                }
+            ),
+            "label_rate": sum(counts.clicks for counts in splits.values()) / targets,
+            "split": rule,
+            # Of targets that were, and the new ones' probabilities are unknown.
+            "source": {key: value for key, value in old.source.items() if key != "ceiling"},
+            "statistics": statistics,
+            "appends": [*old.appends, record],
+            "files": dict(sorted(files.items())),
+        }
+    )
+
+
+def _notes(source: Source, old: Manifest, record: AppendRecord) -> list[str]:
+    notes = [
+        *source.notes,
+        f"appended {record.interactions:,} interactions of {record.users:,} users, "
+        f"{record.new_users:,} of them new, with {record.new_items:,} new items",
+    ]
+    if record.append_to == "roll":
+        notes.append("the new interactions are test; test became valid, and valid joined train")
+    elif record.append_to != "test":
+        notes.append(
+            f"the new interactions joined {record.append_to}: it now holds interactions that are "
+            "later than test"
+        )
+    label, before = source.description.get("label"), old.source.get("label")
+    if before is not None and label != before:
+        notes.append(f"the label is {label!r}; the data set was prepared with {before!r}")
+    return notes

@@ -1,0 +1,136 @@
+"""What the interactions of a data set are like: for ``dataset.json``, and for a person to read."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from dti_dist.data.dataset import DayCounts, Distribution, Statistics, TextSize
+
+_MOST_LINES = 14
+_BAR = 20
+# English text under the vocabularies of today's language models; other texts differ by much.
+_CHARACTERS_PER_TOKEN = 4
+
+
+def distribution(counts: Mapping[int, int]) -> Distribution:
+    """Of values that occur so many times each; there is at least one."""
+    values = np.array(sorted(counts), dtype=np.int64)
+    times = np.array([counts[value] for value in values.tolist()], dtype=np.int64)
+    ends = np.cumsum(times)
+
+    def quantile(share: float) -> int:
+        return int(values[np.searchsorted(ends, share * ends[-1], side="left")])
+
+    return Distribution(
+        mean=float(values @ times / ends[-1]),
+        min=int(values[0]),
+        median=quantile(0.5),
+        p90=quantile(0.9),
+        max=int(values[-1]),
+    )
+
+
+def text_size(counts: Mapping[int, int]) -> TextSize:
+    """Of sizes that so many interactions have each."""
+    histogram: Counter[int] = Counter()
+    for size, interactions in sorted(counts.items()):
+        step = 10 ** max(len(str(size)) - 2, 0)
+        histogram[size if size <= 100 else round(size / step) * step] += interactions
+    return TextSize(histogram=dict(histogram), **distribution(counts).model_dump())
+
+
+def add_text_sizes(one: TextSize, other: TextSize) -> TextSize:
+    """Both together; quantiles are exact to two digits, the rest is exact."""
+    histogram = Counter(one.histogram) + Counter(other.histogram)
+    weights = [sum(size.histogram.values()) for size in (one, other)]
+    return TextSize(
+        histogram=dict(sorted(histogram.items())),
+        **distribution(histogram).model_dump()
+        | {
+            "mean": float(np.average([one.mean, other.mean], weights=weights)),
+            "min": min(one.min, other.min),
+            "max": max(one.max, other.max),
+        },
+    )
+
+
+def add_days(one: Mapping[str, DayCounts], other: Mapping[str, DayCounts]) -> dict[str, DayCounts]:
+    """Both together, by date."""
+    none = DayCounts(interactions=0, clicks=0)
+    found = {}
+    for day in sorted({*one, *other}):
+        pair = [one.get(day, none), other.get(day, none)]
+        found[day] = DayCounts(
+            interactions=sum(counts.interactions for counts in pair),
+            clicks=sum(counts.clicks for counts in pair),
+        )
+    return found
+
+
+def date_of_day(day: int) -> str:
+    """ISO date of a number of days since 1970-01-01."""
+    return str(np.datetime64(day, "D"))
+
+
+def describe(statistics: Statistics) -> list[str]:
+    """Lines for the summary of ``prepare``."""
+    users, characters = statistics.interactions_per_user, statistics.characters_per_interaction
+    words = statistics.words_per_interaction
+    return [
+        f"interactions per user: min {users.min:,}, median {users.median:,}, mean "
+        f"{users.mean:,.1f}, 90 % at most {users.p90:,}, max {users.max:,}",
+        f"characters of an interaction's item: median {characters.median:,}, mean "
+        f"{characters.mean:,.1f}, 90 % at most {characters.p90:,}, max {characters.max:,}; "
+        f"words: median {words.median:,}",
+        f"about {max(1, round(characters.mean / _CHARACTERS_PER_TOKEN)):,} tokens an interaction, "
+        f"were a token {_CHARACTERS_PER_TOKEN} characters: an estimate, without template and "
+        "tokenizer",
+        "",
+        *label_rates(statistics.days),
+    ]
+
+
+def label_rates(days: Mapping[str, DayCounts]) -> list[str]:
+    """A table of the label rate by day, or by the shortest longer span that needs few lines."""
+    for span in ("day", "week", "month", "year", "decade"):
+        counts = _by_span(days, span)
+        if len(counts) <= _MOST_LINES:
+            break
+    rates = {name: found.clicks / found.interactions for name, found in counts.items()}
+    width = max(len("from"), *(len(name) for name in counts))
+    lines = [f"{span:<{width}} {'interactions':>13} {'label rate':>11}"]
+    for name, rate in list(rates.items())[-_MOST_LINES:]:
+        bar = "█" * round(_BAR * rate)
+        lines.append(
+            f"{name:<{width}} {counts[name].interactions:>13,} {rate:>11.4f}  {bar}".rstrip()
+        )
+    return lines
+
+
+def _by_span(days: Mapping[str, DayCounts], span: str) -> dict[str, DayCounts]:
+    """Counts by the first date, month or year of each span, in order. Weeks start on Monday."""
+    found: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for date in sorted(np.datetime64(day, "D") for day in days):
+        counts = days[str(date)]
+        sums = found[_first_of(date, span)]
+        sums[0] += counts.interactions
+        sums[1] += counts.clicks
+    return {
+        name: DayCounts(interactions=interactions, clicks=clicks)
+        for name, (interactions, clicks) in found.items()
+    }
+
+
+def _first_of(date: np.datetime64, span: str) -> str:
+    if span == "day":
+        return str(date)
+    if span == "week":
+        day = int(date.astype(np.int64))
+        return date_of_day(day - (day + 3) % 7)  # 1970-01-01 was a Thursday
+    if span == "month":
+        return str(date.astype("datetime64[M]"))
+    years = int(date.astype("datetime64[Y]").astype(np.int64))  # since 1970, which begins a decade
+    return str(np.datetime64(years if span == "year" else years // 10 * 10, "Y"))

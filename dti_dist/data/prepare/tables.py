@@ -1,0 +1,318 @@
+"""What every engine asks of the raw interactions: checks, users, split boundaries, statistics.
+
+The SQL here is what DuckDB and Spark have in common, so that both find, refuse and split the same.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import accumulate
+from typing import Any, Literal, Protocol
+
+from dti_dist.data.dataset import DayCounts, SplitRule, Statistics
+from dti_dist.data.prepare.statistics import date_of_day, distribution, text_size
+from dti_dist.errors import UserError
+
+FEWEST_INTERACTIONS = 2
+_DAY = 86_400  # seconds
+
+
+class Tables(Protocol):
+    """Raw interactions that an engine has read, as SQL tables.
+
+    ::
+
+        events      user_id, item_id, time_us, timestamp (seconds), label (double), input_order
+        item_sizes  source_id, blank (whether it has no text), characters, words
+
+    ``input_order`` grows in the order of the files and of the rows in each: equal times keep it.
+    """
+
+    name: str
+    text_columns: list[str]
+
+    def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
+        """A small result. ``doing`` says in an error what failed, e.g. "ranking the users"."""
+
+    def create(self, table: str, query: str, doing: str) -> None:
+        """Keep the result of a query as a table."""
+
+    def input_number(self, input_order: int) -> int:
+        """The place of an interaction in the input, from 1."""
+
+
+def item_sizes_select(text_columns: list[str]) -> str:
+    """A SELECT for ``item_sizes`` (and item_id), up to its FROM, over ``item_schema`` in DuckDB."""
+    texts = ", ".join(quote(name) for name in text_columns)
+    text = f"concat_ws(' ', {texts})"
+    return (
+        f"SELECT item_id, source_id, trim(concat_ws('', {texts})) = '' AS blank, "
+        f"length(trim({text}))::BIGINT AS characters, "
+        f"len(regexp_extract_all({text}, '\\S+'))::BIGINT AS words"
+    )
+
+
+def quote(name: str) -> str:
+    """An SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def check_events(tables: Tables) -> None:
+    """Refuse interactions without user, item, time or label, or whose item is unknown or has no
+    text. Makes the table ``interacted``: item_sizes of each item, and its interactions."""
+    wrong = {
+        "user_id": "user_id IS NULL",
+        "item_id": "item_id IS NULL",
+        "time_us": "time_us IS NULL",
+        "label": "label IS NULL",
+        "value": "label NOT IN (0, 1)",
+    }
+    columns = ", ".join(
+        f"count(CASE WHEN {condition} THEN 1 END) AS {name}_count, "
+        f"min(CASE WHEN {condition} THEN input_order END) AS {name}_first"
+        for name, condition in wrong.items()
+    )
+    (found,) = tables.rows(
+        f"SELECT count(*) AS total, {columns} FROM events", "checking the interactions"
+    )
+    if not found["total"]:
+        raise UserError(
+            f"{tables.name}: expected interactions, found none: the input has no rows. Check the "
+            "paths."
+        )
+    for column, what in [
+        ("user_id", "a user"),
+        ("item_id", "an item"),
+        ("time_us", "a timestamp"),
+        ("label", "a label"),
+    ]:
+        if count := found[f"{column}_count"]:
+            place, _ = _place(tables, found[f"{column}_first"])
+            raise UserError(
+                f"{tables.name}: expected {what} in every interaction; {count:,} have none (null)"
+                f". The first is {place}. Remove or fill these rows, or check which column "
+                "the command reads."
+            )
+    if count := found["value_count"]:
+        place, label = _place(tables, found["value_first"])
+        raise UserError(
+            f"{tables.name}: expected every label to be 0 or 1; {count:,} are not. The first is "
+            f"{label:g} in {place}. Use an expression that is true for a click, "
+            'e.g. --label "rating >= 4".'
+        )
+    _check_items(tables)
+
+
+def _place(tables: Tables, input_order: int) -> tuple[str, float]:
+    """An interaction in words, and its label."""
+    (event,) = tables.rows(
+        f"SELECT user_id, item_id, label FROM events WHERE input_order = {input_order}",
+        "finding an interaction",
+    )
+    number = tables.input_number(input_order)
+    place = f"interaction {number:,} (user {event['user_id']}, item {event['item_id']})"
+    return place, event["label"]
+
+
+def _check_items(tables: Tables) -> None:
+    doing = "checking the items of the interactions"
+    tables.create(
+        "interacted",
+        "SELECT per_item.item_id, source_id, blank, characters, words, interactions FROM "
+        "(SELECT item_id, count(*) AS interactions FROM events GROUP BY item_id) AS per_item "
+        "LEFT JOIN item_sizes ON per_item.item_id = item_sizes.source_id",
+        doing,
+    )
+    texts = ", ".join(quote(name) for name in tables.text_columns)
+    for condition, problem in [
+        ("source_id IS NULL", "have an item with no row in the item table"),
+        ("blank", f"have an item with no text (null or blank in {texts})"),
+    ]:
+        (found,) = tables.rows(
+            "SELECT CAST(sum(interactions) AS BIGINT) AS interactions, count(*) AS items "
+            f"FROM interacted WHERE {condition}",
+            doing,
+        )
+        if found["items"]:
+            examples = tables.rows(
+                f"SELECT item_id FROM interacted WHERE {condition} ORDER BY item_id LIMIT 3", doing
+            )
+            raise UserError(
+                f"{tables.name}: {found['interactions']:,} interactions {problem}; "
+                f"{found['items']:,} such items, e.g. "
+                f"{listed([row['item_id'] for row in examples])}. Add them to "
+                "the item table, or remove their interactions."
+            )
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+@dataclass(frozen=True)
+class UserCounts:
+    """``per_user``: users by their number of interactions; the others are left out.
+
+    ``kept_events`` is the FROM clause of the interactions of the users that stay.
+    """
+
+    per_user: dict[int, int]
+    users_left_out: int
+    interactions_left_out: int
+
+    @property
+    def users(self) -> int:
+        return sum(self.per_user.values())
+
+    @property
+    def interactions(self) -> int:
+        return sum(length * users for length, users in self.per_user.items())
+
+    @property
+    def kept_events(self) -> str:
+        # Without anyone to leave out the join would cost and change nothing.
+        return "events" + (" SEMI JOIN users USING (user_id)" if self.users_left_out else "")
+
+
+def count_users(tables: Tables, fewest: int = FEWEST_INTERACTIONS) -> UserCounts:
+    """Make the table ``users`` (user_id, interactions) of those with enough interactions."""
+    doing = "counting the users"
+    tables.create(
+        "all_users",
+        "SELECT user_id, count(*) AS interactions FROM events GROUP BY user_id",
+        doing,
+    )
+    tables.create("users", f"SELECT * FROM all_users WHERE interactions >= {fewest}", doing)
+    found = tables.rows(
+        "SELECT interactions, count(*) AS users FROM all_users GROUP BY interactions", doing
+    )
+    users = {row["interactions"]: row["users"] for row in found}
+    few = {length: count for length, count in users.items() if length < fewest}
+    if len(few) == len(users):
+        raise UserError(
+            f"{tables.name}: expected users with at least {fewest} interactions; all "
+            f"{sum(few.values()):,} users have fewer. Check the user column."
+        )
+    return UserCounts(
+        per_user={length: count for length, count in users.items() if length not in few},
+        users_left_out=sum(few.values()),
+        interactions_left_out=sum(length * count for length, count in few.items()),
+    )
+
+
+@dataclass(frozen=True)
+class Day:
+    """Interactions, and clicks among them, of one day since 1970-01-01 UTC."""
+
+    interactions: int
+    clicks: int
+    first_timestamp: int
+    last_timestamp: int
+
+
+def count_days(tables: Tables, events: str) -> dict[int, Day]:
+    """By day, in time order. ``events`` is a FROM clause."""
+    found = tables.rows(
+        f"SELECT CAST(floor(timestamp / {_DAY}) AS BIGINT) AS day, count(*) AS interactions, "
+        "CAST(sum(label) AS BIGINT) AS clicks, min(timestamp) AS first_timestamp, "
+        f"max(timestamp) AS last_timestamp FROM {events} GROUP BY 1",
+        "counting the days",
+    )
+    return {row.pop("day"): Day(**row) for row in sorted(found, key=lambda row: row["day"])}
+
+
+def choose_split(
+    tables: Tables,
+    rule: Literal["time", "leave-last"],
+    fractions: tuple[float, float, float],
+    days: Mapping[int, Day],
+    events: str,
+) -> SplitRule:
+    """Find the timestamps at which valid and test begin under the rule ``time``."""
+    if rule == "leave-last":
+        return SplitRule(rule="leave-last")
+    total = sum(day.interactions for day in days.values())
+    train, valid, _ = fractions
+    boundaries = {
+        split: _boundary(tables, days, events, round(total * share))
+        for split, share in [("valid", train), ("test", train + valid)]
+    }
+    return SplitRule(rule="time", fractions=fractions, boundaries=boundaries)
+
+
+def _boundary(tables: Tables, days: Mapping[int, Day], events: str, wanted: int) -> int:
+    """The timestamp that has the nearest to the wanted number of interactions before it; of two
+    equally near, the earlier."""
+    numbers = list(days)
+    ends = list(accumulate(day.interactions for day in days.values()))
+    place = min(bisect_right(ends, wanted), len(numbers) - 1)
+    before = ends[place] - days[numbers[place]].interactions
+    # No timestamp of another day is nearer than the first of this one, but the next day's first.
+    first = numbers[place] * _DAY
+    seconds = tables.rows(
+        f"SELECT timestamp, count(*) AS interactions FROM {events} WHERE timestamp >= {first} AND "
+        f"timestamp < {first + _DAY} GROUP BY timestamp",
+        "finding the split's boundaries",
+    )
+    candidates = []
+    for second in sorted(seconds, key=lambda row: row["timestamp"]):
+        candidates.append((abs(before - wanted), second["timestamp"]))
+        before += second["interactions"]
+    if place + 1 < len(numbers):
+        candidates.append((abs(before - wanted), days[numbers[place + 1]].first_timestamp))
+    return min(candidates)[1]
+
+
+def read_statistics(
+    tables: Tables, per_user: Mapping[int, int], days: Mapping[int, Day]
+) -> Statistics:
+    """Texts are those of all interactions that were read."""
+
+    def sizes(column: str) -> dict[int, int]:
+        found = tables.rows(
+            f"SELECT {column}, CAST(sum(interactions) AS BIGINT) AS interactions FROM interacted "
+            f"GROUP BY {column}",
+            "measuring the texts",
+        )
+        return {row[column]: row["interactions"] for row in found}
+
+    return Statistics(
+        interactions_per_user=distribution(per_user),
+        characters_per_interaction=text_size(sizes("characters")),
+        words_per_interaction=text_size(sizes("words")),
+        days={
+            date_of_day(day): DayCounts(interactions=found.interactions, clicks=found.clicks)
+            for day, found in days.items()
+        },
+    )
+
+
+def refuse_empty_split(empty: list[str], rule: SplitRule, days: Mapping[int, Day]) -> None:
+    """Raise UserError if any of ``empty`` splits has no targets, and say why."""
+    if not empty:
+        return
+    if rule.boundaries is None:
+        raise UserError(
+            f"the split {', '.join(empty)} is empty: leave-last gives train all but a user's last "
+            "two interactions, and no user has three. Use --split time, or more data."
+        )
+    first = min(day.first_timestamp for day in days.values())
+    last = max(day.last_timestamp for day in days.values())
+    raise UserError(
+        f"the split {', '.join(empty)} is empty: timestamps run from {date_and_time(first)} to "
+        f"{date_and_time(last)}, valid begins at {date_and_time(rule.boundaries['valid'])} and "
+        f"test at {date_and_time(rule.boundaries['test'])}, and equal timestamps can't be parted. "
+        "Change --fractions, check the time column, or use --split leave-last."
+    )
+
+
+def date_and_time(timestamp: int | None) -> str:
+    if timestamp is None:
+        return "never"
+    try:
+        return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return f"timestamp {timestamp}"

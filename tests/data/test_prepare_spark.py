@@ -1,0 +1,197 @@
+"""Spark against DuckDB: a real local session, the same input, the same files."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import sys
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from pyspark import SparkContext
+from pyspark.sql import SparkSession
+
+from dti_dist.data.dataset import SPLITS, Dataset, SplitRule
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
+from dti_dist.data.prepare.events import EventColumns, read_events
+from dti_dist.data.prepare.spark import _Cut, build_with_spark
+from dti_dist.errors import UserError
+
+COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title", "kind"))
+START = 1_700_000_000
+needs_java = pytest.mark.skipif(not shutil.which("java"), reason="Spark needs Java")
+
+
+@pytest.fixture(scope="module")
+def spark():
+    """The session that all tests of this file share: starting one takes seconds."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    session = (
+        SparkSession.builder.master("local[2]")
+        .config("spark.ui.enabled", "false")
+        .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.sql.adaptive.enabled", "false")
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", "50")
+        .config("spark.log.level", "OFF")
+        .getOrCreate()
+    )
+    yield session
+    session.stop()
+
+
+def write_input(folder, events, kind="parquet", files=3, **columns):
+    """Event files with many ties in time, out of order, and an item table. Paths of both."""
+    bounds = np.linspace(0, len(events), files + 1).astype(int)
+    user, item, timestamp, rating = (list(column) for column in zip(*events, strict=True))
+    table = pa.table({"user": user, "item": item, "time": timestamp, "rating": rating} | columns)
+    (folder / "events").mkdir()
+    paths = [folder / "events" / f"{number}.{kind}" for number in range(files)]
+    for path, first, end in zip(paths, bounds[:-1], bounds[1:], strict=True):
+        write_table(table.slice(first, end - first), path)
+    names = [f"{n:02d}" for n in range(12)]
+    kinds = [None if n % 3 else f"kind {n}" for n in range(12)]
+    items = folder / f"items.{kind}"
+    write_table(
+        pa.table({"item": names, "title": [f"títle {n}" for n in names], "kind": kinds}), items
+    )
+    return [str(folder / "events")], [str(items)]
+
+
+def write_table(table, path):
+    if path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+
+
+def random_events(seed, users=40, seconds=50, step=1):
+    """(user, item, time, rating); users 0 to 4 have one interaction."""
+    rng = random.Random(seed)
+    events = []
+    for user in range(users):
+        for _ in range(1 if user < 5 else rng.randrange(2, 30)):
+            time = START + step * rng.randrange(seconds)
+            events.append((f"u{user:03d}", f"{rng.randrange(12):02d}", time, rng.randrange(1, 6)))
+    rng.shuffle(events)
+    return events
+
+
+def both(tmp_path, paths, items, label="rating >= 4", columns=COLUMNS, **options):
+    """What each engine built, or the error that it raised."""
+    results = []
+    for engine, build in [("duckdb", build_dataset), ("spark", build_with_spark)]:
+        out = tmp_path / engine
+        read = partial(read_events, paths=paths, items=items, columns=columns, label=label)
+        try:
+            results.append(build(read, str(out), BuildOptions(**options)))
+        except UserError as error:
+            assert not out.exists()
+            results.append(str(error))
+    return results
+
+
+@needs_java
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "kind", "limits"), [("time", "parquet", (60, 20)), ("leave-last", "csv", (40, 1000))]
+)
+def test_both_engines_write_the_same_bytes(spark, tmp_path, rule, kind, limits):
+    events = random_events(seed=0)
+    if kind == "csv":
+        events = [(u, i, f"{np.datetime64(time, 's')}Z", rating) for u, i, time, rating in events]
+    paths, items = write_input(tmp_path, events, kind)
+    duck, spark_made = both(
+        tmp_path,
+        paths,
+        items,
+        split=rule,
+        context_limit=6,
+        shard_interactions=limits[0],
+        row_group_interactions=limits[1],
+    )
+    assert spark_made.manifest == duck.manifest
+    assert spark_made.notes == duck.notes
+    assert any("out of time order" in note for note in duck.notes)
+    assert duck.manifest.counts.users_left_out == 5
+    dataset = Dataset.open(str(tmp_path / "spark"))
+    dataset.verify_checksums()
+    assert all(len(dataset.parts(split)) > 1 for split in SPLITS)
+    assert {path.name for path in (tmp_path / "spark").iterdir()} == {
+        "dataset.json",
+        "items",
+        *SPLITS,
+    }
+
+
+@needs_java
+@pytest.mark.slow
+def test_both_engines_refuse_alike(spark, tmp_path):
+    paths, items = write_input(tmp_path, random_events(seed=7))
+    pq.write_table(pq.read_table(items[0]).slice(2), tmp_path / "few.parquet")
+    few = [str(tmp_path / "few.parquet")]
+    for change, message in [
+        (
+            {"label": "rating"},
+            r"expected every label to be 0 or 1; \d+ are not. The first is \d in interaction \d+ ",
+        ),
+        (
+            {"label": "user[1:1]::INTEGER"},
+            "events: reading the interactions failed: Could not conv",
+        ),
+        ({"items": few}, r"item with no row in the item table; 2 such items, e.g. '00', '01'"),
+    ]:
+        duck, spark_made = both(tmp_path, paths, change.pop("items", items), **change)
+        assert spark_made == duck
+        assert re.search(message, duck)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 40])
+def test_histories_that_reach_over_batches_are_cut_as_one(at_a_time):
+    users = np.repeat(["a", "b", "c", "d"], [9, 1, 30, 20])
+    order = np.arange(60)
+    rows = pa.table(
+        {
+            "user_id": users,
+            "item_id": pa.array(order, pa.int32()),
+            "label": pa.array(order % 2, pa.int8()),
+            "timestamp": order // 3,
+            "input_order": order % 5,
+        }
+    )
+    rule = SplitRule(rule="time", boundaries={"valid": 12, "test": 16})
+    plan = {split: [("", "")] for split in SPLITS}
+
+    def cut(rows_of_a_batch, at_a_time):
+        batches = rows.to_batches(max_chunksize=rows_of_a_batch)
+        found = pa.Table.from_batches(_Cut(rule, 4, plan, at_a_time)(batches))
+        disorder = sum(found["out_of_order"].to_pylist())
+        return disorder, found.drop(["out_of_order"]).sort_by(
+            [("split", "ascending"), ("user_id", "ascending")]
+        )
+
+    whole = cut(60, 60)
+    assert whole[0] == 9
+    for rows_of_a_batch in (1, 4, 60):
+        assert cut(rows_of_a_batch, at_a_time) == whole
+
+
+def test_without_pyspark_or_java_the_error_says_how_to_get_them(tmp_path, monkeypatch):
+    def build():
+        build_with_spark(lambda workspace, extreme: None, str(tmp_path / "out"), BuildOptions())
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dti-dist\[spark\]'"):
+        build()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(SparkContext, "_active_spark_context", None)
+    monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(UserError, match=r"found no java on PATH.*Install Java 17"):
+        build()
