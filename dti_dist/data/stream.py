@@ -400,7 +400,10 @@ class _Guarded(IterableDataset):
 def batches(
     stream: PackStream, workers: int, prefetch: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """The stream, packed ahead by worker processes. Workers are spawned: s3fs can't be forked."""
+    """The stream, packed ahead by worker processes, which start with this call.
+
+    Workers are spawned: s3fs can't be forked.
+    """
     loader: DataLoader[Batch | UserError] = DataLoader(
         _Guarded(stream),
         batch_size=None,
@@ -409,7 +412,11 @@ def batches(
         multiprocessing_context="spawn" if workers else None,
         pin_memory=pin_memory,
     )
-    for batch in loader:
+    return _unguarded(iter(loader))
+
+
+def _unguarded(loaded: Iterator[Batch | UserError]) -> Iterator[Batch]:
+    for batch in loaded:
         if isinstance(batch, UserError):
             raise batch
         yield batch

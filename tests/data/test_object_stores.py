@@ -66,7 +66,7 @@ def stream(dataset: Dataset, cache) -> PackStream:
     """One epoch that reads a row group or two for each window, so all along."""
     plan = stream_plan(dataset, tokenise(dataset, cache), cache, window_interactions=150)
     share = Share(global_packs=2, micro_packs=1)
-    return PackStream(plan, share, plan.steps_per_epoch(2))
+    return PackStream(plan, share)
 
 
 def same(first, second) -> bool:
