@@ -53,7 +53,7 @@ from dti_dist.errors import UserError
 # About 30 bytes each in Python: enough to make numpy's overhead vanish, little to hold in memory.
 _INTERACTIONS_AT_A_TIME = 1 << 20
 # With it 100 million interactions took a process of 6.3 GiB; what stays free caches the spill.
-_MOST_MEMORY = "6 GiB"
+_MOST_MEMORY = 6 << 30
 SET_UTC = "SET TimeZone = 'UTC'"  # for dates without a zone
 
 
@@ -62,7 +62,7 @@ class BuildOptions:
     """How a data set is built; see ``dti-dist prepare events --help``.
 
     ``fractions`` of the interactions go to train, valid and test under the rule ``time``.
-    ``memory_limit`` is DuckDB's, e.g. "8GB" or "70%", by default 70 % of the machine's memory and
+    ``memory_limit`` is DuckDB's, e.g. "8GB", by default 70 % of the machine's memory and
     at most 6 GiB; ``temp_directory`` is where it spills, by default beside a local output and in
     the system's temporary folder otherwise.
     """
@@ -296,12 +296,12 @@ def open_workspace(out_uri: str, options: BuildOptions) -> Iterator[Workspace]:
 
 
 def _limit_memory(connection: duckdb.DuckDBPyConnection) -> None:
-    """At most 70 % of what DuckDB takes the machine, or its container, to have."""
-    connection.execute("SET memory_limit = '70%'")
-    share = _bytes(connection)
-    connection.execute(f"SET memory_limit = '{_MOST_MEMORY}'")
-    if share < _bytes(connection):
-        connection.execute("SET memory_limit = '70%'")
+    """At most 70 % of what DuckDB takes the machine, or its container, to have.
+
+    Its own limit is 80 % of that; percentages are known to its newer releases only.
+    """
+    mebibytes = min(_bytes(connection) * 7 // 8, _MOST_MEMORY) >> 20
+    connection.execute(f"SET memory_limit = '{mebibytes}MiB'")
 
 
 def _bytes(connection: duckdb.DuckDBPyConnection) -> int:
