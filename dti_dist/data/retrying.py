@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -16,6 +17,7 @@ from dti_dist.redaction import redact
 T = TypeVar("T")
 
 _REASON_LENGTH = 300
+_TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # two classes in Python 3.10
 # What no second attempt changes, whichever library says so.
 _FINAL = (
     FileNotFoundError,
@@ -134,7 +136,7 @@ def is_passing(error: BaseException) -> bool:
             return status >= 500 or status in _FINAL_STATUS_BUT
     if isinstance(error, _FINAL) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         return False
-    if isinstance(error, TimeoutError | ConnectionError):
+    if isinstance(error, (*_TIMEOUTS, ConnectionError)):
         return True
     if any(_names(each) & _NETWORK_ERRORS for each in _causes(error)):
         return True
@@ -147,7 +149,7 @@ def reason_of(error: BaseException) -> str:
     text = redact(" ".join(str(error).split())).rstrip(".")
     name = type(error).__name__
     if not text:
-        text = "no answer in time" if isinstance(error, TimeoutError) else "no reason given"
+        text = "no answer in time" if isinstance(error, _TIMEOUTS) else "no reason given"
     return f"{text[:_REASON_LENGTH]} ({name})"
 
 
