@@ -94,7 +94,6 @@ def test_losses_do_not_depend_on_how_the_work_is_shared_out(
 @pytest.mark.parametrize(
     "attention",
     [
-        {"policy": "isolated"},
         {"policy": "isolated", "positions": "alibi"},
         {"policy": "reset", "positions": "alibi"},
     ],
