@@ -20,6 +20,7 @@ from dti_dist.model.families import (
     check_head,
     initial_memory,
     logits_divisor,
+    make_rotary_tables_exact,
     rotary_layers,
 )
 
@@ -90,6 +91,7 @@ class CTRModel(nn.Module):
         self.config = causal_lm.config
         self.backbone = causal_lm.base_model
         self.backbone.set_attn_implementation("dti")
+        make_rotary_tables_exact(self.backbone.rotary_emb)
         self.head_kind = head
         self.head: LabelWordHead | LinearHead = (
             LabelWordHead(causal_lm.get_output_embeddings(), label_ids, logits_divisor(self.config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dti_dist.errors import UserError
@@ -80,6 +81,28 @@ def _sliding_window(config: Any) -> int | None:
 def rotary_layers(backbone: Any) -> tuple[bool, ...]:
     """Whether each layer rotates queries and keys; SmolLM3 has layers without positions."""
     return tuple(bool(getattr(layer.self_attn, "use_rope", True)) for layer in backbone.layers)
+
+
+def make_rotary_tables_exact(rotary: Any) -> None:
+    """Let a rotary embedding compute its angles in float64; its tables keep their dtype.
+
+    Transformers' float32 angles are rounded by 3e-5 at position 1,000, so a target far into a
+    streaming prompt would not be rotated quite as in its sliding-window prompt.
+    """
+
+    def exact(
+        module: Any,
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor],
+        rounded: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        angles = positions[..., None].double() * module.inv_freq.double()
+        angles = torch.cat([angles, angles], dim=-1)
+        scaling, dtype = module.attention_scaling, rounded[0].dtype
+        return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+    rotary.register_forward_hook(exact, with_kwargs=True)
 
 
 def logits_divisor(config: Any) -> float:
