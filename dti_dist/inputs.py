@@ -16,12 +16,13 @@ from dti_dist.config import RunConfig, SampleConfig
 from dti_dist.console import say
 from dti_dist.data import index as split_index
 from dti_dist.data import item_tokens
-from dti_dist.data.dataset import Dataset
+from dti_dist.data.dataset import BadShard, Dataset
 from dti_dist.data.epochs import Order, plan_epochs
 from dti_dist.data.index import ALONE, Together
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import PackShape, pack_shape, with_shared_body
 from dti_dist.data.samples import make_samples
+from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import SampleSettings, StreamPlan
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
@@ -148,12 +149,23 @@ class Inputs:
     ) -> PackShape:
         if not self.config.attention.shares_interactions:
             return shape
-        block = split_index.read_block(self.dataset, index.row_groups[0], self.tokens)
+        number, block = self._first_readable(index)
         samples = make_samples(
             block.offsets, block.target_start, sample.context, sample.k, sample.min_context
         )
-        in_index = samples.take(np.arange(index.samples_of(0).stop))  # not all with max_targets
+        indexed = index.samples_of(number)  # not all of them with max_targets
+        in_index = samples.take(np.arange(min(indexed.stop - indexed.start, len(samples))))
         return with_shared_body(shape, in_index, block, self.tokens)
+
+    def _first_readable(self, index: split_index.SplitIndex) -> tuple[int, SequenceBlock]:
+        for number, place in enumerate(index.row_groups):
+            try:
+                return number, split_index.read_block(self.dataset, place, self.tokens)
+            except BadShard:
+                last = number == len(index.row_groups) - 1
+                if self.config.data.on_bad_shard == "fail" or last:
+                    raise
+        raise AssertionError("an index with targets has row groups")
 
     def untrained_model(self) -> CTRModel:
         """The model before training, in float32 on the CPU: [SUM] added, nothing partitioned."""

@@ -65,7 +65,8 @@ class Ranks:
         first = self.local_rank == 0
         made: list[T] = []
         self.each(lambda: made.append(make()) if first else None)
-        return made[0] if made else make()
+        self.each(lambda: None if first else made.append(make()))
+        return made[0]
 
     def sum(self, *values: float) -> list[float]:
         """Sums over all ranks."""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,28 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], Any] | None:
     try:
         about = json.loads((folder / _ABOUT).read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in about["arrays"]}
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError, KeyError, TypeError):
         return None
     return arrays, about["about"]
 
 
-def save(folder: Path, arrays: dict[str, np.ndarray], about: Any = None) -> None:
-    """Write the folder unless it is there and whole.
+def holds(folder: Path, about: Any = None) -> bool:
+    """Whether the folder is there and whole, with this stored about it."""
+    stored = load(folder)
+    return stored is not None and stored[1] == about
 
-    Safe when several processes save equal content at once: the first rename wins.
+
+def save(folder: Path, arrays: dict[str, np.ndarray], about: Any = None) -> None:
+    """Write the folder unless it `holds` what is to be stored.
+
+    Safe when several processes save equal content at once: the first rename wins. A folder that
+    was cut short, or holds something else, steps aside.
 
     Args:
         about: what else is to be stored, as JSON.
     """
+    if holds(folder, about):
+        return
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
     try:
@@ -44,11 +54,18 @@ def save(folder: Path, arrays: dict[str, np.ndarray], about: Any = None) -> None
         try:
             os.rename(staging, folder)
         except OSError:
-            if load(folder) is None:
-                shutil.rmtree(folder, ignore_errors=True)
+            if not holds(folder, about):
+                _step_aside(folder)
                 os.rename(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _step_aside(folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):  # another process was faster
+        os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def smallest(values: np.ndarray) -> np.ndarray:

@@ -439,7 +439,8 @@ class _RowGroups(ExitStack):
             file = self._file()
             with _reading(self._part, number):
                 table = file.read_row_group(number, columns=self._columns)
-            rows = table.combine_chunks().to_batches()[0]
+            batches = table.combine_chunks().to_batches()
+            rows = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
             if cache:
                 cache.put(*place, columns, rows)
         return rows
@@ -472,6 +473,8 @@ def _reading(part: Part, row_group: int | None) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, MemoryError):  # Arrow's is an ArrowException too
+            raise
         if isinstance(error, FileNotFoundError):
             problem = "the file is missing"
         elif isinstance(error, OSError) and (type(error) is not OSError or error.errno):

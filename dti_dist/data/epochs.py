@@ -201,6 +201,8 @@ def _keep(
 ) -> None:
     world = len(shares)
     for epoch in epochs:
+        if array_folder.holds(folders[epoch]):
+            continue
         of_windows = [
             shares[at % world][at // world] for at, place in enumerate(places) if place[0] == epoch
         ]

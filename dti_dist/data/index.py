@@ -188,9 +188,10 @@ def load_or_build(
     """
     whole = cache_dir / f"index-{split}-{_fingerprint(dataset, split, sample, tokens)}"
     # What was left out once stays left out while a run may skip, so that its order stays.
-    usable = [whole, whole.with_name(f"{whole.name}-readable")] if skip_bad else [whole]
-    for folder in usable:
-        if all(together.each(partial(_is_there, folder))):
+    readable = whole.with_name(f"{whole.name}-readable")
+    for folder in [readable, whole] if skip_bad else [whole]:
+        marks = set(together.each(partial(_fingerprint_at, folder)))
+        if len(marks) == 1 and None not in marks:  # the caches of all nodes agree
             return _open(folder)
     parts = dataset.parts(split)
     # The footers first: a part can hold half of the data, so parts are no fair share.
@@ -212,13 +213,13 @@ def load_or_build(
         for place, sizes in zip(places, found, strict=True)
         if isinstance(sizes, _Sizes)
     ]
-    folder = usable[-1] if left_out else whole
+    folder = readable if left_out else whole
     together.first_on_node(lambda: _keep(folder, good, left_out))
     return _open(folder)
 
 
-def _is_there(folder: Path) -> bool:
-    return array_folder.load(folder) is not None
+def _fingerprint_at(folder: Path) -> str | None:
+    return None if array_folder.load(folder) is None else _open(folder).fingerprint
 
 
 def _in_order(shares: list[list[T]], total: int) -> list[T]:
@@ -320,8 +321,12 @@ def _sizes(block: SequenceBlock, sample: SampleConfig, tokens: ItemTokens) -> _S
 
 def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[LeftOut]) -> None:
     parts = sorted({place.part for place, _ in good})
+    about = {"parts": parts, "left_out": [vars(entry) for entry in left_out]}
+    if array_folder.holds(folder, about):
+        return
+    number_of = {part: number for number, part in enumerate(parts)}
     row_groups = [
-        (parts.index(place.part), place.number, place.first_row, place.rows, sizes.interactions)
+        (number_of[place.part], place.number, place.first_row, place.rows, sizes.interactions)
         for place, sizes in good
     ]
     none = np.empty(0, dtype=np.uint8)
@@ -335,7 +340,7 @@ def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[Left
                 for name in ("tokens", "targets", "row_targets")
             },
         },
-        {"parts": parts, "left_out": [vars(entry) for entry in left_out]},
+        about,
     )
 
 
@@ -345,7 +350,9 @@ def _open(folder: Path) -> SplitIndex:
     arrays, about = stored
     row_groups = np.asarray(arrays["row_groups"])
     left_out = about["left_out"]
-    mark = hashlib.sha256(json.dumps([folder.name, left_out]).encode()).hexdigest()[:16]
+    lost = [(entry["part"], entry["row_group"], entry["rows"]) for entry in left_out]
+    name = folder.name.removesuffix("-readable")
+    mark = hashlib.sha256(json.dumps([name, lost]).encode()).hexdigest()[:16]
     return SplitIndex(
         row_groups=tuple(
             RowGroup(about["parts"][part], number, first_row, rows)

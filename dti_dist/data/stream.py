@@ -16,7 +16,7 @@ from dti_dist.data.epochs import EpochPlan, Window
 from dti_dist.data.index import SplitIndex, read_block
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import Pack, PackShape, SharedBody, build_pack, multiple_of_128
-from dti_dist.data.samples import Samples, make_samples
+from dti_dist.data.samples import Samples, make_samples, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.errors import UserError
 
@@ -327,6 +327,9 @@ class _Windows:
         place = (epoch.epoch, window)
         if place != self.opened:
             reading = self.ahead.pop(place, None) or self._read(epoch, window)
+            for unused in self.ahead.values():
+                for future in unused:
+                    future.cancel()
             self.ahead.clear()
             self._read_ahead(epoch, window)
             self.window = _OpenWindow(
@@ -371,13 +374,19 @@ def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:
     """Read a row group and see that it is the one that was indexed."""
     place = plan.index.row_groups[group]
     block = read_block(plan.dataset, place, plan.tokens)
-    expected = (place.rows, int(plan.index.interactions[group]))
-    if (len(block.rows), len(block.item_ids)) != expected:
+    settings, indexed = plan.samples, plan.index.samples_of(group)
+    samples = make_samples(
+        block.offsets, block.target_start, settings.n, settings.k, settings.min_context
+    )
+    samples = samples.take(np.arange(min(indexed.stop - indexed.start, len(samples))))
+    if not (
+        np.array_equal(sample_lengths(samples, block, plan.tokens), plan.index.tokens[indexed])
+        and np.array_equal(samples.targets, plan.index.targets[indexed])
+    ):
         raise BadShard(
-            f"{place.part} of {plan.dataset.uri}, row group {place.number}: expected "
-            f"{expected[0]:,} rows and {expected[1]:,} interactions, as when it was indexed; found "
-            f"{len(block.rows):,} and {len(block.item_ids):,}. The file was replaced: prepare data "
-            "into a folder of its own, and start a new run on it.",
+            f"{place.part} of {plan.dataset.uri}, row group {place.number}: expected the samples "
+            "that were indexed, found others. The file was replaced: prepare data into a folder "
+            "of its own, and start a new run on it.",
             place.part,
             place.number,
         )

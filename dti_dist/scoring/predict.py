@@ -43,6 +43,7 @@ def predict(
 ) -> Predictions | None:
     """Predict this rank's batches and join all ranks' predictions on rank 0 (None elsewhere)."""
     parts: list[Predictions] = []
+    skipped: dict[str, None] = {}
     for batch in batches:
         logits = model(batch.to(ranks.device)).float().cpu()
         used = batch.weights > 0
@@ -54,8 +55,11 @@ def predict(
                 torch.sigmoid(logits[used]).numpy(),
             )
         )
-        for reason in batch.skipped if ranks.is_main else ():
-            say(f"left out: {reason}")
+        skipped.update(dict.fromkeys(batch.skipped))
         on_batch(batch)
-    gathered = ranks.gather(Predictions.join(parts))
-    return None if gathered is None else Predictions.join(gathered)
+    gathered = ranks.gather((Predictions.join(parts), skipped))
+    if gathered is None:
+        return None
+    for reason in dict.fromkeys(reason for _, of_rank in gathered for reason in of_rank):
+        say(f"left out: {reason}")
+    return Predictions.join([predictions for predictions, _ in gathered])

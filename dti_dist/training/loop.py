@@ -229,7 +229,7 @@ class _Trainer:
         return 0
 
     def _write_skips(self, metrics: MetricsFile | None) -> None:
-        """Put what was newly skipped on record. Every rank reads each window, so rank 0 sees it."""
+        """Put what was newly skipped, by any rank, on record."""
         new = list(self.skipped)[self.skips_written :]
         if metrics and new:
             metrics.write({"step": self.progress.step, "skipped": new})
@@ -255,13 +255,14 @@ class _Trainer:
         # So a resumed run drops out what an uninterrupted one does.
         torch.manual_seed(hash((self.config.seed, progress.step, ranks.rank)))
         loss_sum, tokens, batch = torch.zeros((), device=ranks.device), 0, None
+        skipped: list[str] = []
         micro_steps = engine.gradient_accumulation_steps()
         for _ in range(micro_steps):
             waiting = time.perf_counter()
             batch = next(loader)
             interval.data_wait_s += time.perf_counter() - waiting
             assert batch.step == progress.step, "the stream and the loop must count alike"
-            self.skipped.update(dict.fromkeys(batch.skipped))
+            skipped += batch.skipped
             on_device = batch.to(ranks.device)
             loss = click_loss(engine(on_device), on_device)
             # DeepSpeed averages over ranks and micro-steps; a mean over the step's targets is asked
@@ -272,7 +273,12 @@ class _Trainer:
             tokens += batch.body_tokens + int(batch.weights.sum())
         assert batch is not None
         told = float(self.stop.received is not None)
-        total, tokens_sum, stopping = ranks.sum(loss_sum.item(), float(tokens), told)
+        total, tokens_sum, stopping, skips = ranks.sum(
+            loss_sum.item(), float(tokens), told, float(len(skipped))
+        )
+        if skips:
+            for of_rank in ranks.each(lambda: skipped):
+                self.skipped.update(dict.fromkeys(of_rank))
         if not math.isfinite(total):
             raise UserError(
                 f"The loss became {total} at step {progress.step + 1}. Resume from the last "
@@ -340,10 +346,10 @@ class _Trainer:
         self.engine.eval()
         found = predict(self.engine, stream, self.ranks)
         self.engine.train()
-        figures: dict[str, Any] = {}
-        if found is not None:
-            figures = click_metrics(found.label, found.probability, found.row)
-        return self.ranks.broadcast(figures)
+        of_ranks = self.ranks.each(
+            lambda: click_metrics(found.label, found.probability, found.row) if found else {}
+        )
+        return of_ranks[0]
 
     def _save(self, best: float | None = None) -> None:
         """Write a checkpoint of this step if there is none; `best` marks it as the best."""

@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "data.prefetch",
     "data.cache_dir",
     "data.storage",
+    "data.on_bad_shard",
     "attention.backend",
     "attention.share_interactions",
     "training.micro_batch_packs",

@@ -56,8 +56,10 @@ class _Thread:
         return [result for _, result in outcomes]
 
     def first_on_node(self, make: Callable[[], Any]) -> Any:
-        self.each(lambda: make() if self.rank == 0 else None)
-        return make()
+        made: list[Any] = []
+        self.each(lambda: made.append(make()) if self.rank == 0 else None)
+        self.each(lambda: made.append(make()) if self.rank > 0 else None)
+        return made[0]
 
 
 def build_shards(folder: Path, seed: int = 0) -> Dataset:

@@ -18,7 +18,7 @@ from dti_dist.data.index import load_or_build
 from dti_dist.data.packing import pack_shape
 from dti_dist.data.sequences import find_fault
 from dti_dist.data.stream import PackStream, SampleSettings, Share, StreamPlan, batches
-from tests.data.shards import all_targets, build_shards, tokenise
+from tests.data.shards import Threads, _Thread, all_targets, build_shards, tokenise
 
 SAMPLE = SampleConfig(context=4, targets=3)
 
@@ -232,6 +232,39 @@ def test_a_mended_part_has_another_fingerprint_than_without_it(dataset, tokens, 
     whole = load_or_build(dataset, "train", SAMPLE, tokens, tmp_path / "cache")
     assert whole.fingerprint != without.fingerprint
     assert whole.total_targets > without.total_targets
+
+
+def test_ranks_whose_caches_left_out_different_things_build_one_index(dataset, tokens, tmp_path):
+    """Node-local caches of other jobs: what one lost, the other may have."""
+    parts = [Path(part.uri) for part in dataset.parts("train")]
+    contents = [part.read_bytes() for part in parts]
+    caches = [tmp_path / "node0", tmp_path / "node1"]
+    for cache, part, content in zip(caches, parts, contents, strict=False):
+        part.unlink()
+        load_or_build(dataset, "train", SAMPLE, tokens, cache, skip_bad=True)
+        part.write_bytes(content)
+    parts[2].unlink()
+
+    class Nodes(_Thread):
+        def first_on_node(self, make):
+            return self.each(make)[self.rank]
+
+    def build(thread):
+        rank = Nodes(thread.threads, thread.rank)
+        return load_or_build(dataset, "train", SAMPLE, tokens, caches[rank.rank], rank, True)
+
+    first, second = Threads(2).run(build)
+    assert first.fingerprint == second.fingerprint
+    assert [entry.part for entry in first.left_out] == [dataset.parts("train")[2].path]
+    assert first.row_groups == second.row_groups
+
+
+def test_a_run_goes_on_skipping_what_broke_after_it_was_indexed(dataset, tokens, tmp_path):
+    before = plan(dataset, tokens, tmp_path / "cache", skip_bad=False)
+    lose_a_file(dataset)
+    after = plan(dataset, tokens, tmp_path / "cache", skip_bad=True)
+    assert after.index.fingerprint == before.index.fingerprint, "its steps count the same samples"
+    assert len(list(PackStream(after, Share(1, 1)))) == len(after.epochs[0].pack_targets)
 
 
 def test_damage_that_dataset_open_would_refuse_is_passed_over_when_asked(dataset):

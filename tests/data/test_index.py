@@ -266,6 +266,9 @@ def test_ranks_share_the_reading_and_find_the_same_index(
         return load_or_build(dataset, "train", SAMPLE, tokens, tmp_path / "all", rank)
 
     monkeypatch.setattr(index, "read_block", reading)
+    writes = []
+    save = np.save
+    monkeypatch.setattr(np, "save", lambda *given: (writes.append(given[0].name), save(*given)))
     for found in Threads(world).run(build):
         for name in ("tokens", "targets", "row_targets", "interactions", "sample_offsets"):
             assert np.array_equal(getattr(found, name), getattr(alone, name))
@@ -273,6 +276,7 @@ def test_ranks_share_the_reading_and_find_the_same_index(
         assert found.fingerprint == alone.fingerprint
     every = sorted((place.part, place.number) for read in places.values() for place in read)
     assert every == [(place.part, place.number) for place in alone.row_groups], "each read once"
+    assert len(writes) == len(set(writes)), "the first rank of a node writes, alone"
     assert max(map(len, places.values())) - min(map(len, places.values())) <= 1
 
 
