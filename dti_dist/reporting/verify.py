@@ -31,7 +31,7 @@ from dti_dist.scoring.trained import choose_checkpoint, trained_model
 from dti_dist.training import checkpoint
 from dti_dist.training.run_folder import RunFolder
 
-# In float64 what is left is the rounding of transformers' rotary tables, which are float32.
+# In float64 what is left is the rounding of rotary tables, where a family keeps them in float32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1}
 # Of norms: 0 in place of a gradient would be 1.
 _GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1}
