@@ -380,7 +380,9 @@ def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:
     )
     samples = samples.take(np.arange(min(indexed.stop - indexed.start, len(samples))))
     if not (
-        np.array_equal(sample_lengths(samples, block, plan.tokens), plan.index.tokens[indexed])
+        len(block.rows) == place.rows
+        and len(block.item_ids) == plan.index.interactions[group]
+        and np.array_equal(sample_lengths(samples, block, plan.tokens), plan.index.tokens[indexed])
         and np.array_equal(samples.targets, plan.index.targets[indexed])
     ):
         raise BadShard(

@@ -136,6 +136,16 @@ def test_data_replaced_after_indexing_is_named_in_mid_epoch(dataset, tokens, tmp
         list(PackStream(made, Share(1, 1)))
 
 
+def test_a_row_group_that_grew_after_indexing_is_named(dataset, tokens, tmp_path):
+    made = plan(dataset, tokens, tmp_path / "cache", skip_bad=False)
+    file = Path(dataset.parts("train")[0].uri)
+    rows = pq.read_table(file).to_pylist()
+    size = pq.read_metadata(file).row_group(0).num_rows + 1
+    pq.write_table(pa.Table.from_pylist(rows, SEQUENCE_SCHEMA), file, row_group_size=size)
+    with pytest.raises(BadShard, match="expected the samples that were indexed"):
+        list(PackStream(made, Share(1, 1)))
+
+
 def test_a_workers_error_reaches_its_rank_as_it_is(dataset, tokens, tmp_path):
     made = plan(dataset, tokens, tmp_path / "cache", skip_bad=False)
     part = dataset.parts("train")[1]
