@@ -21,8 +21,9 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = main(arguments)
     except Exception:
-        sys.stderr.write(redact(traceback.format_exc()))
+        sys.stderr.write(_which_rank() + redact(traceback.format_exc()))
         code = 1
+    _report(code)
     if "dti_dist.ranks" in sys.modules:
         from dti_dist.ranks import end_process
 
@@ -30,15 +31,30 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _which_rank() -> str:
+    world = os.environ.get("WORLD_SIZE", "1")
+    return "" if world == "1" else f"rank {os.environ.get('RANK')} of {world} failed:\n"
+
+
+def _report(code: int) -> None:
+    """Write the exit code where a launch script asks for it: torchrun turns each into 1."""
+    path = os.environ.get("DTI_DIST_STATUS_FILE")
+    if path and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        staging = f"{path}.partial"
+        with open(staging, "w") as file:
+            file.write(f"{code}\n")
+        os.replace(staging, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     try:
         return args.run(args)
-    except OtherRankFailed:
-        return 2
+    except OtherRankFailed as error:
+        return error.exit_code
     except UserError as error:
         say(f"dti-dist {args.command}: {told(error)}")
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         say(f"dti-dist {args.command}: interrupted")
         return 1
@@ -238,6 +254,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the run's precision")
     _add_checkpoint_option(export)
+
+    doctor = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "say what this machine has and lacks for a job, and how to mend it",
+        "torchrun --standalone --nproc-per-node 8 -m dti_dist doctor shop.yaml",
+    )
+    doctor.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="also check its run_dir, data and copies"
+    )
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
@@ -392,3 +421,22 @@ def _export(args: argparse.Namespace) -> int:
     folder = export(args.run_dir, args.out, args.checkpoint, args.dtype, args.adapter_only)
     say(f"exported to {folder}")
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dti_dist.config import load_config
+
+    config = load_config(args.config, args.overrides) if args.config else None
+    from dti_dist.ranks import leave, meet
+    from dti_dist.reporting.doctor import examine, table
+
+    several = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    ranks = meet("auto", timeout_minutes=5, cpu_threads=1) if several else None
+    findings = examine(config, ranks)
+    if ranks is None or ranks.is_main:
+        if args.json:
+            print(json.dumps([vars(finding) for finding in findings], indent=2))
+        else:
+            print(table(findings))
+    leave()
+    return int(any(finding.verdict == "failure" for finding in findings))

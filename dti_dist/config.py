@@ -317,10 +317,15 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     every_steps: NonNegative = Field(500, description="0: at the end of each epoch only.")
     keep_last: Positive = 2
+    on_failed_save: Literal["go_on", "stop"] = Field(
+        "go_on",
+        description="When a checkpoint can't be written, as on a full disk: go_on says so and "
+        "trains on, stop ends the job. The checkpoint before is kept.",
+    )
     copy_to: str | None = Field(
         None,
         description="A folder or any fsspec URL that each complete checkpoint is copied to, while "
-        "training goes on.",
+        "training goes on. A run whose folder has none, or older ones, goes on from there.",
     )
 
 
@@ -349,6 +354,16 @@ class TrainingConfig(Section):
     log_every: Positive = 10
     collective_timeout_minutes: Positive = Field(
         60, description="How long ranks wait for each other, index building included."
+    )
+    watchdog_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        30,
+        description="When no step ends for so long, every thread's stack is written and the job "
+        "ends. null: never.",
+    )
+    max_skipped_steps: NonNegative = Field(
+        0,
+        description="Steps of a run that may be left out because their loss or gradients are not "
+        "finite; one more ends it.",
     )
 
     @field_validator("betas")

@@ -14,6 +14,14 @@ class UserError(Exception):
     without a traceback and exit with 2.
     """
 
+    exit_code = 2
+
+
+class RunFailed(UserError):
+    """A job that began well could not go on; the message is one of UserError's kind, the exit 1."""
+
+    exit_code = 1
+
 
 def told(error: UserError) -> str:
     """The error's message, without the traceback that torch puts around a data worker's error."""

@@ -23,3 +23,12 @@ def synthetic(tmp_path_factory):
     read = partial(read_synthetic, users=60, items=48, interactions_per_user=40)
     build_dataset(read, str(out), BuildOptions())
     return out
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(synthetic, tmp_path_factory):
+    """20 steps of fp32 ZeRO-3 on two ranks, to compare with: the config and what it printed."""
+    from tests.launching import train, write_config
+
+    config = write_config(tmp_path_factory.mktemp("two") / "config.yaml", synthetic)
+    return config, train(config, ranks=2)

@@ -59,12 +59,35 @@ def write_config(path: Path, data: Path | str, **sections: Any) -> Path:
     return path
 
 
-def command(ranks: int, module: str = "dti_dist.training") -> list[str]:
-    """One process, or torchrun with several."""
+def command(ranks: int, module: str = "dti_dist.training", script: Path | None = None) -> list[str]:
+    """One process, or torchrun with several, of a module or a script."""
+    program = [str(script)] if script else ["-m", module]
     if ranks == 1:
-        return [sys.executable, "-m", module]
+        return [sys.executable, *program]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, "--nproc-per-node", str(ranks), "-m", module]
+    return [*torchrun, "--nproc-per-node", str(ranks), *program]
+
+
+def job_with(before_step: str, script: Path) -> Path:
+    """The training job, with statements that run before each step; they see `trainer` and `step`.
+
+    `step` is the step about to be taken, from 1.
+    """
+    body = "\n".join(f"    {line}" for line in before_step.strip().splitlines())
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "import torch\n"
+        "from dti_dist import cli\n"
+        "from dti_dist.training import loop\n"
+        "original = loop._Trainer._step\n"
+        "def patched(trainer, *arguments):\n"
+        "    step, rank = trainer.progress.step + 1, trainer.ranks.rank\n"
+        f"{body}\n"
+        "    return original(trainer, *arguments)\n"
+        "loop._Trainer._step = patched\n"
+        "cli.run(['train', *sys.argv[1:]])\n"
+    )
+    return script
 
 
 def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
@@ -141,3 +164,16 @@ def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) ->
         assert process.poll() is None, f"the job ended before step {step}"
         time.sleep(0.02)
     raise AssertionError(f"no step {step} within {SECONDS} s")
+
+
+def run_dir(config: Path) -> Path:
+    """Where the config's run lies."""
+    return Path(yaml.safe_load(config.read_text())["run_dir"])
+
+
+def assert_same_losses(
+    first: dict[int, float], second: dict[int, float], within: float = 1e-4, steps: int = 20
+) -> None:
+    assert set(first) == set(second) == set(range(1, steps + 1))
+    assert max(abs(first[step] - second[step]) for step in first) < within
+    assert len({round(loss, 3) for loss in first.values()}) > 5, "the losses don't move"

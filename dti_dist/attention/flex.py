@@ -56,12 +56,16 @@ class FlexPlan:
         # The blocks that a range touches, and those that lie wholly inside it.
         touched = _count_queries(intervals, start // BLOCK, (end - 1) // BLOCK + 1) > 0
         full = _count_queries(intervals, (start - 1) // BLOCK + 1, end // BLOCK) == BLOCK
+        partial = touched & ~full
         block_mask = BlockMask.from_kv_blocks(
-            *_ordered(touched & ~full),
+            *_ordered(partial),
             *_ordered(full),
             BLOCK_SIZE=BLOCK,
             mask_mod=_interval_test(start, end),
+            compute_q_blocks=False,  # takes as long again as all the rest
         )
+        block_mask.q_num_blocks, block_mask.q_indices = _ordered(partial.mT)
+        block_mask.full_q_num_blocks, block_mask.full_q_indices = _ordered(full.mT)
         return cls(block_mask, None if bias is None else _biased(bias))
 
 
@@ -90,9 +94,12 @@ def _count_queries(intervals: VisibleIntervals, first: Tensor, last: Tensor) -> 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Bool [B, rows, columns] → FlexAttention's counts [B, 1, rows] and indices of key blocks."""
-    counts = blocks.sum(dim=-1, dtype=torch.int32)
-    indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
-    return counts[:, None], indices[:, None].contiguous()
+    before = blocks.cumsum(dim=-1, dtype=torch.int32)
+    counts = before[..., -1]
+    column = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
+    place = torch.where(blocks, before - 1, counts[..., None] + column - before)
+    indices = torch.empty_like(before).scatter_(-1, place.long(), column.expand_as(before))
+    return counts[:, None].contiguous(), indices[:, None]
 
 
 def _interval_test(

@@ -305,6 +305,21 @@ def sha256(uri: str, settings: StorageConfig = _DEFAULTS) -> str:
     return digest.hexdigest()
 
 
+def download(uri: str, local: str, settings: StorageConfig = _DEFAULTS) -> str:
+    """Copy one file to this machine in blocks, and return its SHA-256 in hex.
+
+    Raises FileNotFoundError where there is none.
+    """
+    digest = hashlib.sha256()
+    size = request(uri, settings, lambda fs, path: fs.info(path)["size"])
+    with open(local, "wb") as file:
+        for start in range(0, size, _BLOCK):
+            block = read_range(uri, start, min(start + _BLOCK, size), settings, size)
+            digest.update(block)
+            file.write(block)
+    return digest.hexdigest()
+
+
 def upload(local: str, uri: str, settings: StorageConfig = _DEFAULTS) -> None:
     """Copy one local file. In an object store it appears when it is whole."""
 

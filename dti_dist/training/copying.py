@@ -1,38 +1,107 @@
-"""Copies of complete checkpoints at a URL, made while training goes on."""
+"""Copies of complete checkpoints at a URL, made while training goes on, and the way back."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from dti_dist.config import StorageConfig
+import yaml
+
+from dti_dist.config import RunConfig, StorageConfig, validate_config
 from dti_dist.console import say
 from dti_dist.data import storage
 from dti_dist.data.retrying import reason_of
 from dti_dist.errors import UserError
-from dti_dist.training.checkpoint import COMMIT, tag
+from dti_dist.training.checkpoint import COMMIT, complete_checkpoints, tag
+from dti_dist.training.run_folder import RunFolder, refuse_other_settings
+
+_CONFIG = "config.yaml"
 
 
 class CheckpointCopies:
     """Copies one checkpoint after another, in a thread, to a folder or URL.
 
     A copy has the files of the checkpoint and then its commit file, so one without it is not
-    finished, as on disk. What can't be copied is said, and training goes on. When checkpoints come
-    faster than they can be copied, the newest waits and older ones that wait are left out. Copies
-    are not removed: how long they are kept is for the store to say.
+    finished, as on disk. Beside the copies lie the run's config, tokenizer and metrics, so that
+    a run goes on from there alone. What can't be copied is said, and training goes on. When
+    checkpoints come faster than they can be copied, the newest waits and older ones that wait are
+    left out. Copies are not removed: how long they are kept is for the store to say.
     """
 
-    def __init__(self, checkpoints: Path, url: str, settings: StorageConfig):
+    def __init__(self, run: Path, url: str, settings: StorageConfig):
         """Raises UserError where the URL is none that can be opened, so before there is work."""
         storage.exists(url, settings)
-        self._checkpoints, self._url, self._settings = checkpoints, url, settings
+        self._run_folder = RunFolder(run)
+        self._checkpoints = self._run_folder.checkpoints
+        self._url, self._settings = url, settings
         self._changed = threading.Condition()
         self._waiting: int | None = None
         self._copying: int | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
+
+    def restore(self, config: RunConfig) -> None:
+        """Fetch the newest copy that is newer than every complete checkpoint on disk.
+
+        Raises:
+            UserError: if the copies are of a run that computes otherwise.
+        """
+        files = storage.list_files(self._url, self._settings)
+        steps = sorted(name.split("/")[0] for name in files if name.endswith(f"/{COMMIT}"))
+        local = [commit.folder.name for commit in complete_checkpoints(self._checkpoints)[0]]
+        newer = [name for name in steps if not local or name > local[-1]]
+        if not newer:
+            return
+        if _CONFIG in files:
+            there = yaml.safe_load(self._read(_CONFIG))
+            refuse_other_settings(
+                self._url, validate_config(there, self._url), config, "checkpoints.copy_to"
+            )
+        for name in files:
+            first = name.split("/")[0]
+            if first == "tokenizer" and not (self._run_folder.path / name).exists():
+                self._fetch(name, self._run_folder.path / name)
+        if "metrics.jsonl" in files and not local:
+            self._fetch("metrics.jsonl", self._run_folder.metrics)
+        for name in reversed(newer):
+            if self._fetch_checkpoint(name):
+                return
+
+    def _fetch_checkpoint(self, name: str) -> bool:
+        commit: dict[str, Any] = json.loads(self._read(f"{name}/{COMMIT}"))
+        say(f"fetching {name} from {self._url}, as no newer checkpoint is in the run's folder")
+        staging = self._checkpoints / f".{name}.fetched"
+        shutil.rmtree(staging, ignore_errors=True)
+        for file, entry in commit["files"].items():
+            try:
+                found = self._fetch(f"{name}/{file}", staging / file)
+            except FileNotFoundError:
+                found = None
+            if found != entry["sha256"]:
+                what = "is missing" if found is None else f"has SHA-256 {found[:12]}…"
+                say(
+                    f"copy passed over: {storage.join(self._url, name)}: {file} {what}, expected "
+                    f"was {entry['sha256'][:12]}…"
+                )
+                shutil.rmtree(staging, ignore_errors=True)
+                return False
+        (staging / COMMIT).write_text(json.dumps(commit, indent=1))
+        target = self._checkpoints / name
+        shutil.rmtree(target, ignore_errors=True)  # one that was not complete
+        os.rename(staging, target)
+        return True
+
+    def _read(self, name: str) -> bytes:
+        return storage.read_bytes(storage.join(self._url, name), self._settings)
+
+    def _fetch(self, name: str, target: Path) -> str:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return storage.download(storage.join(self._url, name), str(target), self._settings)
 
     def submit(self, step: int) -> None:
         """Copy the complete checkpoint of this step, soon."""
@@ -90,4 +159,9 @@ class CheckpointCopies:
         storage.remove(commit, self._settings)
         for name in json.loads(content)["files"]:
             storage.upload(str(source / name), storage.join(target, name), self._settings)
+        run = self._run_folder
+        for path in (*sorted(run.tokenizer.rglob("*")), run.config_file, run.metrics):
+            if path.is_file():
+                name = path.relative_to(run.path).as_posix()
+                storage.upload(str(path), storage.join(self._url, name), self._settings)
         storage.write_atomic(commit, content, self._settings)

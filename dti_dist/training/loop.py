@@ -11,8 +11,8 @@ import torch
 
 from dti_dist.config import RunConfig
 from dti_dist.console import say
-from dti_dist.data.stream import PackStream, Share, StreamPlan, batches
-from dti_dist.errors import UserError
+from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan, batches
+from dti_dist.errors import OtherRankFailed, RunFailed, UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import click_loss
 from dti_dist.model.lora import base_fingerprint
@@ -27,6 +27,8 @@ from dti_dist.training.engine import (
     set_learning_rate,
     start_engine,
 )
+from dti_dist.training.memory import is_out_of_memory, out_of_memory
+from dti_dist.training.nonfinite import write_diagnosis
 from dti_dist.training.run_folder import RunFolder
 from dti_dist.training.signals import STOPPED_BY_SIGNAL, StopSignal
 from dti_dist.training.tracking import (
@@ -36,6 +38,10 @@ from dti_dist.training.tracking import (
     memory_gib,
     peak_flops,
 )
+from dti_dist.training.watchdog import Watchdog
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+_WORD_OF_A_PEER_S = 5.0  # how long a rank that lost one waits to hear why
 
 
 def train(config: RunConfig) -> int:
@@ -45,20 +51,50 @@ def train(config: RunConfig) -> int:
         0 when training is done, 75 when a signal stopped it after a checkpoint.
     """
     settings = config.training
+    stop = StopSignal()  # first of all: a signal while ranks meet is not lost
     ranks = meet(settings.device, settings.collective_timeout_minutes, settings.cpu_threads)
     micro_steps_per_step(settings, ranks.world)  # refuse a bad batch before any work
-    stop = StopSignal()
-    trainer = _Trainer(config, ranks, stop)
+    folder = RunFolder(config.run_dir)
+    watchdog = Watchdog(ranks, settings.watchdog_minutes, folder.stacks)
+    trainer = _Trainer(config, ranks, stop, folder, watchdog)
     try:
         return trainer.run()
-    except BaseException:
+    except BaseException as error:
         if ranks.is_main:
-            trainer.folder.discard()
-        raise
+            folder.discard()
+        cause = _first_cause(error, trainer, watchdog)
+        if cause is error:
+            raise
+        raise cause from error
     finally:
+        watchdog.close()
         stop.restore()
-        trainer.folder.release()
+        folder.release()
         leave()
+
+
+def _first_cause(error: BaseException, trainer: _Trainer, watchdog: Watchdog) -> BaseException:
+    """The error as the user should see it: one rank speaks, about what came first."""
+    if isinstance(error, OtherRankFailed):
+        return error
+    if is_out_of_memory(error):
+        error = trainer.out_of_memory(error)
+    lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
+    first = watchdog.failure_elsewhere(_WORD_OF_A_PEER_S if lost else 0.0)
+    if first is None and lost:
+        error = RunFailed(
+            f"rank {trainer.ranks.rank}: another rank of the job ended without a word "
+            f"({str(error).splitlines()[0]}). The launcher's output says which one and by which "
+            "signal. SIGKILL most often means that its machine's memory ran out (dmesg tells) or "
+            "that the machine went down. Start the same command again to go on from the last "
+            "checkpoint."
+        )
+        first = watchdog.fail(error)
+    elif first is None:
+        first = watchdog.fail(error)
+    if first.rank != trainer.ranks.rank:
+        return OtherRankFailed(f"rank {first.rank} failed: {first.reason}")
+    return error
 
 
 @dataclass
@@ -70,6 +106,7 @@ class _Progress:
     metric: str | None = None  # what `best` is of
     validations_without_gain: int = 0
     validated_at: int = 0
+    skipped_steps: int = 0  # whose loss or gradients were not finite
 
     def state(self, epoch_ends: list[int], data: str) -> dict[str, Any]:
         """Plain JSON. `data` is the fingerprint of the index that steps are counted in."""
@@ -80,18 +117,29 @@ class _Progress:
 
 
 class _Trainer:
-    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopSignal):
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        stop: StopSignal,
+        folder: RunFolder,
+        watchdog: Watchdog,
+    ):
         self.config, self.ranks, self.stop = config, ranks, stop
-        self.folder = RunFolder(config.run_dir)
+        self.folder, self.watchdog = folder, watchdog
+        self.engine: Any = None
+        self.parameters = self.trainable = 0
         self.progress = _Progress()
         self.saved_at: int | None = None
+        self.save_failed_at: int | None = None
         self.skipped: dict[str, None] = {}  # what could not be read, each once, in order
         self.skips_written = 0
         self.copies: CheckpointCopies | None = None
 
     def run(self) -> int:
         config, ranks = self.config, self.ranks
-        inputs = ranks.first_on_node(self._open)
+        ranks.each(self._prepare_folder)
+        inputs = ranks.first_on_node(lambda: Inputs.open(config, self.folder.tokenizer))
         plan = inputs.stream_plan(
             "train", epochs=config.training.epochs, shuffle=True, together=ranks
         )
@@ -128,14 +176,13 @@ class _Trainer:
         data = config.data
         return self._loop(batches(stream, data.workers, data.prefetch, ranks.device.type == "cuda"))
 
-    def _open(self) -> Inputs:
-        if self.ranks.is_main:
-            self.folder.prepare(self.config)
-            if copy_to := self.config.checkpoints.copy_to:
-                self.copies = CheckpointCopies(
-                    self.folder.checkpoints, copy_to, self.config.data.storage
-                )
-        return Inputs.open(self.config, self.folder.tokenizer)
+    def _prepare_folder(self) -> None:
+        if not self.ranks.is_main:
+            return
+        self.folder.prepare(self.config)
+        if copy_to := self.config.checkpoints.copy_to:
+            self.copies = CheckpointCopies(self.folder.path, copy_to, self.config.data.storage)
+            self.copies.restore(self.config)
 
     def _share(self, global_packs: int) -> Share:
         micro_packs = self.config.training.micro_batch_packs
@@ -188,11 +235,13 @@ class _Trainer:
         display = StepDisplay(self.ranks, self.total_steps, progress.step)
         interval = Interval()
         stopping = False
+        self.watchdog.beat()
         self._write_skips(metrics)  # what the index left out
         if self._validation_is_due():  # a signal came between a step and its validation
             self._validate(metrics)
         while progress.step < self.total_steps and not self._out_of_patience():
-            stopping, epoch = self._step(loader, interval)
+            stopping, epoch = self._step(loader, interval, metrics)
+            self.watchdog.beat()
             display.step()
             if self.ranks.is_main:
                 for reason in list(self.skipped)[self.skips_written :]:
@@ -211,9 +260,9 @@ class _Trainer:
                 self._validate(metrics)
             every = config.checkpoints.every_steps
             if _due(progress.step, every) or progress.step in self.epoch_ends:
-                self._save()
+                self._save(metrics)
             interval.started += time.perf_counter() - paused  # not part of the steps' time
-        self._save()
+        saved = self._save(metrics)
         display.close()
         if metrics:
             metrics.close()
@@ -221,11 +270,18 @@ class _Trainer:
             self.copies.close()
         if stopping:
             if self.ranks.is_main:
+                what = "its checkpoint is complete" if saved else "its checkpoint was not written"
                 say(
-                    f"stopped by a signal after step {progress.step:,}; its checkpoint is "
-                    "complete. Start the same command again to go on."
+                    f"stopped by a signal after step {progress.step:,}; {what}. "
+                    "Start the same command again to go on."
                 )
             return STOPPED_BY_SIGNAL
+        if not saved:
+            raise RunFailed(
+                f"Training reached step {progress.step:,}, and its last checkpoint could not be "
+                "written, as said above. Mend that and start the same command again: it goes on "
+                "from the newest complete checkpoint."
+            )
         return 0
 
     def _write_skips(self, metrics: MetricsFile | None) -> None:
@@ -247,49 +303,97 @@ class _Trainer:
         patience = self.config.validation.patience
         return patience is not None and self.progress.validations_without_gain >= patience
 
-    def _step(self, loader: Any, interval: Interval) -> tuple[bool, int]:
+    def _step(
+        self, loader: Any, interval: Interval, metrics: MetricsFile | None
+    ) -> tuple[bool, int]:
         """One optimizer step; returns whether a rank was told to stop, and the step's epoch."""
         engine, ranks, progress = self.engine, self.ranks, self.progress
         rate = learning_rate(progress.step, self.total_steps, self.config.training)
         set_learning_rate(engine, rate)
         # So a resumed run drops out what an uninterrupted one does.
         torch.manual_seed(hash((self.config.seed, progress.step, ranks.rank)))
-        loss_sum, tokens, batch = torch.zeros((), device=ranks.device), 0, None
+        loss_sum, tokens = torch.zeros((), device=ranks.device), 0
+        batches: list[Batch] = []
         skipped: list[str] = []
         micro_steps = engine.gradient_accumulation_steps()
-        for _ in range(micro_steps):
+        for micro_step in range(micro_steps):
             waiting = time.perf_counter()
             batch = next(loader)
             interval.data_wait_s += time.perf_counter() - waiting
             assert batch.step == progress.step, "the stream and the loop must count alike"
             skipped += batch.skipped
             on_device = batch.to(ranks.device)
+            batches.append(on_device)
             loss = click_loss(engine(on_device), on_device)
-            # DeepSpeed averages over ranks and micro-steps; a mean over the step's targets is asked
-            # for, however they are spread.
-            engine.backward(loss * (ranks.world * micro_steps / batch.step_targets))
-            engine.step()
             loss_sum += loss.detach()
             tokens += batch.body_tokens + int(batch.weights.sum())
-        assert batch is not None
-        told = float(self.stop.received is not None)
-        total, tokens_sum, stopping, skips = ranks.sum(
-            loss_sum.item(), float(tokens), told, float(len(skipped))
-        )
+            # DeepSpeed averages over ranks and micro-steps; a mean over the step's targets is asked
+            # for, however they are spread.
+            scale = ranks.world * micro_steps / batch.step_targets
+            if micro_step == micro_steps - 1:
+                told = float(self.stop.received is not None)
+                total, tokens_sum, stopping, skips = ranks.sum(
+                    loss_sum.item(), float(tokens), told, float(len(skipped))
+                )
+                if not math.isfinite(total):
+                    scale = math.nan  # DeepSpeed leaves out a step whose gradients are not finite
+            engine.backward(loss * scale)
+            engine.step()
         if skips:
             for of_rank in ranks.each(lambda: skipped):
                 self.skipped.update(dict.fromkeys(of_rank))
-        if not math.isfinite(total):
-            raise UserError(
-                f"The loss became {total} at step {progress.step + 1}. Resume from the last "
-                "checkpoint with a lower training.learning_rate or training.precision=fp32."
-            )
+        if engine.optimizer.overflow:
+            self._leave_out_step(total, batches, metrics)
+        else:
+            interval.loss_sum += total
+            interval.targets += batch.step_targets
         progress.step += 1
         interval.steps += 1
-        interval.loss_sum += total
-        interval.targets += batch.step_targets
         interval.tokens += int(tokens_sum)
         return stopping > 0, batch.epoch
+
+    def _leave_out_step(
+        self, loss_sum: float, batches: list[Batch], metrics: MetricsFile | None
+    ) -> None:
+        """Write down what is known of a step that was not taken; end the run if it is one too many.
+
+        Raises:
+            RunFailed: on all ranks.
+        """
+        step, ranks, progress = self.progress.step + 1, self.ranks, self.progress
+        progress.skipped_steps += 1
+        allowed = self.config.training.max_skipped_steps
+        what = "gradients are" if math.isfinite(loss_sum) else f"loss is {loss_sum}:"
+        folder = self.folder.nonfinite / f"step-{step:08d}"
+        found = ranks.each(
+            lambda: write_diagnosis(
+                folder, self.engine, batches, ranks.rank, step=step, loss_sum=str(loss_sum)
+            )
+        )
+        module = next(filter(None, found), None)
+        message = (
+            f"Step {step:,}: the {what} not finite. The optimizer step was left out, so the "
+            f"weights are those after step {progress.step:,}. "
+            + (f"The first module whose output is not finite: {module}. " if module else "")
+            + f"Targets, logits and weights are in {folder}."
+        )
+        if metrics:
+            metrics.write({"step": step, "not_finite": str(loss_sum), "module": module})
+        if progress.skipped_steps > allowed:
+            raise RunFailed(
+                f"{message} {progress.skipped_steps} step(s) were left out, and "
+                f"training.max_skipped_steps is {allowed}. Look there for what is odd; a lower "
+                "training.learning_rate, a longer training.warmup_fraction or "
+                "training.precision=fp32 help most often, in a new run_dir. A higher "
+                "max_skipped_steps goes on from the last checkpoint."
+            )
+        if ranks.is_main:
+            say(f"{message} Left out so far: {progress.skipped_steps} of {allowed} allowed.")
+
+    def out_of_memory(self, error: BaseException) -> RunFailed:
+        """The error with this run's figures."""
+        stage = self.engine.zero_optimization_stage() if self.engine else 0
+        return out_of_memory(error, self.config, self.ranks, self.parameters, self.trainable, stage)
 
     def _record(self, interval: Interval, epoch: int) -> dict[str, Any]:
         figures = interval.figures()
@@ -315,6 +419,7 @@ class _Trainer:
         """Measure on valid, and keep the checkpoint if it is the best so far."""
         progress, name = self.progress, self.config.validation.metric
         figures = self._measure(self.validation_plan)
+        self.watchdog.beat()
         progress.validated_at = progress.step
         if progress.metric != name:  # none yet, or the run goes on with another
             progress.best, progress.metric, progress.validations_without_gain = None, name, 0
@@ -329,7 +434,7 @@ class _Trainer:
         gain = value if name == "auc" else -value
         if progress.best is None or gain > progress.best:
             progress.best, progress.validations_without_gain = gain, 0
-            self._save(best=value)
+            self._save(metrics, best=value)
         else:
             progress.validations_without_gain += 1
         if metrics:
@@ -344,27 +449,65 @@ class _Trainer:
         share = self._share(self.ranks.world * self.config.training.micro_batch_packs)
         stream = PackStream(plan, share)
         self.engine.eval()
-        found = predict(self.engine, stream, self.ranks)
+        found = predict(self.engine, stream, self.ranks, lambda batch: self.watchdog.beat())
         self.engine.train()
         of_ranks = self.ranks.each(
             lambda: click_metrics(found.label, found.probability, found.row) if found else {}
         )
         return of_ranks[0]
 
-    def _save(self, best: float | None = None) -> None:
-        """Write a checkpoint of this step if there is none; `best` marks it as the best."""
+    def _save(self, metrics: MetricsFile | None, best: float | None = None) -> bool:
+        """Write a checkpoint of this step if there is none; `best` marks it as the best.
+
+        Returns:
+            whether there is one now.
+
+        Raises:
+            RunFailed: if it could not be written and checkpoints.on_failed_save is `stop`.
+        """
         folder, step = self.folder.checkpoints, self.progress.step
+        if self.save_failed_at == step:
+            return False
         if self.saved_at != step:
             state = {**self.progress.state(self.epoch_ends, self.data), "base": self.base}
-            checkpoint.save(self.engine, folder, step, state, self.ranks)
+            began = time.perf_counter()
+            try:
+                size = checkpoint.save(self.engine, folder, step, state, self.ranks)
+            except checkpoint.SaveFailed as error:
+                self._save_failed(error, metrics)
+                return False
             self.saved_at = step
-            if self.copies:
-                self.copies.submit(step)
+            self.watchdog.beat()
+            if metrics:
+                seconds = time.perf_counter() - began
+                metrics.write({"step": step, "checkpoint": {"seconds": seconds, "bytes": size}})
         if self.ranks.is_main:
             if best is not None:
                 checkpoint.mark_best(folder, step, self.config.validation.metric, best)
+            if self.copies:
+                self.copies.submit(step)
             in_use = self.copies.in_use() if self.copies else set()
             checkpoint.remove_old(folder, self.config.checkpoints.keep_last, in_use)
+        return True
+
+    def _save_failed(self, error: checkpoint.SaveFailed, metrics: MetricsFile | None) -> None:
+        step = self.save_failed_at = self.progress.step
+        before = (
+            f"{checkpoint.tag(self.saved_at)} is kept" if self.saved_at else "there is none yet"
+        )
+        message = (
+            f"The checkpoint of step {step:,} could not be written: {error}. What was written of "
+            f"it is removed; of the complete ones {before}."
+        )
+        if self.config.checkpoints.on_failed_save == "stop":
+            raise RunFailed(
+                f"{message} Free space or mend the disk, and start the same command again; with "
+                "checkpoints.on_failed_save=go_on it would have gone on."
+            )
+        if self.ranks.is_main:
+            say(f"{message} Training goes on; the next checkpoint is tried when it is due.")
+        if metrics:
+            metrics.write({"step": step, "save_failed": str(error)})
 
 
 def _due(step: int, every: int) -> bool:

@@ -31,6 +31,8 @@ _MAY_CHANGE = (
     "training.cpu_threads",
     "training.log_every",
     "training.collective_timeout_minutes",
+    "training.watchdog_minutes",
+    "training.max_skipped_steps",
     "validation",
     "checkpoints",
     "evaluation",
@@ -52,6 +54,16 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
+
+    @property
+    def stacks(self) -> Path:
+        """Where the watchdog writes."""
+        return self.path / "stacks"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Steps whose loss or gradients were not finite."""
+        return self.path / "nonfinite"
 
     @property
     def metrics(self) -> Path:
@@ -77,18 +89,7 @@ class RunFolder:
     def prepare(self, config: RunConfig) -> None:
         """Make the folder and keep the config; refuse a folder of a run that computes otherwise."""
         if self.config_file.exists() and any(self.checkpoints.glob("step-*")):
-            old, new = self.read_config().model_dump(mode="json"), config.model_dump(mode="json")
-            changed = [
-                f"  {key}: {before!r} there, {after!r} now"
-                for key, before, after in _differences(old, new)
-                if not key.startswith(_MAY_CHANGE)
-            ]
-            if changed:
-                raise UserError(
-                    f"{self.path} has checkpoints of a run with other settings:\n"
-                    + "\n".join(changed)
-                    + "\nGo on with the settings of config.yaml there, or choose another run_dir."
-                )
+            refuse_other_settings(str(self.path), self.read_config(), config, "run_dir")
         self._made_here = not self.path.exists()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -128,6 +129,23 @@ class RunFolder:
         """Remove the folder if this object made it and no training has begun in it."""
         if self._made_here and not self.metrics.exists():
             shutil.rmtree(self.path)
+
+
+def refuse_other_settings(place: str, old: RunConfig, new: RunConfig, key: str) -> None:
+    """Raise UserError where checkpoints are of a run that computes otherwise; `key` names them."""
+    changed = [
+        f"  {name}: {before!r} there, {after!r} now"
+        for name, before, after in _differences(
+            old.model_dump(mode="json"), new.model_dump(mode="json")
+        )
+        if not name.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{place} has checkpoints of a run with other settings:\n"
+            + "\n".join(changed)
+            + f"\nGo on with the settings of config.yaml there, or choose another {key}."
+        )
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -9,17 +9,33 @@ STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: the job is not done; start it again and i
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+_received: list[str] = []
+
+
+def listen() -> None:
+    """Remember SIGTERM and SIGUSR1 from now on, for the StopSignal that is made later."""
+    for number in _SIGNALS:
+        signal.signal(number, _remember)
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    _received.append(signal.Signals(number).name)
+
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGUSR1 came; the loop asks at each step."""
+    """Whether SIGTERM or SIGUSR1 came; the loop asks at each step."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+        listen()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+    @property
+    def received(self) -> str | None:
+        """The first one's name."""
+        return _received[0] if _received else None
 
     def restore(self) -> None:
+        """Leave the process as it was found."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        _received.clear()

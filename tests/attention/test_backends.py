@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from dti_dist.attention import flex
@@ -162,6 +163,16 @@ def test_flex_visits_exactly_the_blocks_it_must_and_full_ones_are_full(random, w
 def check_blocks(intervals: VisibleIntervals) -> Tensor:
     """Returns the full blocks, bool [B, blocks of queries, blocks of keys]."""
     mask = FlexPlan.build(intervals).block_mask
+    # What the backward pass reads is what torch itself would derive from the forward's blocks.
+    derived = BlockMask.from_kv_blocks(
+        *(mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices),
+        BLOCK_SIZE=BLOCK,
+    )
+    for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        own, of_torch = getattr(mask, name), getattr(derived, name)
+        assert torch.equal(own, of_torch), name
+        assert own.dtype == of_torch.dtype
+        assert own.is_contiguous()
     blocks = blocks_of(dense_mask(intervals))
     assert torch.equal(mask.to_dense()[:, 0].bool(), blocks.any(dim=-1))
     full = torch.zeros(blocks.shape[:3], dtype=torch.bool)

@@ -4,21 +4,21 @@ import json
 import re
 import shutil
 import signal
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
-import yaml
 
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
 from tests.launching import (
+    assert_same_losses,
     command,
+    job_with,
     kill,
     losses,
     metrics,
     run,
+    run_dir,
     start,
     train,
     wait_for_step,
@@ -26,38 +26,6 @@ from tests.launching import (
 )
 
 pytestmark = pytest.mark.slow
-CLOSE = 1e-4
-# A job that gets a signal while it takes its third step.
-SIGNAL_IN_STEP_3 = """
-import os, signal, sys
-from dti_dist import cli
-from dti_dist.training import loop
-step = loop._Trainer._step
-def signalled(trainer, *arguments):
-    if trainer.progress.step == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(trainer, *arguments)
-loop._Trainer._step = signalled
-cli.run(["train", sys.argv[1]])
-"""
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(synthetic, tmp_path_factory):
-    """20 steps of fp32 ZeRO-3 on two ranks, which other runs are compared with."""
-    config = write_config(tmp_path_factory.mktemp("two") / "config.yaml", synthetic)
-    printed = train(config, ranks=2)
-    return config, printed
-
-
-def run_dir(config: Path) -> Path:
-    return Path(yaml.safe_load(config.read_text())["run_dir"])
-
-
-def assert_same_losses(first: dict[int, float], second: dict[int, float]) -> None:
-    assert set(first) == set(second) == set(range(1, 21))
-    assert max(abs(first[step] - second[step]) for step in first) < CLOSE
-    assert len({round(loss, 3) for loss in first.values()}) > 5, "the losses don't move"
 
 
 def test_two_ranks_of_zero_3_train_and_say_what_they_do(uninterrupted):
@@ -115,32 +83,6 @@ def test_every_policy_trains_the_same_on_one_rank_and_on_two_of_zero_3(
     assert_same_losses(*found)
 
 
-def test_deepspeed_launcher_trains_the_same(uninterrupted, synthetic, tmp_path):
-    config = write_config(tmp_path / "config.yaml", synthetic)
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-    port = ["--master_port", "29731"]
-    arguments = [*launcher, *port, "--module", "dti_dist.training", str(config)]
-    run(arguments, tmp_path / "log", DS_ACCELERATOR="cpu")
-    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
-
-
-def test_a_run_killed_at_step_10_goes_on_as_if_nothing_had_happened(
-    uninterrupted, synthetic, tmp_path
-):
-    config = write_config(tmp_path / "config.yaml", synthetic, checkpoints={"every_steps": 4})
-    process = start([*command(2), str(config)], tmp_path / "killed.log")
-    try:
-        wait_for_step(process, run_dir(config), 10)
-    finally:
-        kill(process)
-    killed_at = max(losses(run_dir(config)))
-    assert 10 <= killed_at < 20
-    printed = train(config, ranks=2)
-    resumed_at = int(re.search(r"resuming from step-(\d+)", printed)[1])
-    assert 4 <= resumed_at <= killed_at
-    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
-
-
 def test_a_signal_makes_a_checkpoint_and_an_exit_code_of_its_own(
     uninterrupted, synthetic, tmp_path
 ):
@@ -175,37 +117,6 @@ def test_bf16_trains_and_rotary_frequencies_stay_float32(uninterrupted, syntheti
     fp32, bf16 = losses(run_dir(uninterrupted[0])), losses(run_dir(config))
     assert max(abs(fp32[step] - bf16[step]) for step in fp32) < 0.05
     assert any(abs(fp32[step] - bf16[step]) > 1e-6 for step in fp32)
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_the_reason(uninterrupted, tmp_path):
-    config, _ = uninterrupted
-    copy = tmp_path / "run"
-    shutil.copytree(run_dir(config), copy)
-    folders = sorted((copy / "checkpoints").glob("step-*"))
-    for name, damage in (
-        ("step-00000030", lambda folder: (folder / "commit.json").unlink()),
-        ("step-00000031", lambda folder: next(folder.glob("*optim*")).write_bytes(b"short")),
-        ("step-00000032", lambda folder: next(folder.glob("*model*")).unlink()),
-    ):
-        damaged = copy / "checkpoints" / name
-        shutil.copytree(folders[-1], damaged)
-        damage(damaged)
-    log = tmp_path / "log"
-    printed = run([*command(2), str(config), f"run_dir={copy}"], log)
-    assert "step-00000030: never committed" in printed
-    assert "step-00000031" in printed
-    assert "committed were" in printed
-    assert "step-00000032" in printed
-    assert "is missing" in printed
-    assert f"resuming from {folders[-1].name}" in printed
-
-
-def test_another_number_of_ranks_is_refused_with_what_to_do(uninterrupted, tmp_path):
-    config, _ = uninterrupted
-    copy = tmp_path / "run"
-    shutil.copytree(run_dir(config), copy)
-    printed = run([*command(1), str(config), f"run_dir={copy}"], tmp_path / "log", expect=2)
-    assert "was written by 2 ranks, and this job has 1" in printed
 
 
 def test_validation_marks_the_best_checkpoint_keeps_it_and_stops_early(synthetic, tmp_path):
@@ -249,8 +160,8 @@ def test_a_validation_that_a_signal_skipped_is_made_up_for(synthetic, tmp_path):
         training={"max_steps": 3},
         validation={"every_steps": 3},
     )
-    started = [sys.executable, "-c", SIGNAL_IN_STEP_3, str(config)]
-    printed = run(started, tmp_path / "log", expect=75)
+    signalled = job_with("if step == 3: os.kill(os.getpid(), signal.SIGTERM)", tmp_path / "job.py")
+    printed = run([*command(1, script=signalled), str(config)], tmp_path / "log", expect=75)
     assert "stopped by a signal after step 3" in printed
     assert not any("valid" in line for line in metrics(run_dir(config)))
     train(config)

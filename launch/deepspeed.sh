@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Train with DeepSpeed's launcher, from one machine, on all that a hostfile names:
+#
+#   ./launch/deepspeed.sh HOSTFILE CONFIG [key=value …]
+#
+# HOSTFILE has a line for each machine: `worker-1 slots=8`, a slot a rank. They are reached by ssh
+# without a password, and have the project and the run's folder at the same paths. A hostfile that
+# names this machine alone needs no ssh. More options of the launcher: DEEPSPEED_OPTIONS.
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+hostfile=$1
+shift
+if [ ! -f "$hostfile" ]; then
+  echo "launch/deepspeed.sh: expected a hostfile, found none at $hostfile." >&2
+  exit 2
+fi
+here=$(cd "$(dirname "$0")/.." && pwd)
+[ -x "$here/.venv/bin/deepspeed" ] && PATH="$here/.venv/bin:$PATH"
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Without GPUs the launcher counts slots only if it is told that CPUs are meant.
+nvidia-smi --list-gpus >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
+read -r -a options <<<"${DEEPSPEED_OPTIONS:-}"
+# The launcher tries ssh to the first machine even where that is this one.
+grep -vE '^(#|$|localhost )' "$hostfile" >/dev/null || options+=(--no_ssh_check)
+exec deepspeed --hostfile "$hostfile" "${options[@]}" --module dti_dist.training "$@"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Train on several machines by hand: the same command on each of them, in any order.
+#
+#   ./launch/torchrun.sh HOST[:PORT] NODES CONFIG [key=value …]
+#
+# HOST is one of the machines, as the others can reach it. There is a rank for each GPU of a machine,
+# or RANKS_PER_NODE of them; CPU ranks where there is no GPU. The run's folder must be on a disk that
+# all machines share. A machine alone: torchrun --standalone --nproc-per-node N -m dti_dist.training
+set -euo pipefail
+
+if [ $# -lt 3 ]; then
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+host=$1 nodes=$2
+shift 2
+[[ $host == *:* ]] || host=$host:29500
+here=$(cd "$(dirname "$0")/.." && pwd)
+[ -x "$here/.venv/bin/torchrun" ] && PATH="$here/.venv/bin:$PATH"
+
+ranks=${RANKS_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+[ "$ranks" -gt 0 ] || ranks=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --rdzv-backend c10d \
+  --rdzv-endpoint "$host" --rdzv-id "${RENDEZVOUS_ID:-dti-dist}" -m dti_dist.training "$@"

@@ -1,0 +1,117 @@
+"""launch/train.slurm on a real Slurm with two nodes."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launching import SECONDS, assert_same_losses, losses, metrics, run_dir, write_config
+from tests.slurm_cluster import SlurmCluster, slurm_cluster
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "launch" / "train.slurm")
+NODES = ("--nodes=2", "--ntasks-per-node=1")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        running.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        running.environment["PYTHONPATH"] = f"{ROOT}:{Path(__file__).with_name('slow_steps')}"
+        yield running
+
+
+def wait(cluster: SlurmCluster, job: int, folder: Path) -> None:
+    """For the job's good end; what it printed is shown otherwise."""
+    try:
+        cluster.wait(job, SECONDS)
+    except AssertionError as error:
+        printed = "\n".join(path.read_text()[-4000:] for path in folder.glob("slurm-*"))
+        raise AssertionError(f"{error}\n{printed}") from None
+
+
+def wait_for_step(cluster: SlurmCluster, job: int, run: Path, step: int) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not any(line["step"] >= step for line in metrics(run)):
+        assert time.monotonic() < deadline, f"no step {step}"
+        assert cluster.field(job, "JobState") in ("PENDING", "RUNNING")
+        time.sleep(0.2)
+
+
+def test_sbatch_trains_on_two_nodes_of_two_ranks_to_the_end(
+    cluster, uninterrupted, synthetic, tmp_path
+):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    nodes = ("--nodes=2", "--ntasks-per-node=2")
+    job = cluster.submit(*nodes, "--time=10", SCRIPT, str(config), folder=tmp_path)
+    wait(cluster, job, tmp_path)
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
+    printed = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "4 rank(s) on cpu, DeepSpeed ZeRO stage 3" in printed
+    logs = tmp_path / "logs" / str(job) / "0"
+    assert (logs / "exit-code").read_text() == "0\n"
+    of_ranks = {
+        (path.relative_to(logs).parts[0], path.parent.name) for path in logs.rglob("stderr.log")
+    }
+    assert of_ranks == {(f"node-{node}", str(rank)) for node in (0, 1) for rank in (0, 1)}
+
+
+def test_ahead_of_its_time_limit_a_job_is_saved_requeued_and_ends_as_if_nothing_had_happened(
+    cluster, uninterrupted, synthetic, tmp_path
+):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    job = cluster.submit(
+        *(*NODES, "--time=2", "--signal=USR1@60", SCRIPT, str(config)),
+        folder=tmp_path,
+        DTI_DIST_TEST_STEP_S="3.5",
+    )
+    wait(cluster, job, tmp_path)
+    assert int(cluster.field(job, "Restarts")) >= 1
+    printed = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "stopped by a signal after step" in printed
+    assert f"requeueing job {job}" in printed
+    assert "resuming from step-" in printed
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)), within=1e-9)
+
+
+def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(
+    cluster, uninterrupted, synthetic, tmp_path
+):
+    config = write_config(tmp_path / "config.yaml", synthetic, checkpoints={"every_steps": 2})
+    job = cluster.submit(
+        *(*NODES, "--time=10", SCRIPT, str(config)), folder=tmp_path, DTI_DIST_TEST_STEP_S="0.5"
+    )
+    wait_for_step(cluster, job, run_dir(config), 5)
+    cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    cluster.wait(job, 60, ("PENDING",))
+    cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+    wait(cluster, job, tmp_path)
+    assert cluster.field(job, "Restarts") == "1"
+    assert "resuming from step-" in (tmp_path / f"slurm-{job}.out").read_text()
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)), within=1e-9)
+
+
+def test_an_array_is_a_sweep(cluster, synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic, training={"max_steps": 2})
+    overrides = (f"run_dir={tmp_path}/sweep-%a", "seed=%a")
+    job = cluster.submit("--array=1-2", SCRIPT, str(config), *overrides, folder=tmp_path)
+    deadline = time.monotonic() + SECONDS
+    runs = [tmp_path / f"sweep-{number}" for number in (1, 2)]
+    while not all(len(losses(run)) == 2 for run in runs):
+        assert time.monotonic() < deadline, [p.read_text() for p in tmp_path.glob("slurm-*")]
+        time.sleep(0.3)
+    assert losses(runs[0]) != losses(runs[1])
+    assert job
+
+
+def test_a_mistake_fails_the_job_with_its_exit_code_and_is_not_requeued(
+    cluster, synthetic, tmp_path
+):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    job = cluster.submit(SCRIPT, str(config), "training.epochz=1", folder=tmp_path)
+    cluster.wait(job, SECONDS, ("FAILED",))
+    assert cluster.field(job, "ExitCode") == "2:0"
+    assert "unknown key" in (tmp_path / f"slurm-{job}.out").read_text()
