@@ -23,12 +23,14 @@ _IN_TEXT = [
         rf"\1={HIDDEN}",
     ),
     (re.compile(r"AWS4-HMAC-SHA256\s.*"), f"AWS4-HMAC-SHA256 {HIDDEN}"),
+    (re.compile(r"\b(SharedKey(?:Lite)?|Bearer)\s+[\w.~+/:=-]{8,}"), rf"\1 {HIDDEN}"),
     # name=value and 'name': 'value' as libraries print their settings
     (
         re.compile(
             r"(?i)(\b[\w.-]*(?:secret|passw(?:or)?d|access_?key(?:_?id)?|account_?key|"
-            r"private_?key|sas_?token|session_?token|security-?_?token|connection_?string|"
-            r"authorization)[\w-]*['\"]?\s*[=:]\s*)(?:['\"][^'\"]*['\"]|[^\s,;)}\]]+)"
+            r"private_?key|sas_?token|shared_?access_?signature|session_?token|security-?_?token|connection_?string|"
+            r"authorization)[\w-]*['\"]?\s*[=:]\s*)"
+            r"(?:['\"][^'\"]*['\"]|(?!(?:SharedKey|SharedKeyLite|Bearer)\s)[^\s,;)}\]]+)"
         ),
         rf"\1{HIDDEN}",
     ),
@@ -42,6 +44,8 @@ _SECRET_NAME = re.compile(
 _SECRET_VARIABLE = re.compile(
     r"(?i)^(AWS|AZURE|GOOGLE|GCS|S3|MINIO|FSSPEC|HF|WANDB|MLFLOW)_\w*(KEY|KEY_ID|SECRET|TOKEN|PASSWORD|STRING)$"
 )
+# A library may repeat one of them without the rest.
+_OF_CONNECTION_STRING = re.compile(r"(?i)(?:AccountKey|SharedAccessSignature)=([^;]+)")
 
 
 def redact(text: str) -> str:
@@ -79,8 +83,6 @@ def secret_options(options: Any, path: str = "") -> Iterator[str]:
 
 
 def _environment_secrets() -> set[str]:
-    return {
-        value
-        for name, value in os.environ.items()
-        if _SECRET_VARIABLE.match(name) and len(value) >= _LEAST_LENGTH
-    }
+    found = [value for name, value in os.environ.items() if _SECRET_VARIABLE.match(name)]
+    parts = [part for value in found for part in _OF_CONNECTION_STRING.findall(value)]
+    return {value for value in [*found, *parts] if len(value) >= _LEAST_LENGTH}

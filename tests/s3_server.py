@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,64 +14,44 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import BotoCoreError
 
+from tests.store_server import StoreServer, is_free, running
+
 KEY = "AKIDtestaccesskeyname"
 SECRET = "Sk7pretendThisIsASecret40CharactersLong0"
 _PORTS = {"master": 0, "volume": 1, "filer": 2, "s3": 3}
 _GRPC = 100  # each one's port for gRPC lies so far above
-_START_S = 40
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
     """A running server with an empty bucket, and this process's environment set to reach it."""
-    server = S3Server(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        try:
-            yield server.start()
-        finally:
-            server.kill()
+    with running(S3Server(folder)) as server:
+        yield server
 
 
-class S3Server:
-    """One server with ports of its own. It keeps its data when it is killed and started again."""
+class S3Server(StoreServer):
+    """One server with ports of its own."""
+
+    scheme = "s3"
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        super().__init__(folder)
         self.base = _free_ports()
-        self.process: subprocess.Popen[bytes] | None = None
-        folder.mkdir(parents=True)
-        credentials = [{"accessKey": KEY, "secretKey": SECRET}]
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        identities = [{"name": "test", "credentials": credentials, "actions": actions}]
-        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.base + _PORTS['s3']}"
-
-    @property
-    def bucket(self) -> str:
-        """A name that no other server of this process has, as clients are kept by bucket."""
-        return f"bucket-{self.base}"
-
-    def uri(self, path: str) -> str:
-        return f"s3://{self.bucket}/{path}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a process needs to reach it."""
-        return {
+        self.bucket = f"bucket-{self.base}"
+        self.endpoint = f"http://127.0.0.1:{self.base + _PORTS['s3']}"
+        self.environment = {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+        credentials = [{"accessKey": KEY, "secretKey": SECRET}]
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        identities = [{"name": "test", "credentials": credentials, "actions": actions}]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
 
-    def start(self) -> S3Server:
-        """Start it, and return when it answers."""
+    def command(self) -> list[str]:
         ports = [
             argument
             for name, offset in _PORTS.items()
@@ -85,48 +60,16 @@ class S3Server:
                 f"-{name}.port.grpc={self.base + offset + _GRPC}",
             )
         ]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(_weed(), "server", f"-dir={self.folder}", *ports),
-                    *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
-                    *("-master.volumeSizeLimitMB=64", "-master.electionTimeout=1s"),
-                    *("-master.resumeState=false", "-volume.max=0", "-volume.preStopSeconds=0"),
-                    *("-filer", "-s3", f"-s3.config={self.folder / 's3.json'}"),
-                    *("-s3.port.iceberg=0", "-s3.port.lance=0"),
-                ],
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env={**os.environ, "GOMAXPROCS": "2"},
-            )
-        deadline = time.monotonic() + _START_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self._log()
-            if self._is_ready():
-                return self
-            time.sleep(0.1)
-        self.kill()
-        raise AssertionError(f"the S3 server did not start within {_START_S} s:\n{self._log()}")
+        return [
+            *(_weed(), "server", f"-dir={self.folder}", *ports),
+            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
+            *("-master.volumeSizeLimitMB=64", "-master.electionTimeout=1s"),
+            *("-master.resumeState=false", "-volume.max=0", "-volume.preStopSeconds=0"),
+            *("-filer", "-s3", f"-s3.config={self.folder / 's3.json'}"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+        ]
 
-    def kill(self) -> None:
-        """SIGKILL, as when its machine is lost."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(30)
-            self.process = None
-
-    def stall(self) -> None:
-        """Connections still open, and nothing is answered."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        """After `stall`."""
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether an object can be written and read; /healthz alone says so too early."""
         import s3fs
 
@@ -145,9 +88,6 @@ class S3Server:
         except (OSError, BotoCoreError):
             return False
 
-    def _log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")[-2000:]
-
 
 def _weed() -> str:
     beside = Path(sys.executable).with_name("weed")
@@ -162,15 +102,6 @@ def _free_ports() -> int:
     for _ in range(50):
         base = random.Random().randrange(10_000, 30_000)  # below those that connections are given
         wanted = [base + offset + more for offset in _PORTS.values() for more in (0, _GRPC)]
-        if all(map(_is_free, wanted)):
+        if all(map(is_free, wanted)):
             return base
     raise AssertionError("found no free ports for an S3 server")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

@@ -28,6 +28,10 @@ HIDE = "Sk7pretend+Secret/40"
         f"AccountKey={HIDE};EndpointSuffix=core.windows.net",
         f"Override 'data.storage.options.s3.key={HIDE}': the value is not valid YAML",
         f"Authorization: AWS4-HMAC-SHA256 Credential=a/b, Signature={HIDE}",
+        f"Authorization: SharedKey account:{HIDE}=",
+        f"{{'Authorization': 'Bearer {HIDE}'}}",
+        f"Authorization: Bearer {HIDE}",
+        f"BlobEndpoint=https://a/;SharedAccessSignature=sig={HIDE}",
     ],
 )
 def test_credentials_are_hidden_wherever_they_stand(text):
@@ -59,6 +63,13 @@ def test_what_the_environment_holds_is_hidden(monkeypatch, capsys):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     say("The server says: minio-admin may not come to us-east-1 with plain words")
     assert capsys.readouterr().err == "The server says: *** may not come to us-east-1 with ***\n"
+
+
+def test_parts_of_a_connection_string_are_hidden_without_the_rest(monkeypatch):
+    signature = "sv=2024&sig=a-signature-of-some-length"
+    value = f"AccountName=shop;AccountKey={HIDE}==;SharedAccessSignature={signature}"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", value)
+    assert redact(f"can't decode {HIDE}== of shop, {signature}") == "can't decode *** of shop, ***"
 
 
 def test_options_that_hold_credentials_are_found_at_any_depth():

@@ -18,6 +18,26 @@ T = TypeVar("T")
 
 _REASON_LENGTH = 300
 _TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # two classes in Python 3.10
+_SAME_PROTOCOL = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az"}
+# Of each store what holds objects, and where its endpoint and its credentials are looked for.
+_STORES = {
+    "s3": (
+        "bucket",
+        "AWS_ENDPOINT_URL",
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
+    ),
+    "gs": (
+        "bucket",
+        "STORAGE_EMULATOR_HOST",
+        "GOOGLE_APPLICATION_CREDENTIALS, those of gcloud, or the machine's role",
+    ),
+    "az": (
+        "container",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_CONNECTION_STRING, AZURE_STORAGE_ACCOUNT_NAME with "
+        "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or the machine's role",
+    ),
+}
 # What no second attempt changes, whichever library says so.
 _FINAL = (
     FileNotFoundError,
@@ -66,8 +86,17 @@ class StorageError(UserError):
     """A store that refuses, or did not answer in the time that the settings give it."""
 
 
+class NoBucket(FileNotFoundError):
+    """The bucket or container is not there, so nothing in it can be."""
+
+
 class CutOff(ConnectionError):
     """An answer shorter than what was asked for."""
+
+
+def protocol_of(scheme: str) -> str:
+    """``s3``, ``gs`` or ``az`` for each name that their libraries take, others as they are."""
+    return _SAME_PROTOCOL.get(scheme, scheme)
 
 
 def with_retries(
@@ -126,7 +155,7 @@ def with_retries(
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same request may succeed later: no connection, no answer, 5xx, throttling."""
-    if any(_names(each) & _CREDENTIAL_ERRORS for each in _causes(error)):
+    if is_of_credentials(error):
         return False
     for each in _causes(error):
         status, code = _status(each), _code(each)
@@ -144,6 +173,24 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
+def is_of_credentials(error: BaseException) -> bool:
+    """Whether a library found no credentials, or none that it can use."""
+    # google-auth's error of a network is one of its GoogleAuthErrors.
+    return any(
+        _names(each) & _CREDENTIAL_ERRORS and "TransportError" not in _names(each)
+        for each in _causes(error)
+    )
+
+
+def is_not_found(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError) or _has_status(error, 404)
+
+
+def is_beyond_end(error: BaseException) -> bool:
+    """Whether a range was asked for that starts where the object has ended."""
+    return _has_status(error, 416)
+
+
 def reason_of(error: BaseException) -> str:
     """The error in one line without credentials."""
     text = redact(" ".join(str(error).split())).rstrip(".")
@@ -156,21 +203,20 @@ def reason_of(error: BaseException) -> str:
 def _refusal(error: Exception, uri: str, endpoint: Callable[[], str]) -> StorageError | None:
     """The error for a request that the store, or its library, refuses; None for other errors."""
     known = [each for each in _causes(error) if _status(each) is not None or _code(each)]
+    scheme, _, path = uri.rpartition("://")
+    kind, endpoint_variable, credentials = _STORES.get(protocol_of(scheme), _STORES["s3"])
     if isinstance(error, FileNotFoundError):
-        if not any(_code(each) == "NoSuchBucket" for each in known):
+        lacks_bucket = any(_code(each) == "NoSuchBucket" for each in known)
+        if not (lacks_bucket or isinstance(error, NoBucket)):
             return None
-        bucket = uri.split("://")[-1].split("/")[0]
         return StorageError(
-            f"{uri}: {endpoint()} has no bucket {bucket!r}. Check its name, the endpoint "
-            "(AWS_ENDPOINT_URL, or data.storage.options) and the region, or create it."
+            f"{uri}: {endpoint()} has no {kind} {path.split('/')[0]!r}. Check its name, the "
+            f"endpoint ({endpoint_variable}, or data.storage.options) and the region, or create it."
         )
-    statuses = {_status(each) for each in known}
-    no_access = isinstance(error, PermissionError) or statuses & {401, 403}
-    if no_access or any(_names(each) & _CREDENTIAL_ERRORS for each in _causes(error)):
+    if _is_no_access(error):
         return StorageError(
             f"{uri}: access refused by {endpoint()}: {reason_of(error)}. Check the credentials "
-            "that this process finds in its environment (for S3 AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role), and what they allow."
+            f"that this process finds in its environment ({credentials}), and what they allow."
         )
     if known or _is_of_a_store(error):
         return StorageError(
@@ -178,6 +224,15 @@ def _refusal(error: Exception, uri: str, endpoint: Callable[[], str]) -> Storage
             "region and data.storage.options."
         )
     return None
+
+
+def _is_no_access(error: BaseException) -> bool:
+    return (
+        isinstance(error, PermissionError)
+        or _has_status(error, 401, 403)
+        or is_of_credentials(error)
+        or (type(error) is OSError and str(error).startswith("Forbidden: "))  # gcsfs's of 403
+    )
 
 
 def _within(call: Callable[[], T], seconds: float) -> T:
@@ -236,6 +291,10 @@ def _status(error: BaseException) -> int | None:
     except (TypeError, ValueError):
         return None
     return status if 300 <= status < 600 else None
+
+
+def _has_status(error: BaseException, *wanted: int) -> bool:
+    return any(_status(each) in wanted for each in _causes(error))
 
 
 def _code(error: BaseException) -> str | None:

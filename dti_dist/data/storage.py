@@ -6,6 +6,7 @@ Local files are read as they are.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -13,9 +14,11 @@ import os
 import posixpath
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -23,7 +26,17 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dti_dist.config import StorageConfig
 from dti_dist.console import say
-from dti_dist.data.retrying import CutOff, reason_of, with_retries
+from dti_dist.data.retrying import (
+    CutOff,
+    NoBucket,
+    is_beyond_end,
+    is_not_found,
+    is_of_credentials,
+    is_passing,
+    protocol_of,
+    reason_of,
+    with_retries,
+)
 from dti_dist.errors import UserError
 from dti_dist.redaction import redact
 
@@ -32,8 +45,8 @@ T = TypeVar("T")
 _BLOCK = 8 << 20  # bytes of a request that reads a whole file
 _SLOWEST = 1 << 20  # bytes a second that a store may need before its attempt is ended
 _UNKNOWN_BYTES = 64 << 20  # allowed for where a request's answer has no known size
+_COPY_POLL_S = 0.5
 _DEFAULTS = StorageConfig()
-_SAME_PROTOCOL = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az"}
 _OBJECT_STORES = {"s3", "gs", "az"}  # folders exist there by the objects in them
 
 
@@ -44,7 +57,8 @@ def filesystem(uri: str, settings: StorageConfig | None = None) -> tuple[Any, st
     opens files by itself. With them it has their time-outs and options, and no silent retries, for
     `request`; threads share it.
 
-    Raises UserError for an unknown protocol or one whose package is not installed.
+    Raises UserError for an unknown protocol, one whose package is not installed, or credentials
+    that are asked for and not there.
     """
     uri = os.fspath(uri)
     try:
@@ -55,9 +69,13 @@ def filesystem(uri: str, settings: StorageConfig | None = None) -> tuple[Any, st
     except (ImportError, ValueError, TypeError) as error:
         raise UserError(
             f"{redact(uri)}: expected a local path or a URL that fsspec can open, but "
-            f"{redact(str(error))}. For S3, Google Cloud Storage or Azure install the extra of "
-            "that name, e.g. pip install 'dti-dist[s3]'."
+            f"{redact(str(error)).rstrip('.')}. For S3, Google Cloud Storage or Azure install the "
+            "extra s3, gcs or azure, e.g. pip install 'dti-dist[s3]'."
         ) from error
+    except Exception as error:
+        if not is_of_credentials(error):
+            raise
+        raise UserError(f"{redact(uri)}: no credentials: {reason_of(error)}.") from None
     return fs, path.rstrip("/") or "/"
 
 
@@ -79,8 +97,7 @@ def _instance(uri: str, settings: StorageConfig) -> tuple[Any, str]:
             }
             options[scheme.split("::")[0]]["skip_instance_cache"] = True
             fs, path = fsspec.core.url_to_fs(uri, **options)
-            if _protocol(fs) == "s3":
-                fs.retries = 1  # s3fs's own are silent
+            _stop_silent_retries(fs, settings)
             _instances[key] = fs, path
         fs, path = _instances[key]
     return fs, path if "::" in uri else fs._strip_protocol(uri)
@@ -88,7 +105,7 @@ def _instance(uri: str, settings: StorageConfig) -> tuple[Any, str]:
 
 def _options(protocol: str, settings: StorageConfig) -> dict[str, Any]:
     """What the protocol's library is told: its time-outs where it has some, then the user's."""
-    name = _SAME_PROTOCOL.get(protocol, protocol)
+    name = protocol_of(protocol)
     given = {**settings.options.get(name, {}), **settings.options.get(protocol, {})}
     if name == "s3":
         config = {
@@ -99,23 +116,74 @@ def _options(protocol: str, settings: StorageConfig) -> dict[str, Any]:
         }
         return {"config_kwargs": config, **given}
     if name == "gs":
-        return {"requests_timeout": settings.timeout_s, **given}
+        # The second is for gcsfs's question what kind of bucket it is.
+        return {"requests_timeout": settings.timeout_s, "retry_timeout": 0, **given}
     if name == "az":
         seconds = max(1, round(settings.timeout_s))
         return {"connection_timeout": seconds, "read_timeout": seconds, **given}
     return given
 
 
+def _stop_silent_retries(fs: Any, settings: StorageConfig) -> None:
+    """Leave retries to `request`, and have each request keep the time-outs.
+
+    gcsfs and adlfs have no settings for that. Where another version of them is built differently
+    their retries stay, within the deadline of `request`.
+    """
+    name = _protocol(fs)
+    if name == "s3":
+        fs.retries = 1
+    with suppress(AttributeError):
+        if name == "gs":
+            fs._request = partial(type(fs)._request.__wrapped__, fs)
+            if isinstance(fs.requests_timeout, (int, float)):
+                fs.requests_timeout = _of_silence(fs.requests_timeout)
+        if name == "az":
+            client = fs.service_client
+            client._config.retry_policy.total_retries = 0
+            # adlfs gives its time-outs to uploads and downloads alone.
+            limits = client._pipeline._transport.connection_config
+            limits.timeout = fs._timeout_kwargs.get("connection_timeout", settings.timeout_s)
+            limits.read_timeout = fs._timeout_kwargs.get("read_timeout", settings.timeout_s)
+
+
+def _of_silence(seconds: float) -> Any:
+    """aiohttp takes a number for the time of a whole request, however much it carries."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(sock_connect=seconds, sock_read=seconds)
+
+
 def _protocol(fs: Any) -> str:
-    name = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    return _SAME_PROTOCOL.get(name, name)
+    return protocol_of(fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0])
 
 
 def _endpoint(fs: Any) -> str:
     """Where requests go, for a message."""
     client = getattr(getattr(fs, "_s3", None), "meta", None)
     url = getattr(client, "endpoint_url", None) or getattr(fs, "endpoint_url", None)
-    return redact(str(url)) if url else f"the store of {_protocol(fs)}://"
+    if _protocol(fs) == "gs":
+        url = getattr(fs, "_location", None)
+    if _protocol(fs) == "az":
+        url = getattr(getattr(fs, "service_client", None), "primary_endpoint", None)
+    # A signature may follow the question mark.
+    return redact(str(url).split("?")[0]) if url else f"the store of {_protocol(fs)}://"
+
+
+def _lacks_bucket(fs: Any, path: str) -> bool:
+    """Whether what is not found is the bucket. gcsfs and adlfs say the same for an object."""
+    bucket = path.split("/")[0]
+    try:
+        if _protocol(fs) == "gs":
+            fs.call("GET", "b/{}/o", bucket, maxResults=1)
+        if _protocol(fs) == "az":
+            fs.info(bucket)
+    except Exception as error:
+        if is_passing(error):
+            raise
+        # Else it may be there: to ask can be forbidden where reading is not.
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def request(
@@ -134,9 +202,18 @@ def request(
     if isinstance(fs, LocalFileSystem):
         return call(fs, path)
     deadline = settings.timeout_s + expected_bytes / _SLOWEST
+
+    def attempt() -> T:
+        try:
+            return call(fs, path)
+        except Exception as error:
+            if is_not_found(error) and _lacks_bucket(fs, path):
+                raise NoBucket(path) from error
+            raise
+
     try:
         return with_retries(
-            lambda: call(fs, path),
+            attempt,
             redact(uri),
             settings,
             lambda: _endpoint(fs),
@@ -200,8 +277,8 @@ def read_range(
     def read(fs: Any, path: str) -> bytes:
         try:
             content = fs.cat_file(path, start=start, end=end)
-        except OSError as error:
-            if "InvalidRange" not in f"{error.__cause__}":
+        except Exception as error:
+            if not is_beyond_end(error):
                 raise
             content = b""
         if len(content) == end - start:
@@ -255,16 +332,14 @@ class RangeFile(io.RawIOBase):
 def _information(uri: str, settings: StorageConfig) -> dict[str, Any] | None:
     """What the store says of a file or folder; None where there is nothing."""
 
-    def ask(fs: Any, path: str) -> dict[str, Any] | None:
+    def ask(fs: Any, path: str) -> dict[str, Any]:
         fs.invalidate_cache()  # another process may have written since
-        try:
-            return fs.info(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if "NoSuchBucket" in f"{error.__cause__}":
-                raise
-            return None
+        return fs.info(path)
 
-    return request(uri, settings, ask)
+    try:
+        return request(uri, settings, ask)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def exists(uri: str, settings: StorageConfig = _DEFAULTS) -> bool:
@@ -278,6 +353,8 @@ def list_files(uri: str, settings: StorageConfig = _DEFAULTS) -> dict[str, int]:
         # Object stores cache listings: another process may have written since.
         fs.invalidate_cache()
         found = fs.find(path, detail=True)
+        if not found and _lacks_bucket(fs, path):
+            raise NoBucket(path)
         return {posixpath.relpath(name, path): info["size"] for name, info in sorted(found.items())}
 
     return request(uri, settings, find)
@@ -479,7 +556,8 @@ def _sync(path: str) -> None:
 
 
 def _publish_by_copy(staging: str, target: str, commit_file: str) -> None:
-    names = [name for name in list_files(staging) if name != commit_file]
+    staged = list_files(staging)
+    names = [name for name in staged if name != commit_file]
     # The commit file goes first and comes last: in between, the folder does not count as finished.
     for stale in [commit_file, *list_files(target)]:
         remove(join(target, stale))
@@ -489,6 +567,22 @@ def _publish_by_copy(staging: str, target: str, commit_file: str) -> None:
         def copy(fs: Any, path: str, name: str = name) -> None:
             _make_folder(fs, posixpath.dirname(path))
             fs.cp_file(f"{staged_path}/{name}", path)
+            _wait_for_copy(fs, path)
             fs.invalidate_cache()
 
-        request(join(target, name), _DEFAULTS, copy)
+        request(join(target, name), _DEFAULTS, copy, staged[name])
+
+
+def _wait_for_copy(fs: Any, path: str) -> None:
+    """Azure may copy after it has answered; what is copied may not be removed before."""
+    if _protocol(fs) != "az":
+        return
+    container, _, blob = path.partition("/")
+    client = fs.service_client.get_blob_client(container, blob)
+    while True:
+        status = fsspec.asyn.sync(fs.loop, client.get_blob_properties).copy.status
+        if status in (None, "success"):
+            return
+        if status != "pending":
+            raise OSError(errno.EIO, f"the store ended the copy as {status}")
+        time.sleep(_COPY_POLL_S)

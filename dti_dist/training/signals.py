@@ -37,5 +37,6 @@ class StopSignal:
     def restore(self) -> None:
         """Leave the process as it was found."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: one that was not set from Python
+                signal.signal(number, handler)
         _received.clear()

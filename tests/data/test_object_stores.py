@@ -6,14 +6,12 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from dti_dist.config import StorageConfig
 from dti_dist.data import storage
@@ -21,13 +19,11 @@ from dti_dist.data.dataset import MANIFEST, BadShard, Dataset, iter_sequences
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
 from dti_dist.data.retrying import StorageError
-from dti_dist.data.stream import PackStream, Share, batches
+from dti_dist.data.stream import batches
 from dti_dist.errors import told
-from tests.data.shards import build_shards, stream_plan, tokenise
+from tests.data.shards import build_shards
+from tests.data.stores import SLACK_S, build, interrupted, rows, same, settings, stream
 from tests.s3_server import SECRET, s3_server
-
-SLACK_S = 10  # of a machine that does other things too
-OPTIONS = BuildOptions(shard_interactions=300, row_group_interactions=100)
 
 
 @pytest.fixture(scope="module")
@@ -39,49 +35,13 @@ def running(tmp_path_factory):
 
 @pytest.fixture
 def server(running):
-    """The server, up again whatever the test before did to it."""
-    running.go_on()
-    if running.process is None:
-        running.start()
-    yield running
-    running.go_on()
+    with running.up():
+        yield running
 
 
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory):
     return build_shards(tmp_path_factory.mktemp("disk") / "shop")
-
-
-def build(uri: str, **changes) -> None:
-    """What `build_shards` makes, at a URL."""
-    read = partial(read_synthetic, users=50, items=40, interactions_per_user=20, seed=0)
-    build_dataset(changes.get("read", read), uri, OPTIONS)
-
-
-def settings(**changes) -> StorageConfig:
-    return StorageConfig(**{"timeout_s": 2, "retry_s": 30, "greatest_wait_s": 1, **changes})
-
-
-def stream(dataset: Dataset, cache) -> PackStream:
-    """One epoch that reads a row group or two for each window, so all along."""
-    plan = stream_plan(dataset, tokenise(dataset, cache), cache, window_interactions=150)
-    share = Share(global_packs=2, micro_packs=1)
-    return PackStream(plan, share)
-
-
-def same(first, second) -> bool:
-    """Whether two lists of batches are equal in every array and number."""
-    return len(first) == len(second) and all(
-        torch.equal(value, vars(b)[name])
-        if isinstance(value, torch.Tensor)
-        else value == vars(b)[name]
-        for a, b in zip(first, second, strict=True)
-        for name, value in vars(a).items()
-    )
-
-
-def rows(dataset: Dataset, split: str = "train") -> list[dict]:
-    return [row for batch in iter_sequences(dataset, split) for row in batch.rows.to_pylist()]
 
 
 # --- writing and reading -------------------------------------------------------------------------
@@ -221,19 +181,6 @@ def test_threads_share_the_footer_and_read_the_same(server, large, requests):
 
 
 # --- faults --------------------------------------------------------------------------------------
-
-
-def interrupted(server, batches_of, at: int, fault, mend, after_s: float):
-    """All batches, with a fault after the first `at` that is mended some seconds later."""
-    found = []
-    timer = threading.Timer(after_s, mend)
-    for number, batch in enumerate(batches_of):
-        found.append(batch)
-        if number + 1 == at:
-            fault()
-            timer.start()
-    timer.join()
-    return found
 
 
 def test_a_killed_server_that_comes_back_changes_no_batch(server, on_disk, tmp_path, capfd):

@@ -45,6 +45,14 @@ class OfAzure(Exception):
         self.status_code = status_code
 
 
+class GoogleAuthError(Exception):
+    pass
+
+
+class TransportError(GoogleAuthError):
+    """google-auth's, when it can't reach who gives tokens."""
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -64,6 +72,7 @@ class OfAzure(Exception):
         ConnectionResetError(errno.ECONNRESET, "reset"),
         OSError(errno.EIO, "input/output"),
         OfAzure(503),
+        TransportError("no route"),
     ],
     ids=lambda error: f"{type(error).__name__}-{error}"[:40],
 )
@@ -87,6 +96,9 @@ def test_errors_of_the_network_and_of_a_busy_store_pass(error):
         FileNotFoundError("none"),
         OSError("Parquet magic bytes not found"),
         OfAzure(403),
+        OfAzure(404),
+        GoogleAuthError("no credentials"),
+        OSError("Forbidden: gcsfs's of 403"),
         ZeroDivisionError(),
     ],
     ids=lambda error: f"{type(error).__name__}-{error}"[:40],

@@ -31,11 +31,8 @@ def running(tmp_path_factory):
 
 @pytest.fixture
 def server(running):
-    running.go_on()
-    if running.process is None:
-        running.start()
-    yield running
-    running.go_on()
+    with running.up():
+        yield running
 
 
 @pytest.fixture
