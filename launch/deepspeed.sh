@@ -25,6 +25,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Without GPUs the launcher counts slots only if it is told that CPUs are meant.
 nvidia-smi --list-gpus >/dev/null 2>&1 || export DS_ACCELERATOR=cpu
 read -r -a options <<<"${DEEPSPEED_OPTIONS:-}"
-# The launcher tries ssh to the first machine even where that is this one.
-grep -vE '^(#|$|localhost )' "$hostfile" >/dev/null || options+=(--no_ssh_check)
+# The launcher asks the first machine by ssh, even where that is this one.
+grep -vE '^(#|$|localhost )' "$hostfile" >/dev/null ||
+  options+=(--no_ssh_check --master_addr 127.0.0.1)
 exec deepspeed --hostfile "$hostfile" "${options[@]}" --module dti_dist.training "$@"

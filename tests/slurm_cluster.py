@@ -47,6 +47,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=1
 SlurmdParameters=config_overrides
 ReturnToService=2
+FirstJobId={first_job}
 JobRequeue=1
 MailProg=/bin/true
 KillWait=15
@@ -105,6 +106,16 @@ class SlurmCluster:
             assert time.monotonic() < deadline, f"job {job} is {state} after {seconds} s"
             time.sleep(0.3)
 
+    def nodes_are_idle(self) -> bool:
+        """Whether both can take a job."""
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        return sorted(set(done.stdout.split())) == ["n1", "n2"]
+
     def cancel_all(self) -> None:
         jobs = self.call("squeue", "--noheader", "--format=%A").split()
         if jobs:
@@ -130,7 +141,16 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     host = socket.gethostname().split(".")[0]
     port, first, _ = _free_ports(3)
     (folder / "slurm.conf").write_text(
-        _CONFIG.format(folder=folder, host=host, port=port, first=first, last=first + 1, cpus=_CPUS)
+        _CONFIG.format(
+            folder=folder,
+            host=host,
+            port=port,
+            first=first,
+            last=first + 1,
+            cpus=_CPUS,
+            # Ranks meet at ports by the job number: not those of daemons or another cluster.
+            first_job=7_000 + port % 5_000,
+        )
     )
     for name in ("state", "spool.n1", "spool.n2"):
         (folder / name).mkdir()
@@ -162,7 +182,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
                 )
             if command is munged:
                 _wait_until(lambda: (folder / "munge.socket").exists(), folder)
-        _wait_until(lambda: _nodes_are_idle(cluster), folder)
+        _wait_until(cluster.nodes_are_idle, folder)
         yield cluster
         cluster.cancel_all()
     finally:
@@ -180,16 +200,6 @@ def _which(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
-def _nodes_are_idle(cluster: SlurmCluster) -> bool:
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-    )
-    return sorted(set(done.stdout.split())) == ["n1", "n2"]
-
-
 def _wait_until(true, folder: Path) -> None:
     deadline = time.monotonic() + _START_S
     while not true():
@@ -201,7 +211,7 @@ def _wait_until(true, folder: Path) -> None:
 
 def _free_ports(count: int) -> list[int]:
     """Neighbouring ports that are free now."""
-    for base in range(21_000 + os.getpid() % 5_000, 32_000, 7):
+    for base in range(21_000 + os.getpid() % 5_000, 27_000, 7):
         probes = []
         try:
             for port in range(base, base + count):

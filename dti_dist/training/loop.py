@@ -57,9 +57,11 @@ def train(config: RunConfig) -> int:
     folder = RunFolder(config.run_dir)
     watchdog = Watchdog(ranks, settings.watchdog_minutes, folder.stacks)
     trainer = _Trainer(config, ranks, stop, folder, watchdog)
+    waits_for_others = False
     try:
         return trainer.run()
     except BaseException as error:
+        waits_for_others = ranks.world > 1
         if ranks.is_main:
             folder.discard()
         cause = _first_cause(error, trainer, watchdog)
@@ -67,10 +69,11 @@ def train(config: RunConfig) -> int:
             raise
         raise cause from error
     finally:
-        watchdog.close()
         stop.restore()
         folder.release()
-        leave()
+        if not waits_for_others:  # else the watchdog ends this process, should its end hang
+            leave()
+            watchdog.close()
 
 
 def _first_cause(error: BaseException, trainer: _Trainer, watchdog: Watchdog) -> BaseException:
@@ -191,10 +194,10 @@ class _Trainer:
     def _resume(self) -> None:
         commit = checkpoint.newest(self.folder.checkpoints, self.ranks)
         if commit is not None:
-            checkpoint.check_base(commit, self.base)
-            checkpoint.load(self.engine, commit, self.ranks)
             state = dict(commit.state)
+            checkpoint.check_base(commit, self.base)
             self._check_data(commit, state.pop("data")["fingerprint"])
+            checkpoint.load(self.engine, commit, self.ranks)
             state.pop("base")
             self.progress = _Progress(**state)
             self.saved_at = self.progress.step

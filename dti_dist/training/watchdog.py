@@ -126,13 +126,13 @@ class Watchdog:
                     f"no step, batch of a validation or save ended for {self._patience / 60:g} "
                     "minutes (training.watchdog_minutes)"
                 )
-                self.fail(TimeoutError(reason), stalled=True)
-                say(
-                    f"rank {self._ranks.rank}: {reason}. The stacks of all threads are in "
-                    f"{self._stacks}; a rank that does not wait in a collective is the one that "
-                    "the others wait for. Start the same command again to go on from the last "
-                    "checkpoint."
-                )
+                if self.fail(TimeoutError(reason), stalled=True) == self._own:
+                    say(
+                        f"rank {self._ranks.rank}: {reason}. The stacks of all threads are in "
+                        f"{self._stacks}; a rank that does not wait in a collective is the one "
+                        "that the others wait for. Start the same command again to go on from the "
+                        "last checkpoint."
+                    )
                 self._write_stacks()
                 self._end(1)
 

@@ -68,8 +68,12 @@ def test_ahead_of_its_time_limit_a_job_is_saved_requeued_and_ends_as_if_nothing_
         folder=tmp_path,
         DTI_DIST_TEST_STEP_S="3.5",
     )
+    deadline = time.monotonic() + SECONDS
+    while cluster.field(job, "Restarts") == "0":
+        assert time.monotonic() < deadline, [p.read_text() for p in tmp_path.glob("slurm-*")]
+        time.sleep(0.5)
+    cluster.call("scontrol", "update", f"jobid={job}", "timelimit=10")  # once is enough here
     wait(cluster, job, tmp_path)
-    assert int(cluster.field(job, "Restarts")) >= 1
     printed = (tmp_path / f"slurm-{job}.out").read_text()
     assert "stopped by a signal after step" in printed
     assert f"requeueing job {job}" in printed
@@ -86,8 +90,9 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(
     )
     wait_for_step(cluster, job, run_dir(config), 5)
     cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    cluster.wait(job, 60, ("PENDING",))
-    cluster.call("scontrol", "update", "nodename=n2", "state=resume")
+    cluster.wait(job, SECONDS, ("PENDING",))
+    if not cluster.nodes_are_idle():  # one that is heard of again may be back by itself
+        cluster.call("scontrol", "update", "nodename=n2", "state=resume")
     wait(cluster, job, tmp_path)
     assert cluster.field(job, "Restarts") == "1"
     assert "resuming from step-" in (tmp_path / f"slurm-{job}.out").read_text()

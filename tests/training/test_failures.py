@@ -67,7 +67,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(synthetic, tm
 if step == 3:
     for name, weight in trainer.engine.module.named_parameters():
         if "layers.1" in name and "down_proj" in name:
-            (weight.data if weight.numel() else weight.ds_tensor).fill_(torch.nan)
+            weight.data.fill_(torch.nan)
+            weight.ds_tensor.fill_(torch.nan)
 """,
         tmp_path / "job.py",
     )
@@ -110,7 +111,7 @@ if step == 1: loop.click_loss = bad
 """,
         tmp_path / "job.py",
     )
-    printed = run([*command(2, script=script), str(config)], tmp_path / "log")
+    printed = run([*command(1, script=script), str(config)], tmp_path / "log")
     assert re.search(rf"Step 3: the {what} (is|are).*Left out so far: 1 of 1 allowed", printed)
     found = losses(run_dir(config))
     assert set(found) - {3} == {1, 2, 4, 5, 6, 7, 8}

@@ -44,12 +44,11 @@ def test_two_ranks_of_zero_3_train_and_say_what_they_do(uninterrupted):
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, []),
         (1, ["training.micro_batch_packs=4", "training.activation_checkpointing=true"]),
         (2, ["training.deepspeed=zero1"]),
         (2, ["training.deepspeed=zero2", "training.micro_batch_packs=2", "data.workers=1"]),
     ],
-    ids=["one process", "one micro-step, recomputed", "ZeRO-1", "ZeRO-2, data worker"],
+    ids=["one process, one micro-step, recomputed", "ZeRO-1", "ZeRO-2, data worker"],
 )
 def test_losses_do_not_depend_on_how_the_work_is_shared_out(
     uninterrupted, synthetic, tmp_path, ranks, overrides
@@ -101,6 +100,22 @@ def test_a_signal_makes_a_checkpoint_and_an_exit_code_of_its_own(
     assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
 
 
+def test_a_signal_while_a_job_starts_is_not_lost(synthetic, tmp_path):
+    """Libraries take seconds to import, and the index of much data takes longer."""
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    early = tmp_path / "job.py"
+    early.write_text(
+        "import os, signal, sys\n"
+        "from dti_dist.training import signals\n"
+        "signals.listen()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "from dti_dist.cli import run\n"
+        "run(['train', *sys.argv[1:]])\n"
+    )
+    printed = run([*command(1, script=early), str(config)], tmp_path / "log", expect=75)
+    assert "stopped by a signal after step 1; its checkpoint is complete" in printed
+
+
 def test_a_job_compiles_no_extension(synthetic, tmp_path):
     """Killed while it compiles, a job would leave a lock that every later job waits for."""
     config = write_config(tmp_path / "config.yaml", synthetic)
@@ -149,7 +164,7 @@ def test_a_run_does_not_go_on_with_other_data(uninterrupted, tmp_path):
     read = partial(read_synthetic, users=50, items=48, interactions_per_user=40)
     build_dataset(read, str(data), BuildOptions())
     overrides = [f"run_dir={copy}", f"data.path={data}"]
-    printed = run([*command(2), str(config), *overrides], tmp_path / "log", expect=1)
+    printed = run([*command(1), str(config), *overrides], tmp_path / "log", expect=2)
     assert "counts its steps in other data" in printed
 
 
