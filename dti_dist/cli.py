@@ -14,10 +14,14 @@ from dti_dist import __version__
 from dti_dist.console import say
 from dti_dist.errors import OtherRankFailed, UserError, told
 from dti_dist.redaction import redact
+from dti_dist.training.signals import listen
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments[:1]) == ["train"]:
+        listen()  # before seconds of imports, in which a signal would be lost
     try:
         code = main(arguments)
     except Exception:

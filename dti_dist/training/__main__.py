@@ -3,10 +3,8 @@
 import sys
 
 from dti_dist.cli import run
-from dti_dist.training import signals
 
 if __name__ == "__main__":
-    signals.listen()  # before seconds of imports, in which a signal would be lost
     # The deepspeed launcher adds --local_rank=N; the environment says the same.
     arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     run(["train", *arguments])

@@ -271,6 +271,8 @@ class _Trainer:
             metrics.close()
         if self.copies:
             self.copies.close()
+        # Of a stopped job torchrun kills the ranks that are left soon after the first has ended.
+        self.ranks.barrier()
         if stopping:
             if self.ranks.is_main:
                 what = "its checkpoint is complete" if saved else "its checkpoint was not written"

@@ -106,11 +106,13 @@ def test_a_signal_while_a_job_starts_is_not_lost(synthetic, tmp_path):
     early = tmp_path / "job.py"
     early.write_text(
         "import os, signal, sys\n"
-        "from dti_dist.training import signals\n"
-        "signals.listen()\n"
-        "os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "from dti_dist.cli import run\n"
-        "run(['train', *sys.argv[1:]])\n"
+        "from dti_dist import cli\n"
+        "train = cli._train\n"
+        "def signalled(args):\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    return train(args)\n"
+        "cli._train = signalled\n"
+        "cli.run(['train', *sys.argv[1:]])\n"
     )
     printed = run([*command(1, script=early), str(config)], tmp_path / "log", expect=75)
     assert "stopped by a signal after step 1; its checkpoint is complete" in printed
