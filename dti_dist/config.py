@@ -269,7 +269,7 @@ class AttentionConfig(Section):
         "leaks. reset: windowed, and [SUM] forgets what is far.",
     )
     positions: Literal["rope", "alibi"] = Field(
-        "rope",
+        "alibi",
         description="Of [SUM]. rope: its place in the prompt. alibi: none, and a score falls with "
         "the distance in tokens.",
     )

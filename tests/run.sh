@@ -15,4 +15,5 @@ if command -v npm >/dev/null && ! grep -qs "\"version\": \"$azurite\"" .venv/azu
 fi
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 
-python -m pytest -n 2 --dist worksteal "$@"
+# Three on two cores: many tests wait, for servers, ranks and time-outs.
+python -m pytest -n 3 --dist worksteal "$@"

@@ -270,7 +270,7 @@ def test_the_text_has_sizes_items_labels_and_token_boundaries(view, synthetic):
 
 
 def test_what_is_added_to_scores_is_said(view):
-    assert view().notes == ()
+    assert view("attention.positions=rope").notes == ()
     shown = view("attention.policy=reset", "attention.positions=alibi")
     assert "falls by slope × (tokens between), with slopes from 0.0625 to 0.00391" in shown.notes[0]
     assert "alpha(5) = 1" in shown.notes[1]

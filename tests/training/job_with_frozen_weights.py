@@ -13,13 +13,17 @@ from dti_dist.config import load_config
 from dti_dist.inputs import Inputs
 from dti_dist.ranks import end_process, leave, meet
 from dti_dist.training.loop import _Trainer
+from dti_dist.training.run_folder import RunFolder
 from dti_dist.training.signals import StopSignal
+from dti_dist.training.watchdog import Watchdog
 
 
 def main() -> None:
     config = load_config(sys.argv[1])
     ranks = meet("cpu", 5, None)
-    trainer = _Trainer(config, ranks, StopSignal())
+    folder = RunFolder(config.run_dir)
+    watchdog = Watchdog(ranks, None, folder.stacks)
+    trainer = _Trainer(config, ranks, StopSignal(), folder, watchdog)
     assert trainer.run() == 0
     fresh = Inputs.open(config, trainer.folder.tokenizer).untrained_model()
     before = dict(fresh.named_parameters())
