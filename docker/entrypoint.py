@@ -77,7 +77,9 @@ def run_ranks(torchrun: list[str], words: list[str]) -> int:
     names = ",".join(signal.Signals(number).name.removeprefix("SIG") for number in STOPS)
     process = subprocess.Popen(
         [
-            *("env", f"--ignore-signal={names}", *torchrun, "--signals-to-handle", "SIGQUIT"),
+            # QUIT may have come ignored: from a shell's background.
+            *("env", f"--ignore-signal={names}", "--default-signal=QUIT"),
+            *(*torchrun, "--signals-to-handle", "SIGQUIT"),
             *("--no-python", "env", f"--default-signal={names}", "dti-dist", *words),
         ],
         env={**os.environ, "DTI_DIST_STATUS_FILE": str(status)},

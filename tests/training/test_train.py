@@ -61,8 +61,7 @@ def test_losses_do_not_depend_on_how_the_work_is_shared_out(
 @pytest.mark.parametrize(
     "attention",
     [
-        {"policy": "isolated", "positions": "alibi"},
-        {"policy": "reset", "positions": "alibi"},
+        {"policy": "isolated", "positions": "rope"},
     ],
     ids=lambda attention: "-".join(attention.values()),
 )
