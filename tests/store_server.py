@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def running(server: Server) -> Iterator[Server]:
             server.kill()
 
 
-class StoreServer:
+class StoreServer(ABC):
     """A server on this machine's loopback; faults are made by signals to it.
 
     It keeps its data, in `folder`, when it is killed and started again.
@@ -49,12 +50,13 @@ class StoreServer:
         self.process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True)
 
+    @abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """The program and its arguments."""
 
+    @abstractmethod
     def is_ready(self) -> bool:
         """Whether it answers. Makes the bucket where it is not there."""
-        raise NotImplementedError
 
     def uri(self, path: str) -> str:
         return f"{self.scheme}://{self.bucket}/{path}"

@@ -376,9 +376,8 @@ def remove(uri: str, settings: StorageConfig = _DEFAULTS) -> None:
 def sha256(uri: str, settings: StorageConfig = _DEFAULTS) -> str:
     """Hex digest of one file, read in blocks. Raises FileNotFoundError where there is none."""
     digest = hashlib.sha256()
-    size = request(uri, settings, lambda fs, path: fs.info(path)["size"])
-    for start in range(0, size, _BLOCK):
-        digest.update(read_range(uri, start, min(start + _BLOCK, size), settings, size))
+    for block in _blocks(uri, settings):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -388,13 +387,17 @@ def download(uri: str, local: str, settings: StorageConfig = _DEFAULTS) -> str:
     Raises FileNotFoundError where there is none.
     """
     digest = hashlib.sha256()
-    size = request(uri, settings, lambda fs, path: fs.info(path)["size"])
     with open(local, "wb") as file:
-        for start in range(0, size, _BLOCK):
-            block = read_range(uri, start, min(start + _BLOCK, size), settings, size)
+        for block in _blocks(uri, settings):
             digest.update(block)
             file.write(block)
     return digest.hexdigest()
+
+
+def _blocks(uri: str, settings: StorageConfig) -> Iterator[bytes]:
+    size = request(uri, settings, lambda fs, path: fs.info(path)["size"])
+    for start in range(0, size, _BLOCK):
+        yield read_range(uri, start, min(start + _BLOCK, size), settings, size)
 
 
 def upload(local: str, uri: str, settings: StorageConfig = _DEFAULTS) -> None:
