@@ -72,7 +72,7 @@ class Inputs:
         else:
             tokenizer, sum_id = sources.load_tokenizer(config.model, dataset, template)
             _keep(tokenizer, tokenizer_dir)
-        cache_dir = _cache_dir(config, dataset)
+        cache_dir = cache_dir_of(dataset, config.data.cache_dir)
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache_dir)
         dataset = dataset.with_cache(cache_dir)
         return Inputs(config, dataset, tokenizer, tokens, cache_dir)
@@ -205,8 +205,12 @@ def _keep(tokenizer: Any, folder: Path) -> None:
             raise
 
 
-def _cache_dir(config: RunConfig, dataset: Dataset) -> Path:
-    given = config.data.cache_dir
+def cache_dir_of(dataset: Dataset, given: str | None = None) -> Path:
+    """Where the data set's caches lie on this machine: the folder given, or one of its own.
+
+    Raises:
+        UserError: it is no local folder, or can't be made.
+    """
     if given and "://" in given:
         raise UserError(
             f"data.cache_dir: expected a local folder, found {given!r}: item tokens are read "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from dti_dist.attention.readout import (
     in_sample_order,
     restarted_positions,
     score_bias,
+    states_of,
     with_initial_memory,
 )
 from dti_dist.errors import UserError, nearest
@@ -94,6 +95,19 @@ class AttentionScheme:
     backend: str = "auto"
 
 
+@dataclass(frozen=True)
+class KeptStates:
+    """What [SUM] reads of isolated interactions, from passes before: a body without running one.
+
+    Attributes:
+        layers: [tokens, Hkv, 2 D] keys and values of each layer.
+        rows: [B, L] which of the tokens stands at each place of the samples.
+    """
+
+    layers: Sequence[Tensor]
+    rows: Tensor
+
+
 class AttentionPlans:
     """The attention of every layer for one batch of packs.
 
@@ -104,9 +118,12 @@ class AttentionPlans:
         scheme: of the model.
         inverse_frequencies: [R / 2] of the model's rotary positions; needed where keys are read by
             other positions than the model gave them.
+        kept: states of the L tokens; the model is called with the slots alone.
+        record: keep the states of a pass over packs without slots, for later ones.
 
     Attributes:
         positions: [B, T] rotary position ids to call the model with.
+        recorded: [B · Tb, Hkv, 2 D] of each layer so far, where states are recorded.
         initial: [B, T, hidden] what the first layer reads; set by the model under ``reset``.
 
     Raises:
@@ -118,6 +135,8 @@ class AttentionPlans:
         layout: PackLayout,
         scheme: AttentionScheme,
         inverse_frequencies: Tensor | None = None,
+        kept: KeptStates | None = None,
+        record: bool = False,
     ) -> None:
         backend = scheme.backend
         if backend == "auto":
@@ -129,15 +148,19 @@ class AttentionPlans:
             )
         self.scheme = scheme
         self.initial: Tensor | None = None
-        self.body_length = layout.body_length
+        self.recorded: list[Tensor] | None = [] if record else None
+        self.body_length = layout.body_length if kept is None else 0
         self.reach = scheme.longest_span or layout.length
         self._backend = _BACKENDS[backend]
+        self._kept = kept
         self._rows = None if layout.shared is None else _rows_of(layout.shared)
         self._has_slots = layout.length < layout.unit.shape[1]
         self._place_positions(layout, inverse_frequencies)
         windows = scheme.windows
-        # With slots nobody reads the body behind the last layer.
-        self._planned = windows.body[: -1 if self._has_slots else None]
+        # With slots, or for states, nobody reads the body behind the last layer.
+        self._planned = windows.body[: -1 if self._has_slots or record else None]
+        if kept is not None:
+            self._planned = ()
         self._body = {w: self._plan_body(layout, w) for w in set(self._planned)}
         if self._has_slots:
             alibi = scheme.positions == "alibi"
@@ -156,7 +179,9 @@ class AttentionPlans:
             body = restarted_positions(layout).long() if self.scheme.isolated else in_sample
             rotated_by = body
         slots = layout.position[:, length:].long()
-        self.positions = torch.cat([body, torch.zeros_like(slots) if alibi else slots], dim=1)
+        if alibi:
+            slots = torch.zeros_like(slots)
+        self.positions = slots if self._kept else torch.cat([body, slots], dim=1)
         self._turn = self._turn_initial = None
         wanted = torch.zeros_like(in_sample) if alibi else in_sample
         if alibi or self.scheme.isolated:
@@ -202,6 +227,8 @@ class AttentionPlans:
                     f"AttentionPlans from this batch's layout, and call the model with "
                     f"use_cache=False."
                 )
+        if self.recorded is not None:
+            self.recorded.append(states_of(k.transpose(1, 2), v.transpose(1, 2)))
         length, attention, windows = self.body_length, self._backend.attention, self.scheme.windows
         if layer < len(self._planned):
             body_plan = self._body[windows.body[layer]]
@@ -220,11 +247,14 @@ class AttentionPlans:
         scheme, length = self.scheme, self.body_length
         rotary = scheme.rotary_layers[layer] if scheme.rotary_layers else True
         turn = self._turn if rotary else None
-        if turn is None and self._rows is None and scheme.forgetting is None:
+        own_order = self._rows is None and self._kept is None
+        if turn is None and own_order and scheme.forgetting is None:
             return k, v
         keys, values = k[:, :, :length].transpose(1, 2), v[:, :, :length].transpose(1, 2)
-        if self._rows is not None:
-            keys, values = in_sample_order(keys, values, self._rows)
+        if self._kept is not None:
+            keys, values = in_sample_order(self._kept.layers[layer], self._kept.rows)
+        elif self._rows is not None:
+            keys, values = in_sample_order(states_of(keys, values), self._rows)
         if turn is not None:
             keys = turn(keys)
         parts = [

@@ -5,6 +5,9 @@ slots. A pack is cut into *units*: an interaction (its text, then its label toke
 prefix of a sample. The units of a sample are contiguous and in order, the prefix first, so what a
 token may see is a handful of contiguous ranges of keys. Every backend is derived from those ranges.
 
+When several candidates are scored after one context, each is a unit behind that context, and all of
+them take the same place in the sample: a candidate sees the context and itself, never another.
+
 The layers run on the L tokens, the body, or, where equal interactions are shared, on a shorter body
 of Lb tokens, whose keys and values are brought into the order of the samples for [SUM].
 """
@@ -34,6 +37,10 @@ class SharedBody:
     end: Tensor
     source: Tensor
 
+    def to(self, device: torch.device | str) -> SharedBody:
+        """The same on another device."""
+        return _to(self, device)
+
 
 @dataclass(frozen=True)
 class PackLayout:
@@ -51,6 +58,8 @@ class PackLayout:
             there is none, and for the prefix itself.
         readout_end: [B, S] exclusive end of what a [SUM] slot may see: the place of its target's
             label token. 0 for unused slots.
+        unit_place: [B, U] the unit whose place in the sample a unit takes: of a candidate the first
+            one of its context, of any other itself. None: no candidates, each is itself.
         shared: the body where equal interactions are shared; None where the L tokens are it.
     """
 
@@ -61,6 +70,7 @@ class PackLayout:
     prefix_start: Tensor
     prefix_end: Tensor
     readout_end: Tensor
+    unit_place: Tensor | None = None
     shared: SharedBody | None = None
 
     @property
@@ -72,6 +82,12 @@ class PackLayout:
     def body_length(self) -> int:
         """Tokens that the layers run on beside the slots: L, or Lb with shared interactions."""
         return self.length if self.shared is None else self.shared.position.shape[1]
+
+    def place_of(self, unit: Tensor) -> Tensor:
+        """[B, …] units → the units whose places they take; padding stays below 0."""
+        if self.unit_place is None:
+            return unit
+        return torch.where(unit < 0, unit, _of(self.unit_place, unit).to(unit.dtype))
 
     def to(self, device: torch.device | str) -> PackLayout:
         """The same layout on another device."""
@@ -114,7 +130,7 @@ def body_intervals(layout: PackLayout, w_body: int, prefix_visible: bool) -> Vis
     unit = layout.unit[:, :length]
     position = torch.arange(length, device=unit.device).expand_as(unit)
     start = torch.where(unit < 0, position, _window_start(layout, unit, w_body))
-    ranges = [(start, position + 1)]
+    ranges = _in_window(layout, unit, start, position + 1)
     if prefix_visible:
         ranges.append(_prefix_range(layout, unit))
     return _stack(ranges, key_length=length)
@@ -144,7 +160,7 @@ def readout_intervals(layout: PackLayout, w_readout: int, prefix_visible: bool) 
     """
     length = layout.length
     unit = layout.unit[:, length:]
-    ranges = [(_window_start(layout, unit, w_readout), layout.readout_end)]
+    ranges = _in_window(layout, unit, _window_start(layout, unit, w_readout), layout.readout_end)
     if prefix_visible:
         ranges.append(_prefix_range(layout, unit))
     slot = torch.arange(length, layout.unit.shape[1], device=unit.device).expand_as(unit)
@@ -156,15 +172,29 @@ def readout_intervals(layout: PackLayout, w_readout: int, prefix_visible: bool) 
 # padding is empty, and so is the body range of an unused slot, whose readout_end is 0.
 
 
+def _of(per_unit: Tensor, unit: Tensor) -> Tensor:
+    return per_unit.gather(1, unit.clamp(min=0).long())
+
+
 def _window_start(layout: PackLayout, unit: Tensor, window: int) -> Tensor:
-    index = unit.clamp(min=0).long()
-    oldest = torch.maximum(index - window, layout.unit_first.gather(1, index).long())
+    place = layout.place_of(unit).clamp(min=0).long()
+    oldest = torch.maximum(place - window, _of(layout.unit_first, unit).long())
     return layout.unit_start.gather(1, oldest)
 
 
+def _in_window(
+    layout: PackLayout, unit: Tensor, start: Tensor, end: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """From the window's start to a query's end: one range, or two around other candidates."""
+    if layout.unit_place is None:
+        return [(start, end)]
+    own = torch.where(unit < 0, start, _of(layout.unit_start, unit))
+    context_end = torch.where(unit < 0, start, _of(layout.unit_start, layout.place_of(unit)))
+    return [(start, context_end), (own, end)]
+
+
 def _prefix_range(layout: PackLayout, unit: Tensor) -> tuple[Tensor, Tensor]:
-    index = unit.clamp(min=0).long()
-    return layout.prefix_start.gather(1, index), layout.prefix_end.gather(1, index)
+    return _of(layout.prefix_start, unit), _of(layout.prefix_end, unit)
 
 
 def _stack(ranges: list[tuple[Tensor, Tensor]], key_length: int) -> VisibleIntervals:

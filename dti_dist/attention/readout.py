@@ -83,25 +83,25 @@ def score_bias(
         return None
     device, length = layout.unit.device, layout.length
     position, unit = layout.position.int(), layout.unit.int()
+    place = layout.place_of(unit)
     log_weights = None
-    key_position, key_unit = position, unit
+    key_position, key_unit = position, place
     if forgetting is not None:
         alpha = forgetting.to(device, non_blocking=True)
         log_weights = torch.stack([torch.log1p(-alpha), torch.log(alpha)]).float()
         # A prefix is no interaction: it is never forgotten.
         index = unit[:, :length].clamp(min=0).long()
         starts = layout.prefix_end.gather(1, (index + 1).clamp(max=layout.prefix_end.shape[1] - 1))
-        place = torch.arange(length, device=device)
-        in_prefix = (starts > place) & (unit[:, :length] >= 0)
-        context = torch.where(in_prefix, _NO_DISTANCE, unit[:, :length])
-        key_unit = torch.cat([context, unit[:, length:], context], dim=1)
+        in_prefix = (starts > torch.arange(length, device=device)) & (unit[:, :length] >= 0)
+        context = torch.where(in_prefix, _NO_DISTANCE, place[:, :length])
+        key_unit = torch.cat([context, place[:, length:], context], dim=1)
         key_position = torch.cat([position, position[:, :length]], dim=1)
     return ScoreBias(
         slopes=slopes,
         log_weights=log_weights,
         query_position=position[:, length:].contiguous(),
         key_position=key_position.contiguous(),
-        query_unit=unit[:, length:].contiguous(),
+        query_unit=place[:, length:].contiguous(),
         key_unit=key_unit.contiguous(),
         initial_from=layout.unit.shape[1],
     )
@@ -161,20 +161,25 @@ def restarted_positions(layout: PackLayout) -> Tensor:
     return torch.where(unit < 0, 0, place - layout.unit_start.gather(1, index) + prefix)
 
 
-def in_sample_order(keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def states_of(keys: Tensor, values: Tensor) -> Tensor:
+    """[B, Lb, H, D] each → [B · Lb, H, 2 D]: what [SUM] reads of each token."""
+    return torch.cat([keys, values], dim=-1).flatten(0, 1)
+
+
+def in_sample_order(states: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Bring keys and values of shared interactions to where they stand in the samples.
 
     Args:
-        keys, values: [B, Lb, H, D].
-        rows: [B, L] of the B · Lb tokens, the one that stands at each place.
+        states: [tokens, H, 2 D].
+        rows: [B, L] the token that stands at each place.
 
     Returns:
-        [B, L, H, D] each, float32 for half precision: where many places share a state, their
-        gradients add up.
+        [B, L, H, D] each, float32 for half precision where there are gradients: many places share
+        a state, and their gradients add up.
     """
-    _, _, heads, width = keys.shape
-    states = torch.cat([keys, values], dim=-1).flatten(0, 1).flatten(1)
-    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    _, heads, width = states.shape
+    if states.requires_grad:
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
     # The backward pass of an embedding sorts its indices on a GPU: sums are deterministic.
-    found = F.embedding(rows, states).unflatten(-1, (heads, 2 * width))
-    return found[..., :width], found[..., width:]
+    found = F.embedding(rows, states.flatten(1)).unflatten(-1, (heads, width))
+    return found[..., : width // 2], found[..., width // 2 :]

@@ -176,7 +176,7 @@ class Manifest(_Record):
     @classmethod
     def _stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for path in files:
-            if posixpath.isabs(path) or ".." in path.split("/") or "\\" in path or ":" in path:
+            if storage.leaves_folder(path):
                 raise ValueError(f"the path {path!r} leaves the data set's folder")
         return files
 

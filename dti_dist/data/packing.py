@@ -148,6 +148,7 @@ class Pack:
         unit_first: [U] first interaction of the unit's sample; of a prefix, itself.
         prefix_start, prefix_end: [U] body span of the sample's prefix; empty without one.
         readout_end: [S] where what a slot may see ends: its target's label token.
+        unit_place: [U] of candidates after one context, the first of them; None without candidates.
         labels, weights: [S] float32 label, and 1 for used slots.
         target_row, target_position: [S] which interaction of the split is the target; -1 unused.
         body_tokens: tokens without padding that the layers run on, slots not counted.
@@ -167,6 +168,7 @@ class Pack:
     target_row: npt.NDArray[np.int64]
     target_position: npt.NDArray[np.int32]
     body_tokens: int
+    unit_place: npt.NDArray[np.int32] | None = None
     shared: SharedBody | None = None
 
     @property
@@ -243,7 +245,7 @@ def build_pack(
     if gaps is not None:
         flat_gaps = np.concatenate(tokens.gaps)
         gap_offsets = tokens.gap_lengths.cumsum() - tokens.gap_lengths
-        ids[_ranges(start, gap_lengths)] = flat_gaps[_ranges(gap_offsets[gaps], gap_lengths)]
+        ids[ranges(start, gap_lengths)] = flat_gaps[ranges(gap_offsets[gaps], gap_lengths)]
     if P:
         ids[sample_start[:, None] + np.arange(P)] = tokens.prefix
     positions = np.zeros(L + shape.slots, dtype=np.int64)
@@ -347,7 +349,7 @@ def _share(
     )
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> IntArray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> IntArray:
     """start, start + 1, …, start + length - 1 of each range, end to end."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0

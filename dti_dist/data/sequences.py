@@ -12,6 +12,11 @@ import pyarrow as pa
 from dti_dist.data.template import TIME_GAPS
 
 
+def gap_bucket(seconds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The time gap's number in TIME_GAPS; len(TIME_GAPS) for the longest ones."""
+    return np.searchsorted([bound for bound, _ in TIME_GAPS], seconds, side="right")
+
+
 @dataclass(frozen=True)
 class SequenceBlock:
     """User sequences end to end.
@@ -38,7 +43,7 @@ class SequenceBlock:
         assert self.timestamps is not None, "time gaps need the timestamps column"
         gaps = np.diff(self.timestamps, prepend=self.timestamps[:1])
         gaps[self.offsets[:-1][np.diff(self.offsets) > 0]] = 0
-        return np.searchsorted([bound for bound, _ in TIME_GAPS], gaps, side="right")
+        return gap_bucket(gaps)
 
     @staticmethod
     def empty() -> SequenceBlock:

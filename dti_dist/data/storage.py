@@ -238,6 +238,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/") or "", *parts])
 
 
+def leaves_folder(path: str) -> bool:
+    """Whether a relative path, as manifests list them, could lie outside of their folder."""
+    return posixpath.isabs(path) or ".." in path.split("/") or "\\" in path or ":" in path
+
+
 def parent_and_name(uri: str) -> tuple[str, str]:
     """The folder that holds ``uri``, and its last name. A local path becomes absolute."""
     if is_local(uri):

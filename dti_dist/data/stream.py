@@ -86,6 +86,7 @@ class Batch:
     step_targets: int
     last_of_step: bool
     skipped: tuple[str, ...] = ()
+    unit_place: torch.Tensor | None = None
     shared: SharedTokens | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class Batch:
             bodies = [pack.shared for pack in packs if pack.shared is not None]
             shared_tokens, shared = _collate_shared(bodies, shape.body)
             tokens = torch.cat([shared_tokens, tokens[:, shape.length :]], dim=1)
+        candidates = packs[0].unit_place is not None
         return Batch(
             tokens=tokens,
             positions=stack("positions"),
@@ -137,6 +139,7 @@ class Batch:
             target_row=stack("target_row"),
             target_position=stack("target_position"),
             body_tokens=sum(pack.body_tokens for pack in packs),
+            unit_place=stack_padded("unit_place", units) if candidates else None,
             shared=shared,
             **about_step,
         )

@@ -28,13 +28,20 @@ class Template:
     columns: tuple[str, ...]
 
     @staticmethod
-    def for_items(config: TemplateConfig, item_text_columns: Sequence[str]) -> Template:
-        """Raises UserError when the item template is not a format string of the items' columns."""
+    def alone(config: TemplateConfig) -> Template:
+        """The template of items that have whatever columns it names."""
         try:
             pieces = list(string.Formatter().parse(config.item))
         except ValueError as error:
             raise _not_a_format(config.item, error) from error
         fields = [name for _, name, _, _ in pieces if name is not None]
+        return Template(config, tuple(dict.fromkeys(fields)))
+
+    @staticmethod
+    def for_items(config: TemplateConfig, item_text_columns: Sequence[str]) -> Template:
+        """Raises UserError when the item template is not a format string of the items' columns."""
+        template = Template.alone(config)
+        fields = template.columns
         if not fields:
             raise UserError(
                 f"template.item {config.item!r} names no item column, so all items would read "
@@ -47,7 +54,6 @@ class Template:
                     f"{nearest(field, item_text_columns)} "
                     f"Item text columns: {', '.join(item_text_columns)}."
                 )
-        template = Template(config, tuple(dict.fromkeys(fields)))
         try:
             template.item_text(dict.fromkeys(fields, ""))
         except (ValueError, LookupError, AttributeError) as error:  # such as {title:d}

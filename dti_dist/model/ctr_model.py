@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dti_dist.attention import backend as attention_backend
-from dti_dist.attention.backend import AttentionPlans, AttentionScheme
+from dti_dist.attention.backend import AttentionPlans, AttentionScheme, KeptStates
 from dti_dist.attention.flex import compiled_graphs
 from dti_dist.attention.intervals import PackLayout, SharedBody
 from dti_dist.attention.policies import forgetting_weights, layer_windows, sees_prefix
@@ -146,16 +146,41 @@ class CTRModel(nn.Module):
         )
         enable({"use_reentrant": False})
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """[B, S] float32 logits of label 1; those of unused slots are finite and meaningless."""
-        plans = AttentionPlans(layout_of(batch), self.scheme, self.backbone.rotary_emb.inv_freq)
-        hidden = self.backbone(
-            input_ids=batch.tokens,
-            position_ids=plans.positions,
-            attention_plans=plans,
-            use_cache=False,
+    def forward(self, batch: Batch, kept: KeptStates | None = None) -> torch.Tensor:
+        """[B, S] float32 logits of label 1; those of unused slots are finite and meaningless.
+
+        Args:
+            kept: under `isolated`, the states of the samples' tokens; only slots are run then.
+        """
+        plans = AttentionPlans(layout_of(batch), self.scheme, self._inverse_frequencies, kept)
+        tokens = batch.tokens if kept is None else batch.tokens[:, batch.length :]
+        return self.head(self._hidden(tokens, plans)[:, plans.body_length :])
+
+    def states(self, tokens: torch.Tensor, interactions: SharedBody) -> list[torch.Tensor]:
+        """What [SUM] reads of isolated interactions in each layer: [B · Lb, Hkv, 2 D] each.
+
+        Args:
+            tokens: [B, Lb] ids of the interactions' tokens.
+            interactions: their positions and intervals; `source` is not read.
+        """
+        assert self.scheme.isolated, "states of interactions depend on what is before them"
+        none = torch.empty(len(tokens), 0, dtype=torch.int32, device=tokens.device)
+        unit = torch.zeros(len(tokens), 1, dtype=torch.int32, device=tokens.device)
+        bounds = torch.zeros(len(tokens), 2, dtype=torch.int32, device=tokens.device)
+        layout = PackLayout(none, none, bounds, unit, unit, unit, none, shared=interactions)
+        plans = AttentionPlans(layout, self.scheme, self._inverse_frequencies, record=True)
+        self._hidden(tokens, plans)
+        assert plans.recorded is not None
+        return plans.recorded
+
+    @property
+    def _inverse_frequencies(self) -> torch.Tensor:
+        return self.backbone.rotary_emb.inv_freq
+
+    def _hidden(self, tokens: torch.Tensor, plans: AttentionPlans) -> torch.Tensor:
+        return self.backbone(
+            input_ids=tokens, position_ids=plans.positions, attention_plans=plans, use_cache=False
         ).last_hidden_state
-        return self.head(hidden[:, plans.body_length :])
 
 
 def _feed_forward_slots_alone(last_layer: Any) -> None:
@@ -188,6 +213,7 @@ def layout_of(batch: Batch) -> PackLayout:
         prefix_start=batch.prefix_start,
         prefix_end=batch.prefix_end,
         readout_end=batch.readout_end,
+        unit_place=batch.unit_place,
         shared=None if batch.shared is None else SharedBody(**vars(batch.shared)),
     )
 

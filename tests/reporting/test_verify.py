@@ -48,8 +48,8 @@ def test_fewer_targets_than_context_interactions_are_checked_too(capsys, config)
 def test_shared_states_of_the_wrong_interaction_are_found_out(capsys, config, monkeypatch):
     right = backend.in_sample_order
 
-    def rolled(keys, values, rows):
-        return right(keys, values, rows.roll(1, dims=1))
+    def rolled(states, rows):
+        return right(states, rows.roll(1, dims=1))
 
     monkeypatch.setattr(backend, "in_sample_order", rolled)
     verdicts, _ = verify(capsys, config, "attention.policy=isolated", expect=1)

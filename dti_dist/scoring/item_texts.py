@@ -1,0 +1,172 @@
+"""The tokens of items that are scored: a data set's, and others as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dti_dist.data.item_tokens import ItemTokens, encode, label_token_ids
+from dti_dist.data.samples import IntArray
+from dti_dist.data.template import Template
+from dti_dist.errors import UserError, nearest
+
+Item = str | Mapping[str, str]
+
+
+class ItemTexts:
+    """Rows of item tokens, which grow with each new text.
+
+    Args:
+        base: tokens that are known from the start; they keep their rows.
+        template, tokenizer: how an item becomes tokens.
+        remembered: new texts that are kept by `rows_of`; with one more it forgets them all.
+    """
+
+    def __init__(
+        self, base: ItemTokens, template: Template, tokenizer: Any, remembered: int = 1_000_000
+    ):
+        self.template = template
+        self._base, self._tokenizer, self._remembered = base, tokenizer, remembered
+        self._new: list[list[int]] = []
+        self._row_of: dict[str, int] = {}
+        self._tokens: ItemTokens | None = base
+        self.generation = 0
+
+    @staticmethod
+    def none_yet(template: Template, tokenizer: Any, sum_id: int) -> ItemTexts:
+        """Without a data set's items.
+
+        Raises:
+            UserError: a label word is not one token of the tokenizer.
+        """
+        config = template.config
+        base = ItemTokens(
+            tokens=np.empty(0, dtype=np.int32),
+            offsets=np.zeros(1, dtype=np.int64),
+            label_ids=label_token_ids(tokenizer, config.label_words),
+            prefix=np.array(encode(tokenizer, config.prefix), dtype=np.int32),
+            gaps=tuple(
+                np.array(encode(tokenizer, words), dtype=np.int32) for words in template.gap_words()
+            ),
+            sum_id=sum_id,
+            fingerprint="",
+            folder=Path(),
+        )
+        return ItemTexts(base, template, tokenizer)
+
+    @property
+    def tokens(self) -> ItemTokens:
+        """All rows so far."""
+        if self._tokens is None:
+            new = np.fromiter(chain.from_iterable(self._new), dtype=np.int32)
+            lengths = [len(ids) for ids in self._new]
+            self._tokens = replace(
+                self._base,
+                tokens=np.concatenate([self._base.tokens, new]),
+                offsets=np.concatenate(
+                    [self._base.offsets, self._base.offsets[-1] + np.cumsum(lengths, dtype=int)]
+                ),
+            )
+        return self._tokens
+
+    @property
+    def longest_interaction(self) -> int:
+        """Most tokens that an interaction can have: gap words, a cut text, a label."""
+        gaps = self._base.gap_lengths.max(initial=0)
+        return int(gaps) + self.template.config.max_item_tokens + 1
+
+    def rows_of(self, items: Sequence[Item]) -> IntArray:
+        """[items] the row of each, by its text; -1 where it has no text or no tokens.
+
+        `generation` changes when rows of before no longer hold.
+
+        Raises:
+            UserError: an item lacks a column of the template, or is not text.
+        """
+        texts = [self._text(item, number) for number, item in enumerate(items)]
+        new = [text for text in dict.fromkeys(texts) if text and text not in self._row_of]
+        if len(self._row_of) + len(new) > self._remembered and self._row_of:
+            self._row_of.clear()
+            self._new.clear()
+            self.generation += 1
+            new = [text for text in dict.fromkeys(texts) if text]
+        for text, row in zip(new, self._add(new), strict=True):
+            self._row_of[text] = int(row)
+        return np.array([self._row_of.get(text, -1) for text in texts], dtype=np.int64)
+
+    def keep(self, items: Sequence[Item]) -> IntArray:
+        """New rows that hold for good, one for each item; -1 for one without text.
+
+        Raises:
+            UserError: as of `rows_of`.
+        """
+        texts = [self._text(item, number) for number, item in enumerate(items)]
+        rows = self._add(texts)
+        self._base, self._new = self.tokens, []
+        return rows
+
+    def _add(self, texts: Sequence[str]) -> IntArray:
+        if not texts:
+            return np.empty(0, dtype=np.int64)
+        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        limit = self.template.config.max_item_tokens
+        has_tokens = np.array([bool(ids) for ids in encoded])
+        first = len(self._base.lengths) + len(self._new)
+        rows = np.where(has_tokens, first + np.cumsum(has_tokens) - 1, -1)
+        self._new += [ids[:limit] for ids in encoded if ids]
+        self._tokens = None
+        return rows
+
+    def _text(self, item: Item, number: int) -> str:
+        """The template's text of an item; empty where all of its columns are."""
+        columns = self.template.columns
+        if isinstance(item, str):
+            if len(columns) > 1:
+                raise UserError(
+                    f"Item {number}: expected a mapping with the columns {', '.join(columns)}, "
+                    f"which template.item names; found the text {item!r:.60}."
+                )
+            item = {columns[0]: item}
+        if not isinstance(item, Mapping):
+            raise UserError(
+                f"Item {number}: expected a text or a mapping of columns to texts, found "
+                f"{type(item).__name__}."
+            )
+        values = {}
+        for column in columns:
+            if column not in item:
+                raise UserError(
+                    f"Item {number}: expected the columns {', '.join(columns)}, which "
+                    f"template.item names; {column!r} is missing.{nearest(column, item)}"
+                )
+            values[column] = _as_text(item[column], f"Item {number}, {column}")
+        return self.template.item_text(values) if any(map(str.strip, values.values())) else ""
+
+
+def _as_text(value: Any, where: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(where, error) from error
+    if not isinstance(value, str):
+        raise UserError(f"{where}: expected a text, found {value!r:.60}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise _not_utf8(where, error) from error
+    return value
+
+
+def _not_utf8(where: str, error: UnicodeError) -> UserError:
+    return UserError(
+        f"{where}: expected UTF-8 text, found bytes that are none ({error}). Decode it with the "
+        "encoding that it was written in."
+    )
