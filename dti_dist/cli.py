@@ -250,13 +250,18 @@ def _parser() -> argparse.ArgumentParser:
         "dti-dist export runs/demo --out models/demo",
     )
     export.add_argument("run_dir", metavar="RUN", help="the folder of a run")
-    export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--out", required=True, metavar="URI", help="a new folder, or a URL")
     export.add_argument(
         "--adapter-only",
         action="store_true",
         help="of a run with model.lora: what was trained, in peft's form, without the base model",
     )
     export.add_argument("--dtype", choices=("bf16", "fp32"), help="default: the run's precision")
+    export.add_argument(
+        "--license",
+        metavar="ID",
+        help="for the model card, such as apache-2.0; default: what the base model says of itself",
+    )
     _add_checkpoint_option(export)
 
     doctor = _command(
@@ -422,8 +427,8 @@ def _inspect(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from dti_dist.scoring.export import export
 
-    folder = export(args.run_dir, args.out, args.checkpoint, args.dtype, args.adapter_only)
-    say(f"exported to {folder}")
+    export(args.run_dir, args.out, args.checkpoint, args.dtype, args.adapter_only, args.license)
+    say(f"exported to {args.out}")
     return 0
 
 

