@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from dti_dist import __version__
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "measure a trained run on a split",
-        "dti-dist evaluate runs/demo --split test --prompt sliding_window",
+        "dti-dist evaluate runs/demo --split test --slice activity --slice popularity",
     )
     evaluate.add_argument("run_dir", metavar="RUN", help="the folder of a run")
     evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
@@ -119,6 +120,48 @@ def _parser() -> argparse.ArgumentParser:
         "--max-targets", type=_positive, help="the first whole users that have so many targets"
     )
     _add_checkpoint_option(evaluate)
+    evaluate.add_argument(
+        "--slice",
+        action="append",
+        default=[],
+        dest="slices",
+        metavar="NAME",
+        help="also measure by activity (the user's interactions in train), popularity (the "
+        "item's), day, user_id, item_id or an item text column; may be repeated",
+    )
+    evaluate.add_argument(
+        "--no-valid-threshold",
+        action="store_true",
+        help="do not predict valid too, on which the threshold of f1_valid_threshold is chosen",
+    )
+    evaluate.add_argument(
+        "--predictions", metavar="URI", help="also write the predictions there, as Parquet"
+    )
+    evaluate.add_argument(
+        "--pictures",
+        action=argparse.BooleanOptionalAction,
+        help="reliability diagram and ROC in the run's eval/; default: if matplotlib is there",
+    )
+    _add_bootstrap_options(evaluate)
+
+    compare = _command(
+        commands,
+        "compare",
+        _compare,
+        "say whether one evaluated run is better than another on the same targets",
+        "dti-dist compare runs/base runs/longer_context --split test",
+    )
+    compare.add_argument("first", metavar="RUN_A", help="the folder of an evaluated run")
+    compare.add_argument("second", metavar="RUN_B", help="of another")
+    compare.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    compare.add_argument(
+        "--prompt",
+        choices=("sliding_window", "streaming"),
+        default="sliding_window",
+        help="that both were evaluated by (default: sliding_window)",
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_bootstrap_options(compare)
 
     verify = _command(
         commands,
@@ -242,6 +285,62 @@ def _parser() -> argparse.ArgumentParser:
         "--targets", type=_positive, default=3, help="how many to show (default: 3)"
     )
 
+    score = _command(
+        commands,
+        "score",
+        _score,
+        "score the candidates of many requests, all of a request after one pass of its context",
+        "dti-dist score models/shop --requests requests.parquet --data data/shop --out scores",
+    )
+    score.add_argument("model", metavar="MODEL", help="what export wrote, or the folder of a run")
+    score.add_argument(
+        "--requests",
+        required=True,
+        metavar="URI",
+        help="Parquet file or folder with the columns candidates, and user_id or history_items and "
+        "history_labels; see docs/scoring.md",
+    )
+    score.add_argument("--out", required=True, metavar="URI", help="folder of the scores")
+    score.add_argument(
+        "--data",
+        metavar="URI",
+        help="prepared data set with the items' texts and the users' histories; default: the run's",
+    )
+    score.add_argument(
+        "--items",
+        nargs="+",
+        default=[],
+        metavar="URI",
+        help="item table, Parquet or CSV, of items that --data lacks or has another text of",
+    )
+    score.add_argument("--item-key", default="item_id", metavar="COLUMN", help="its id column")
+    score.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    score.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="default: fp32 on a CPU, bf16 on a GPU"
+    )
+    score.add_argument(
+        "--part-requests",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="requests of an output file, which is what a killed run does again (default: 4096)",
+    )
+    score.add_argument(
+        "--pack-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens of one pass of the model, about (default: 4096, on a GPU 16384)",
+    )
+    score.add_argument(
+        "--state-cache-gib",
+        type=float,
+        default=2.0,
+        metavar="GIB",
+        help="memory for states of items, which are kept under isolated (default: 2)",
+    )
+    score.add_argument("--force", action="store_true", help="replace other scores in --out")
+    _add_checkpoint_option(score)
+
     export = _command(
         commands,
         "export",
@@ -298,6 +397,22 @@ def _add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_bootstrap_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bootstrap",
+        type=_not_negative,
+        default=1_000,
+        metavar="N",
+        help="resamples of users for 95 %% intervals; 0 for none (default: 1000)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="of DuckDB, which computes the metrics, such as 8GB; default: 70 %% of the memory, at "
+        "most 6 GiB",
+    )
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -332,19 +447,54 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from dti_dist.scoring.evaluate import evaluate
+    from dti_dist.scoring.evaluate import Wanted, evaluate
+    from dti_dist.scoring.summary import as_json, figures_table, slices_table
 
     overrides = {"max_targets": args.max_targets} if args.max_targets else {}
-    figures = evaluate(args.run_dir, args.split, args.prompt, args.checkpoint, overrides)
-    if figures is not None:
-        print(json.dumps(figures, indent=2))
-        if figures.get("ceiling") and figures["auc"] is not None:
-            reached = (figures["auc"] - 0.5) / (figures["ceiling"] - 0.5)
-            say(
-                f"{args.split} AUC {figures['auc']:.4f}; ceiling (AUC of the true click "
-                f"probabilities) {figures['ceiling']:.4f}; (AUC - 0.5) / (ceiling - 0.5) = "
-                f"{reached:.3f}"
-            )
+    wanted = Wanted(
+        valid_threshold=not args.no_valid_threshold,
+        slices=tuple(dict.fromkeys(args.slices)),
+        resamples=args.bootstrap,
+        predictions=args.predictions,
+        pictures=args.pictures,
+        memory_limit=args.memory_limit,
+    )
+    figures = evaluate(args.run_dir, args.split, args.prompt, args.checkpoint, overrides, wanted)
+    if figures is None:
+        return 0
+    print(as_json(figures), flush=True)
+    say(f"{figures_table(figures)}\n")
+    if figures["slices"]:
+        say(f"{slices_table(figures['slices'])}\n")
+    if figures.get("ceiling") and figures["auc"] is not None:
+        reached = (figures["auc"] - 0.5) / (figures["ceiling"] - 0.5)
+        say(
+            f"{args.split} AUC {figures['auc']:.4f}; ceiling (AUC of the true click "
+            f"probabilities) {figures['ceiling']:.4f}; (AUC - 0.5) / (ceiling - 0.5) = "
+            f"{reached:.3f}"
+        )
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from dti_dist.scoring.compare import compare
+    from dti_dist.scoring.summary import as_json, comparison_table
+
+    found = compare(
+        args.first, args.second, args.split, args.prompt, args.bootstrap, args.memory_limit
+    )
+    print(as_json(found) if args.json else comparison_table(found))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from dti_dist.scoring.score import ScoreOptions, score
+
+    names = [field.name for field in fields(ScoreOptions)]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    summary = score(args.model, args.requests, args.out, ScoreOptions(**given))
+    if summary is not None:
+        print(json.dumps(summary, indent=2))
     return 0
 
 

@@ -42,14 +42,17 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / "config.yaml").exists() and not (Path(folder) / DTI_CONFIG).exists()
 
 
-def load_run(folder: str | Path, which: str = "best") -> Pretrained:
-    """A run's checkpoint, in float32, with the data set that it was trained on.
+def load_run(folder: str | Path, which: str = "best", data: str | None = None) -> Pretrained:
+    """A run's checkpoint, in float32, with the data set that it was trained on, or another.
 
     Raises:
         UserError: the run has no such checkpoint, or its data set can't be opened.
     """
     run = RunFolder(str(folder))
     config = run.read_config()
+    if data is not None:
+        read_from = config.data.model_copy(update={"path": data})
+        config = config.model_copy(update={"data": read_from})
     commit = choose_checkpoint(run, which)
     inputs = Inputs.open(config, run.tokenizer)
     template = Template.for_items(config.template, inputs.dataset.manifest.item_text_columns)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from dti_dist.attention.backend import KeptStates
+from dti_dist.config import StorageConfig
 from dti_dist.data.packing import multiple_of_128
 from dti_dist.data.requests import (
     RawRequests,
@@ -96,6 +97,7 @@ class Scorer:
         checkpoint: str = "best",
         pack_tokens: int | None = None,
         state_cache_gib: float = 2.0,
+        storage: StorageConfig | None = None,
     ) -> Scorer:
         """Read what `dti-dist export` wrote, or a run's folder.
 
@@ -106,6 +108,7 @@ class Scorer:
             checkpoint: of a run: best, last, or a step.
             pack_tokens: tokens of one pass of the model, about. Default: 4096, on a GPU 16384.
             state_cache_gib: memory for the states of items, which are kept under `isolated`.
+            storage: how `data` is reached.
 
         Raises:
             UserError: the folder is neither, or there is no such device.
@@ -115,11 +118,11 @@ class Scorer:
         if precision is None:
             raise UserError(f"dtype: expected fp32 or bf16, found {dtype!r}.")
         if is_run(folder):
-            found = load_run(folder, checkpoint)
+            found = load_run(folder, checkpoint, data)
             for parameter in found.model.parameters():  # buffers stay float32: rotary frequencies
                 parameter.data = parameter.data.to(precision)
         else:
-            found = load_exported(folder, data, precision)
+            found = load_exported(folder, data, precision, storage)
         return cls(found, chosen, pack_tokens, state_cache_gib)
 
     def score(

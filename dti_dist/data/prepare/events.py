@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from dti_dist.data import storage
@@ -143,6 +144,35 @@ def read_events(
         },
         notes=[f"timestamps in {columns.time} are read as {unit}"],
     )
+
+
+def read_item_table(
+    connection: duckdb.DuckDBPyConnection, paths: Sequence[str], key: str, texts: Sequence[str]
+) -> pa.Table:
+    """source_id and the text columns of an item table, all strings.
+
+    Raises UserError for a missing file or column, a missing or repeated id, or bytes that are no
+    UTF-8.
+    """
+    table = _open_table(connection, "the item table", paths, (key, *texts))
+    select = ", ".join(_text(table, column) for column in texts)
+    scan = table.scan(f"SELECT {table.id_column(key, '--item-key')} AS source_id, {select}")
+    with sql_errors(f"the item table: reading {paths[0]}"):
+        found = connection.sql(scan.query()).to_arrow_table()
+    ids = found["source_id"]
+    if ids.null_count:
+        raise UserError(
+            f"the item table: expected an id in every row; {ids.null_count:,} have none (null). "
+            f"Remove these rows, or check --item-key {key}."
+        )
+    if len(ids.unique()) < len(ids):
+        counts = ids.value_counts()
+        again = next(count["values"].as_py() for count in counts if count["counts"].as_py() > 1)
+        raise UserError(
+            f"the item table: expected each id once; {len(ids) - len(ids.unique()):,} rows repeat "
+            f"one, e.g. {again!r}. Keep one row for each item."
+        )
+    return found
 
 
 def _open_table(

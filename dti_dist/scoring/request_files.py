@@ -1,0 +1,338 @@
+"""Requests to score, in Parquet files on disk or in an object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dti_dist.config import StorageConfig
+from dti_dist.data import storage
+from dti_dist.data.samples import IntArray
+from dti_dist.errors import UserError, nearest
+
+HISTORY_COLUMNS = ("history_items", "history_labels", "history_timestamps")
+COLUMNS = ("candidates", "user_id", *HISTORY_COLUMNS, "timestamp")
+_MOST_SECONDS = 10**11  # the year 5138; milliseconds reached it in 1973
+
+
+@dataclass(frozen=True)
+class _File:
+    uri: str
+    size: int
+    row_group_rows: list[int]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_group_rows)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Lists end to end: row r of R is values[offsets[r] : offsets[r + 1]]."""
+
+    values: Any
+    offsets: IntArray
+
+    @property
+    def lengths(self) -> IntArray:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """Some consecutive requests.
+
+    Attributes:
+        first: number of the first one, over all files.
+        kept: their columns but for the histories, as they were read.
+        candidates: Lists of item ids (strings).
+        user_ids: [R] strings, null where not given; None without the column.
+        items: Lists of item ids (strings); labels: int8; timestamps: int64 seconds or None.
+        has_history: [R] whether the request brings its history.
+        times: [R] int64 seconds, the largest int64 where not given; None without the column.
+    """
+
+    first: int
+    kept: pa.Table
+    candidates: Lists
+    user_ids: pa.Array | None
+    items: Lists
+    labels: npt.NDArray[np.int8]
+    timestamps: IntArray | None
+    has_history: npt.NDArray[np.bool_]
+    times: IntArray | None
+
+
+@dataclass
+class RequestFiles:
+    """All requests of a file, or of the Parquet files of a folder in the order of their names.
+
+    Reads any range of them; the row group read last stays in memory.
+    """
+
+    files: list[_File]
+    schema: pa.Schema
+    settings: StorageConfig
+    _last: tuple[tuple[str, int], pa.Table] | None = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, uri: str, settings: StorageConfig) -> RequestFiles:
+        """Read the footers.
+
+        Raises:
+            UserError: there is no Parquet file, one is broken, or columns are missing or differ.
+        """
+        files, schema = [], None
+        for path, size in _list(uri, settings):
+            with _open(path, size, settings) as file:
+                found, metadata = file.schema_arrow, file.metadata
+            _check_columns(path, found)
+            if schema is not None and not found.equals(schema):
+                raise UserError(
+                    f"{path}: expected the columns of {files[0].uri}, {_described(schema)}; found "
+                    f"{_described(found)}. Score files of other columns apart."
+                )
+            schema = found
+            groups = range(metadata.num_row_groups)
+            files.append(_File(path, size, [metadata.row_group(g).num_rows for g in groups]))
+        assert schema is not None
+        return cls(files, schema, settings)
+
+    @property
+    def total(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    @property
+    def brings_histories(self) -> bool:
+        return "history_items" in self.schema.names
+
+    @property
+    def names_users(self) -> bool:
+        return "user_id" in self.schema.names
+
+    def read(self, first: int, end: int) -> RequestRows:
+        """Requests first … end - 1.
+
+        Raises:
+            UserError: a value that is none of a request; it names file and row.
+        """
+        tables, start = [], 0
+        for file in self.files:
+            for group, rows in enumerate(file.row_group_rows):
+                low, high = max(first - start, 0), min(end - start, rows)
+                if low < high:
+                    tables.append(self._row_group(file, group).slice(low, high - low))
+                start += rows
+        return self._checked(first, pa.concat_tables(tables).combine_chunks())
+
+    def _row_group(self, file: _File, group: int) -> pa.Table:
+        place = (file.uri, group)
+        if self._last is None or self._last[0] != place:
+            with _open(file.uri, file.size, self.settings) as opened:
+                self._last = place, opened.read_row_group(group)
+        return self._last[1]
+
+    def where(self, row: int) -> str:
+        """File and row of a request, for messages; rows count from 1."""
+        for file in self.files:
+            if row < file.rows:
+                return f"{file.uri}, row {row + 1:,}"
+            row -= file.rows
+        raise IndexError(row)
+
+    def _checked(self, first: int, table: pa.Table) -> RequestRows:
+        rows = table.num_rows
+
+        def column(name: str) -> pa.Array | None:
+            return table[name].combine_chunks() if name in table.schema.names else None
+
+        def fail(row: int, problem: str) -> UserError:
+            return UserError(f"{self.where(first + row)}: {problem}")
+
+        def lists(name: str) -> tuple[Lists, npt.NDArray[np.bool_]]:
+            values = column(name)
+            if values is None:
+                nothing = pa.array([], pa.string())
+                return Lists(nothing, np.zeros(rows + 1, dtype=np.int64)), np.zeros(rows, bool)
+            lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            given = values.is_valid().to_numpy(zero_copy_only=False)
+            return Lists(pc.list_flatten(values), offsets), given
+
+        def ids(name: str) -> tuple[Lists, npt.NDArray[np.bool_]]:
+            found, given = lists(name)
+            return Lists(self._as_text(found.values, name, first), found.offsets), given
+
+        candidates, _ = ids("candidates")
+        items, has_history = ids("history_items")
+        label_lists, _ = lists("history_labels")
+        stamp_lists, _ = lists("history_timestamps")
+        stamps_given = "history_timestamps" in table.schema.names
+        for name, other in (("history_labels", label_lists), ("history_timestamps", stamp_lists)):
+            differ = np.flatnonzero(items.lengths != other.lengths)
+            if len(differ) and (name == "history_labels" or stamps_given):
+                row = int(differ[0])
+                raise fail(
+                    row,
+                    f"expected history_items and {name} of one length, found "
+                    f"{items.lengths[row]} and {other.lengths[row]}.",
+                )
+        values = label_lists.values
+        if pa.types.is_boolean(values.type):
+            values = pc.cast(values, pa.int8())
+        labels = pc.fill_null(pc.cast(values, pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero((labels != 0) & (labels != 1))
+        if len(wrong):
+            row = int(np.searchsorted(label_lists.offsets, wrong[0], side="right")) - 1
+            raise fail(row, f"history_labels: expected 0 or 1, found {labels[wrong[0]]:g}.")
+        stamps = None
+        if stamps_given:
+            stamps, missing = self._seconds(stamp_lists.values, "history_timestamps")
+            if missing.any():
+                at = int(np.argmax(missing))
+                row = int(np.searchsorted(stamp_lists.offsets, at, side="right")) - 1
+                raise fail(row, "history_timestamps: expected a time, found null.")
+        times, users = None, column("user_id")
+        time_column = column("timestamp")
+        if time_column is not None:
+            times, missing = self._seconds(time_column, "timestamp")
+            times = np.where(missing, np.iinfo(np.int64).max, times)
+        if users is not None:
+            users = self._as_text(users, "user_id", first)
+        kept = [name for name in table.schema.names if name not in HISTORY_COLUMNS]
+        return RequestRows(
+            first=first,
+            kept=table.select(kept),
+            candidates=candidates,
+            user_ids=users,
+            items=items,
+            labels=labels.astype(np.int8),
+            timestamps=stamps,
+            has_history=has_history,
+            times=times,
+        )
+
+    def _as_text(self, values: pa.Array, name: str, first: int) -> pa.Array:
+        try:
+            text = pc.cast(values, pa.string())
+            text.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"{self.where(first)} or a later row: {name}: expected ids in UTF-8, found bytes "
+                f"that are none ({error}). Write the ids in UTF-8, as in the data set."
+            ) from error
+        return text
+
+    def _seconds(self, values: pa.Array, name: str) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+        missing = values.is_null().to_numpy(zero_copy_only=False)
+        if pa.types.is_timestamp(values.type):
+            values = pc.cast(
+                pc.cast(values, pa.timestamp("s", values.type.tz), safe=False), "int64"
+            )
+        seconds = pc.fill_null(pc.cast(values, pa.int64()), 0).to_numpy(zero_copy_only=False)
+        if len(seconds) and np.abs(seconds).max() > _MOST_SECONDS:
+            raise UserError(
+                f"{self.files[0].uri}: {name}: expected seconds since 1970 or timestamps, found "
+                f"{int(np.abs(seconds).max())}. Divide milliseconds by 1000, or cast the column to "
+                "a timestamp."
+            )
+        return seconds, missing
+
+
+def _list(uri: str, settings: StorageConfig) -> list[tuple[str, int]]:
+    """The Parquet files that a path stands for, and their sizes, by name."""
+    found = storage.list_files(uri, settings)
+    if list(found) == ["."]:  # a file, whatever its name
+        return [(uri, found["."])]
+    names = [
+        name
+        for name in sorted(found)
+        if name.endswith((".parquet", ".pq"))
+        and not any(part.startswith((".", "_")) for part in name.split("/"))
+    ]
+    if not names:
+        raise UserError(
+            f"{uri}: expected a Parquet file, or a folder with some, of requests; found "
+            f"{'none in ' + str(len(found)) + ' files' if found else 'nothing'} there. "
+            "Check --requests."
+        )
+    return [(storage.join(uri, name), found[name]) for name in names]
+
+
+@contextmanager
+def _open(uri: str, size: int, settings: StorageConfig) -> Iterator[pq.ParquetFile]:
+    local = storage.is_local(uri)
+    try:
+        source = (
+            storage.filesystem(uri)[1]
+            if local
+            else pa.PythonFile(storage.RangeFile(uri, size, settings), mode="r")
+        )
+        with pq.ParquetFile(source, pre_buffer=not local) as file:
+            yield file
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{uri}: expected a Parquet file of requests, found one that can't be read: "
+            f"{str(error).splitlines()[0]}. Write it again."
+        ) from error
+
+
+def _check_columns(path: str, schema: pa.Schema) -> None:
+    def is_id(kind: pa.DataType) -> bool:
+        return bool(
+            pa.types.is_integer(kind)
+            or pa.types.is_string(kind)
+            or pa.types.is_large_string(kind)
+            or pa.types.is_binary(kind)
+        )
+
+    def is_time(kind: pa.DataType) -> bool:
+        return bool(pa.types.is_integer(kind) or pa.types.is_timestamp(kind))
+
+    def is_label(kind: pa.DataType) -> bool:
+        return bool(
+            pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
+        )
+
+    expected = {
+        "candidates": ("lists of item ids (text or integers)", True, is_id),
+        "user_id": ("text or integers", False, is_id),
+        "history_items": ("lists of item ids (text or integers)", True, is_id),
+        "history_labels": ("lists of 0 and 1", True, is_label),
+        "history_timestamps": ("lists of seconds or timestamps", True, is_time),
+        "timestamp": ("seconds or timestamps", False, is_time),
+    }
+    if "candidates" not in schema.names:
+        raise UserError(
+            f"{path}: expected the column 'candidates', {expected['candidates'][0]}; found "
+            f"{', '.join(schema.names)}.{nearest('candidates', schema.names)}"
+        )
+    if not {"user_id", "history_items"} & set(schema.names):
+        raise UserError(
+            f"{path}: expected the column 'user_id', or 'history_items' and 'history_labels'; "
+            f"found {', '.join(schema.names)}."
+        )
+    if "history_items" in schema.names and "history_labels" not in schema.names:
+        raise UserError(
+            f"{path}: expected 'history_labels' beside 'history_items': whether each was clicked. "
+            f"Found {', '.join(schema.names)}.{nearest('history_labels', schema.names)}"
+        )
+    for name, (what, as_list, fits) in expected.items():
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if is_list != as_list or not fits(kind.value_type if is_list else kind):
+            raise UserError(f"{path}: column {name!r}: expected {what}, found {kind}.")
+
+
+def _described(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
