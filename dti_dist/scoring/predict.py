@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,26 +35,38 @@ class Predictions:
 
 
 @torch.no_grad()
+def predicted(
+    model: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Batch, Predictions]]:
+    """Each of this rank's batches with the predictions of its targets, padding left out."""
+    for batch in batches:
+        logits = model(batch.to(device)).float().cpu()
+        used = batch.weights > 0
+        yield (
+            batch,
+            Predictions(
+                batch.target_row[used].numpy(),
+                batch.target_position[used].numpy(),
+                batch.labels[used].numpy().astype(np.int8),
+                torch.sigmoid(logits[used]).numpy(),
+            ),
+        )
+
+
 def predict(
     model: Callable[[Batch], torch.Tensor],
     batches: Iterable[Batch],
     ranks: Ranks,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Predictions | None:
-    """Predict this rank's batches and join all ranks' predictions on rank 0 (None elsewhere)."""
+    """Predict this rank's batches and join all ranks' predictions on rank 0 (None elsewhere).
+
+    For as many targets as rank 0 can hold; evaluation spools them to files instead.
+    """
     parts: list[Predictions] = []
     skipped: dict[str, None] = {}
-    for batch in batches:
-        logits = model(batch.to(ranks.device)).float().cpu()
-        used = batch.weights > 0
-        parts.append(
-            Predictions(
-                batch.target_row[used].numpy(),
-                batch.target_position[used].numpy(),
-                batch.labels[used].numpy().astype(np.int8),
-                torch.sigmoid(logits[used]).numpy(),
-            )
-        )
+    for batch, found in predicted(model, batches, ranks.device):
+        parts.append(found)
         skipped.update(dict.fromkeys(batch.skipped))
         on_batch(batch)
     gathered = ranks.gather((Predictions.join(parts), skipped))

@@ -2,10 +2,13 @@
 
 import math
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 
+from dti_dist.scoring.exact import best_threshold, measure
 from dti_dist.scoring.metrics import CALIBRATION_BINS, click_metrics
 
 
@@ -78,3 +81,61 @@ def test_metrics_of_one_class_are_undefined_and_say_so():
     assert figures["gauc"] is None
     assert figures["ne"] is None
     assert figures["log_loss"] == pytest.approx(-math.log(0.9))
+
+
+# The same by SQL, in any number of targets.
+
+
+def table(labels, probabilities, users):
+    connection = duckdb.connect(config={"threads": 2})
+    columns = {
+        "user": users,
+        "label": labels.astype(np.int8),
+        "probability": probabilities.astype(np.float32),
+    }
+    connection.register("targets", pa.table(columns))
+    return connection
+
+
+@pytest.mark.parametrize("digits", [None, 2], ids=["few ties", "many ties"])
+def test_metrics_of_a_million_targets_are_scikit_learns(digits):
+    rng = np.random.default_rng(3)
+    count = 1_000_000
+    probabilities = rng.random(count) if digits is None else np.round(rng.random(count), digits)
+    probabilities = probabilities.astype(np.float32)
+    labels = (rng.random(count) < probabilities**2).astype(np.int8)
+    users = rng.integers(0, 200, count)
+    figures = measure(table(labels, probabilities, users), "targets", valid_threshold=0.3)
+    expected = click_metrics(labels, probabilities, users)
+    expected["f1_valid_threshold"] = f1_score(labels, probabilities >= 0.3)
+    expected["calibration_ratio"] = probabilities.mean(dtype=np.float64) / labels.mean()
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, rel=0, abs=1e-9), name
+    assert figures["clicks"] == labels.sum()
+
+
+def test_log_loss_of_certain_and_wrong_predictions_is_clipped_as_by_scikit_learn():
+    labels = np.array([0, 1, 0, 1, 1])
+    probabilities = np.array([1, 0, 0, 1, 0.5], dtype=np.float32)
+    figures = measure(table(labels, probabilities, np.arange(5)), "targets")
+    expected = log_loss(labels, probabilities.astype(np.float64))
+    assert expected > 10
+    assert figures["log_loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_metrics_by_sql_of_one_class_are_undefined_too():
+    labels, probabilities = np.ones(5, int), np.full(5, 0.9)
+    figures = measure(table(labels, probabilities, np.arange(5)), "targets")
+    assert [figures[name] for name in ("auc", "gauc", "ne")] == [None, None, None]
+    assert figures["users_of_one_class"] == 5
+    assert best_threshold(table(labels * 0, probabilities, np.arange(5)), "targets") is None
+
+
+def test_the_best_threshold_is_that_of_trying_all():
+    rng = np.random.default_rng(0)
+    probabilities = np.round(rng.random(400), 2).astype(np.float32)
+    labels = (rng.random(400) < probabilities**3).astype(int)
+    tried = {float(t): f1_score(labels, probabilities >= t) for t in np.unique(probabilities)}
+    chosen = best_threshold(table(labels, probabilities, np.zeros(400, int)), "targets")
+    assert tried[chosen] == max(tried.values())
+    assert tried[chosen] > f1_score(labels, probabilities >= 0.5)

@@ -1,0 +1,116 @@
+"""Figures of an evaluation or a comparison, as JSON and as tables for a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+_SLICE_COLUMNS = {
+    "targets": "{:,}",
+    "users": "{:,}",
+    "label_rate": "{:.4f}",
+    "mean_prediction": "{:.4f}",
+    "calibration_ratio": "{:.3f}",
+    "auc": "{:.4f}",
+    "log_loss": "{:.4f}",
+    "ne": "{:.4f}",
+    "gauc": "{:.4f}",
+}
+_WIDEST_VALUE = 40
+
+
+def as_json(figures: dict[str, Any]) -> str:
+    """JSON with a line for each figure, and for each entry of a list of records."""
+    return _nested(figures, "")
+
+
+def _nested(value: Any, indent: str) -> str:
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{inner}{json.dumps(key)}: {_nested(v, inner)}" for key, v in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        lines = [f"{inner}{json.dumps(entry)}" for entry in value]
+        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
+    return json.dumps(value)
+
+
+def figures_table(figures: dict[str, Any]) -> str:
+    """The metrics, with intervals where they are known."""
+    intervals = figures["intervals"] or {}
+    lines = []
+    for name in ("auc", "log_loss", "gauc", "ne", "calibration_ratio"):
+        bounds = intervals.get(name)
+        interval = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
+        lines.append([name, _text(figures[name], "{:.4f}"), interval])
+    for name in ("ece", "accuracy", "f1"):
+        lines.append([name, _text(figures[name], "{:.4f}"), ""])
+    if figures["valid_threshold"] is not None:
+        at = f"threshold {figures['valid_threshold']:.4f}, chosen on valid"
+        lines.append(["f1_valid_threshold", _text(figures["f1_valid_threshold"], "{:.4f}"), at])
+    title = (
+        f"{figures['checkpoint']} on {figures['split']}, {figures['prompt']} prompts: "
+        f"{figures['targets']:,} targets, {figures['clicks']:,} clicks, {figures['users']:,} users"
+    )
+    header = ["", "", "95 % over users" if intervals else ""]
+    return f"{title}\n{_table([header, *lines])}"
+
+
+def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
+    tables = []
+    for name, entries in slices.items():
+        header = [name, *(column.replace("_", " ") for column in _SLICE_COLUMNS)]
+        lines = [
+            [
+                _cut(entry["value"]),
+                *(_text(entry[column], form) for column, form in _SLICE_COLUMNS.items()),
+            ]
+            for entry in entries
+        ]
+        tables.append(_table([header, *lines]))
+    return "\n\n".join(tables)
+
+
+def comparison_table(found: dict[str, Any]) -> str:
+    lines = [["", "A", "B", "B - A", "95 % over users", "p"]]
+    for name, entry in found["differences"].items():
+        bounds, p_value = entry["interval"], entry["p_value"]
+        lines.append(
+            [
+                name,
+                _text(found["a"][name], "{:.5f}"),
+                _text(found["b"][name], "{:.5f}"),
+                _text(entry["difference"], "{:+.5f}"),
+                f"{bounds[0]:+.5f} to {bounds[1]:+.5f}" if bounds else "",
+                _text(p_value, "{:.4f}"),
+            ]
+        )
+    return "\n".join(
+        [
+            f"{found['split']}, {found['prompt']} prompts: {found['targets']:,} targets of "
+            f"{found['users']:,} users",
+            f"A: {found['a']['run']}, {found['a']['checkpoint']}",
+            f"B: {found['b']['run']}, {found['b']['checkpoint']}",
+            _table(lines),
+        ]
+    )
+
+
+def _text(value: float | int | None, form: str) -> str:
+    return "undefined" if value is None else form.format(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _WIDEST_VALUE else text[: _WIDEST_VALUE - 1] + "…"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
