@@ -124,7 +124,7 @@ class Histories:
     def of(self, first: int, end: int) -> FoundHistories:
         """Of requests first … end - 1."""
         with sql_errors("looking up users"):
-            found: pa.Table = self._connection.execute(
+            found: pa.Table = self._connection.sql(
                 f"SELECT * FROM found WHERE row >= {first} AND row < {end} ORDER BY row"
             ).to_arrow_table()
         found = found.combine_chunks()

@@ -41,7 +41,7 @@ from dti_dist.scoring.scorer import Scorer
 from dti_dist.scoring.trained import choose_checkpoint
 from dti_dist.training.run_folder import RunFolder
 
-PLAN, SUMMARY = "plan.json", "scores.json"
+PLAN, SUMMARY = "_plan.json", "_scores.json"  # readers of Parquet pass over such names
 _COUNTS = b"dti_dist.counts"
 _EXAMPLES = 3
 _LONGEST_WAIT_MINUTES = 24 * 60
@@ -52,7 +52,7 @@ class ScoreOptions:
     """How requests are scored; see ``dti-dist score --help``."""
 
     data: str | None = None
-    items: Sequence[str] = ()
+    items: Sequence[str] = ()  # files
     item_key: str = "item_id"
     checkpoint: str = "best"
     device: str = "auto"
@@ -65,14 +65,14 @@ class ScoreOptions:
 
 
 def score(model: str, requests: str, out: str, options: ScoreOptions) -> dict[str, Any] | None:
-    """Score requests and write part-*.parquet to `out`, then scores.json.
+    """Score requests and write part-*.parquet to `out`, then _scores.json.
 
     Args:
         model: an exported folder, or a run's.
         requests, out: a file or folder, and a folder: local, or fsspec URLs.
 
     Returns:
-        What scores.json holds, on rank 0; None on the others.
+        What _scores.json holds, on rank 0; None on the others.
 
     Raises:
         UserError: the model, the requests or what they need can't be read, or `out` holds something
@@ -105,6 +105,7 @@ def _score(
                 )
             )
             _score_parts(opened[0], mine, out, options, ranks)
+        ranks.barrier()  # all parts are there
     summaries = ranks.each(
         lambda: _summarise(out, parts, files, options) if ranks.is_main else None
     )
@@ -280,8 +281,9 @@ class _PartScorer:
         if files.names_users and dataset is not None:
             workspace = stack.enter_context(open_workspace(out, BuildOptions()))
             rows = _rows_of_parts(files, mine, options.part_requests)
-            # One more than n: the time gap of the oldest is counted from the one before it.
-            histories = Histories(workspace, dataset, rows, scorer.n + 1, ranks.is_main)
+            # The time gap of the oldest interaction is counted from the one before it.
+            most = scorer.n + bool(scorer.items.tokens.gaps)
+            histories = Histories(workspace, dataset, rows, most, ranks.is_main)
         elif files.names_users and not files.brings_histories:
             raise UserError(
                 f"{files.files[0].uri}: expected 'history_items' and 'history_labels', or a data "
@@ -415,7 +417,7 @@ def _part_name(part: int) -> str:
 def _summarise(
     out: str, parts: range, files: RequestFiles, options: ScoreOptions
 ) -> dict[str, Any]:
-    """Count what all parts say of themselves, see that none is missing, and write scores.json."""
+    """Count what all parts say of themselves, see that none is missing, and write the summary."""
     found = storage.list_files(out, options.storage)
     counts: Counter[str] = Counter()
     examples: list[str] = []

@@ -260,9 +260,13 @@ def sql_errors(doing: str) -> Iterator[None]:
 
 
 def short_reason(error: Exception) -> str:
-    """The first line of DuckDB's message, without the name of its kind."""
-    first = str(error).strip().split("\n")[0]
-    return re.sub(r"^[A-Z][A-Za-z ]*Error: ", "", first)
+    """The first line of DuckDB's message, without the name of its kind; of CSV the reason too."""
+    first, *others = str(error).strip().split("\n")
+    first = re.sub(r"^[A-Z][A-Za-z ]*Error: ", "", first)
+    if first.startswith("CSV Error"):
+        reasons = [line for line in others if line and not line.startswith("Original Line")]
+        return ": ".join([first, *reasons[:1]]).rstrip(".")
+    return first
 
 
 def literal(text: str) -> str:
