@@ -156,6 +156,7 @@ def _refuse_nan(found: Predictions) -> None:
         raise UserError(
             f"The model's prediction is not a number for {int(bad.sum()):,} of {len(bad):,} "
             f"targets of a batch, first at row {found.row[first]:,}, position "
-            f"{found.position[first]:,} of the split. The weights or activations overflow: choose another --checkpoint, or set "
-            "training.precision: fp32 in the run's config.yaml and evaluate again."
+            f"{found.position[first]:,} of the split. The weights or activations overflow: choose "
+            "another --checkpoint, or set training.precision: fp32 in the run's config.yaml and "
+            "evaluate again."
         )

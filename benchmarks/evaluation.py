@@ -1,0 +1,93 @@
+"""Time and memory of evaluation's figures over many targets, without a model.
+
+Writes synthetic predictions as `dti-dist evaluate` keeps them, then computes metrics and intervals
+from the file under a memory limit of DuckDB, and prints the time of each step and the largest
+resident set that the process had until then.
+
+    python benchmarks/evaluation.py --targets 20000000 --memory-limit 1GB --work /tmp/evaluation
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from dti_dist.data.prepare.build import BuildOptions, open_workspace
+from dti_dist.scoring import kept
+from dti_dist.scoring.bootstrap import draw, intervals, read_groups
+from dti_dist.scoring.exact import measure
+from dti_dist.scoring.slices import measure_slices
+
+AT_A_TIME = 1 << 20
+ITEMS = 100_000
+T = TypeVar("T")
+
+
+def synthetic(targets: int, per_user: int) -> Iterator[pa.RecordBatch]:
+    """Batches of kept.SCHEMA: about 4 % clicks, a month, probabilities that fit."""
+    random = np.random.default_rng(0)
+    for first in range(0, targets, AT_A_TIME):
+        number = np.arange(first, min(first + AT_A_TIME, targets))
+        probability = 1 / (1 + np.exp(3.5 - random.normal(size=len(number))))
+        row = number // per_user
+        columns = [
+            np.char.add("user-", row.astype(str)),
+            np.char.add("item-", random.integers(ITEMS, size=len(number)).astype(str)),
+            1_700_000_000 + random.integers(30 * 86_400, size=len(number)),
+            (random.random(len(number)) < probability).astype(np.int8),
+            probability.astype(np.float32),
+            row,
+            (number % per_user).astype(np.int32),
+        ]
+        yield pa.RecordBatch.from_arrays([pa.array(c) for c in columns], schema=kept.SCHEMA)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", type=int, default=20_000_000)
+    parser.add_argument("--per-user", type=int, default=20)
+    parser.add_argument("--memory-limit", default="1GB")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--slice", action="store_true", help="also by day")
+    args = parser.parse_args()
+
+    def timed(step: str, work: Callable[[], T]) -> T:
+        start = time.monotonic()
+        result = work()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{step:<32} {time.monotonic() - start:>8.1f} s   peak {peak:.2f} GiB", flush=True)
+        return result
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    file = args.work / "predictions.parquet"
+    about = kept.About("synthetic", "test", "streaming", "synthetic")
+    batches = synthetic(args.targets, args.per_user)
+    timed("(writing synthetic predictions)", lambda: kept.write(batches, file, about))
+    print(f"{file.stat().st_size / args.targets:.1f} bytes a target")
+    options = BuildOptions(memory_limit=args.memory_limit, temp_directory=str(args.work))
+    with open_workspace(str(args.work / "evaluation"), options) as workspace:
+        connection = workspace.connection
+        days = ", floor(timestamp / 86400)::BIGINT AS slice_0"
+        timed("reading", lambda: kept.load_targets(connection, file, days if args.slice else ""))
+        figures = timed("metrics", lambda: measure(connection, "targets", 0.1))
+        groups = timed(
+            "sums of groups of users", lambda: read_groups(connection, "targets", figures["users"])
+        )
+        found = timed(
+            "1,000 resamples", lambda: intervals(figures, groups, draw(len(groups), 1_000))
+        )
+        if args.slice:
+            timed("a slice", lambda: measure_slices(connection, ["day"]))
+    for name, bounds in found.items():
+        print(f"{name:<20} {figures[name]:.6f}   {bounds[0]:.6f} to {bounds[1]:.6f}")
+
+
+if __name__ == "__main__":
+    main()
