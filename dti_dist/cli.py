@@ -256,7 +256,22 @@ def _parser() -> argparse.ArgumentParser:
         "see benchmarks/data_peers.py",
     )
     data.add_argument("--out", metavar="PNG", help="draw speed and memory")
-    for command in (paradigm, attention, data):
+    scoring = _command(
+        kinds,
+        "scoring",
+        _benchmark_scoring,
+        "candidates that share a context, and item states, over one prompt for each candidate",
+        "dti-dist benchmark scoring benchmarks/paradigm_cpu.yaml --candidates 100",
+    )
+    scoring.add_argument("config", metavar="CONFIG", help="YAML file; see launch/recipes/")
+    scoring.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    scoring.add_argument(
+        "--candidates", type=_positive, default=100, help="of each request (default: 100)"
+    )
+    scoring.add_argument(
+        "--requests", type=_positive, default=64, help="of each round (default: 64)"
+    )
+    for command in (paradigm, attention, data, scoring):
         command.add_argument(
             "--rounds", type=_positive, default=3, help="timed rounds (default: 3)"
         )
@@ -537,6 +552,17 @@ def _benchmark_attention(args: argparse.Namespace) -> int:
 
     result = benchmark_attention(args.lengths, args.rounds)
     print(json.dumps(result, indent=2) if args.json else attention_table(result))
+    return 0
+
+
+def _benchmark_scoring(args: argparse.Namespace) -> int:
+    from dti_dist.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dti_dist.benchmarks.scoring import benchmark_scoring, scoring_table
+
+    result = benchmark_scoring(config, args.rounds, args.requests, args.candidates)
+    print(json.dumps(result, indent=2) if args.json else scoring_table(result))
     return 0
 
 

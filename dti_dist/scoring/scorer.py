@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,8 @@ class Scorer:
                 "and were left out.",
                 stacklevel=2,
             )
-        return np.split(self.score_requests(cut.requests), raw.candidate_offsets[1:-1])
+        scores = self.score_requests(cut.requests)
+        return [scores[first:end] for first, end in pairwise(raw.candidate_offsets)]
 
     def score_requests(self, requests: Requests) -> npt.NDArray[np.float32]:
         """[C] the score of each candidate, from arrays: see dti_dist.data.requests."""

@@ -1,0 +1,222 @@
+"""`dti-dist benchmark scoring`: candidates that share a context against one prompt for each."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dti_dist.benchmarks import measure
+from dti_dist.config import RunConfig, validate_config
+from dti_dist.console import say
+from dti_dist.data.dataset import iter_sequences
+from dti_dist.data.requests import RawRequests, Requests, cut_requests
+from dti_dist.data.sequences import SequenceBlock
+from dti_dist.data.template import Template
+from dti_dist.inputs import Inputs
+from dti_dist.ranks import choose_device
+from dti_dist.scoring.item_texts import ItemTexts
+from dti_dist.scoring.pretrained import Pretrained
+from dti_dist.scoring.scorer import Scorer
+
+BASELINE = "one prompt per candidate"
+# Name → policy, whether candidates share their context, and whether item states are there before.
+VARIANTS: dict[str, tuple[str, bool, bool]] = {
+    BASELINE: ("budget", False, False),
+    "shared context, budget": ("budget", True, False),
+    "shared context, windowed": ("windowed", True, False),
+    "item states, cold": ("isolated", True, False),
+    "item states, warm": ("isolated", True, True),
+}
+
+
+def benchmark_scoring(
+    config: RunConfig,
+    rounds: int = 3,
+    requests: int = 64,
+    candidates: int = 100,
+    baseline_requests: int = 4,
+) -> dict[str, Any]:
+    """Requests a second: the last n interactions of users of test, and random candidates.
+
+    Every variant scores other requests in each round; the baseline fewer, for its time. Packing
+    is part of the time, tokenising items and loading the model are not. Weights are as the config
+    has them before training.
+
+    Args:
+        config: data, n, template, model, positions, precision and device are taken from it.
+        requests: of one round.
+        candidates: of each request.
+        baseline_requests: of one round of the baseline.
+
+    Returns:
+        Surroundings and, per variant, requests/s with spread, and the speed over the baseline.
+    """
+    device = choose_device(config.training.device)
+    if device.type == "cpu" and config.training.cpu_threads:
+        torch.set_num_threads(config.training.cpu_threads)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Path(scratch) / "tokenizer"
+        scorers = {
+            name: _scorer(config, policy, tokenizer, device, dtype)
+            for name, (policy, _, _) in VARIANTS.items()
+        }
+        blocks = {
+            name: _blocks(
+                scorers[name],
+                rounds + 1,
+                requests if shared else baseline_requests,
+                candidates,
+                shared,
+            )
+            for name, (_, shared, _) in VARIANTS.items()
+        }
+        works = {
+            name: _work(name, scorers[name], blocks[name], warm)
+            for name, (_, _, warm) in VARIANTS.items()
+        }
+        times = measure.in_rounds(works, rounds, device)
+    return {
+        "surroundings": measure.surroundings(device),
+        "n": config.sample.context,
+        "candidates": candidates,
+        "requests": requests,
+        "model": config.model.name,
+        "parameters": sum(p.numel() for p in scorers[BASELINE].model.parameters()),
+        "precision": config.training.precision,
+        "positions": config.attention.positions,
+        "rounds": rounds,
+        "variants": _figures(times, requests, baseline_requests),
+    }
+
+
+def _scorer(
+    config: RunConfig, policy: str, tokenizer: Path, device: torch.device, dtype: torch.dtype
+) -> Scorer:
+    raw = config.model_dump(mode="json")
+    raw["template"]["prefix"] = ""  # which `budget` refuses
+    raw["attention"]["policy"] = policy
+    inputs = Inputs.open(validate_config(raw), tokenizer)
+    template = Template.for_items(inputs.config.template, inputs.dataset.manifest.item_text_columns)
+    model = inputs.untrained_model()
+    for parameter in model.parameters():  # buffers stay float32: rotary frequencies
+        parameter.data = parameter.data.to(dtype)
+    items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
+    pretrained = Pretrained(model, items, config.sample.context, inputs.dataset)
+    return Scorer(pretrained, device)
+
+
+def _blocks(
+    scorer: Scorer, count: int, requests: int, candidates: int, shared: bool
+) -> list[Requests]:
+    """Requests of the users of test, in their order and again from the first."""
+    assert scorer.dataset is not None
+    rng = np.random.default_rng(0)
+    wanted = count * requests
+    gaps = bool(scorer.items.tokens.gaps)
+    blocks, found = [], 0
+    for batch in iter_sequences(scorer.dataset, "test"):
+        blocks.append(SequenceBlock.from_arrow(batch.rows, found))
+        found += batch.rows.num_rows
+        if found >= wanted:
+            break
+    users = SequenceBlock.join(blocks)
+    stamps = users.timestamps
+    assert stamps is not None
+    made = []
+    for first in range(0, wanted, requests):
+        chosen = np.arange(first, first + requests) % len(users.rows)
+        spans = [slice(*users.offsets[row : row + 2]) for row in chosen]
+        lengths = [span.stop - span.start for span in spans]
+        last = np.array([stamps[span][-1] for span in spans])
+        raw = RawRequests(
+            items=np.concatenate([users.item_ids[span] for span in spans]).astype(np.int64),
+            labels=np.concatenate([users.labels[span] for span in spans]),
+            timestamps=np.concatenate([stamps[span] for span in spans]),
+            offsets=np.cumsum([0, *lengths]),
+            candidates=rng.integers(0, len(scorer.items.tokens.lengths), requests * candidates),
+            candidate_offsets=np.arange(requests + 1) * candidates,
+            times=last + 1,
+        )
+        cut = cut_requests(raw, scorer.n, gaps).requests
+        made.append(cut if shared else _one_prompt_per_candidate(cut))
+    return made
+
+
+def _one_prompt_per_candidate(requests: Requests) -> Requests:
+    """Each candidate with a copy of its context: sliding-window prompts."""
+    copies = np.diff(requests.candidate_offsets)
+    request = np.arange(len(requests)).repeat(copies)
+    lengths = np.diff(requests.history_offsets)[request]
+    starts = requests.history_offsets[request]
+    place = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    return replace(
+        requests,
+        history_items=requests.history_items[place],
+        history_labels=requests.history_labels[place],
+        history_gaps=requests.history_gaps[place],
+        history_offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        candidate_gaps=requests.candidate_gaps[request],
+        candidate_offsets=np.arange(len(request) + 1),
+    )
+
+
+def _work(name: str, scorer: Scorer, blocks: list[Requests], warm: bool) -> Callable[[], None]:
+    turn = cycle(blocks)
+    if warm:
+        for block in blocks:
+            scorer.score_requests(block)
+
+    def work() -> None:
+        block = next(turn)
+        say(f"{name}: {len(block.candidate_items):,} candidates")
+        if scorer.states is not None and not warm:
+            scorer.states.clear()
+        scorer.score_requests(block)
+
+    return work
+
+
+def _figures(
+    times: dict[str, list[float]], requests: int, baseline_requests: int
+) -> dict[str, dict[str, Any]]:
+    rates = {
+        name: [(requests if VARIANTS[name][1] else baseline_requests) / took for took in taken]
+        for name, taken in times.items()
+    }
+    return {
+        name: {
+            "requests_per_s": measure.spread(mine),
+            "speedup": measure.spread(
+                [rate / base for rate, base in zip(mine, rates[BASELINE], strict=True)]
+            ),
+        }
+        for name, mine in rates.items()
+    }
+
+
+def scoring_table(result: dict[str, Any]) -> str:
+    """The variants as aligned text."""
+    rows = []
+    for name, figures in result["variants"].items():
+        rate, speedup = figures["requests_per_s"], figures["speedup"]
+        rows.append(
+            (
+                name,
+                f"{rate['median']:,.2f} ({rate['min']:,.2f}-{rate['max']:,.2f})",
+                f"{speedup['median']:.1f} ({speedup['min']:.1f}-{speedup['max']:.1f})",
+            )
+        )
+    header = (
+        f"{result['candidates']} candidates, n = {result['n']}",
+        "requests/s (spread)",
+        f"over {BASELINE}",
+    )
+    return measure.table(header, rows)
