@@ -125,7 +125,7 @@ def _check_shards(index: Path) -> None:
             f"{index} can't be read as an index of safetensors: {error!r}. Fetch it again."
         ) from error
     for shard in shards:
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(shard)):
             raise UserError(
                 f"{index} names {shard!r} as a file with weights; expected the name of a "
                 "safetensors file in the same folder. Don't use this folder, unless you know why."

@@ -58,7 +58,7 @@ def export(
     """
     run = RunFolder(run_dir)
     config = run.read_config()
-    if storage.list_files(out, config.data.storage):
+    if set(storage.list_files(out, config.data.storage)) - {"."}:  # what some stores call a folder
         raise UserError(f"{redact(out)} is not empty. Export to a new folder.")
     if adapter_only and not config.model.lora.rank:
         raise UserError(
@@ -108,12 +108,14 @@ def _new_folder(out: str, settings: StorageConfig) -> Iterator[Path]:
 
 
 def _upload(folder: Path, url: str, settings: StorageConfig) -> None:
-    names = sorted(path.name for path in folder.iterdir() if path.name != DTI_CONFIG)
-    size = sum((folder / name).stat().st_size for name in names)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files.sort(key=lambda path: path.name == DTI_CONFIG)
+    size = sum(path.stat().st_size for path in files)
     with progress(f"uploading to {redact(url)}", size, "bytes") as bar:
-        for name in [*names, DTI_CONFIG]:
-            storage.upload(str(folder / name), storage.join(url, name), settings)
-            bar.advance((folder / name).stat().st_size)
+        for path in files:
+            name = path.relative_to(folder).as_posix()
+            storage.upload(str(path), storage.join(url, name), settings)
+            bar.advance(path.stat().st_size)
 
 
 def _parameters(model: CTRModel) -> int:

@@ -232,7 +232,11 @@ def test_adapter_loads_in_peft_and_merges_to_the_merged_export(trained, tmp_path
     assert main([*arguments, str(tmp_path / "adapter"), "--adapter-only"]) == 0
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "dti_config.json"} <= names
-    assert "tokenizer.json" in names
+    assert {"tokenizer.json", "README.md"} <= names
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "adapters and [SUM]'s embedding for peft. The base model base" in card
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "base"
     assert "model.safetensors" not in names
 
     kind = auto_class(trained["head"])
