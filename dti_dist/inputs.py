@@ -67,7 +67,7 @@ class Inputs:
         if (tokenizer_dir / "tokenizer.json").exists():
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
             sum_id = int(tokenizer.convert_tokens_to_ids(SUM_TOKEN))
         else:
             tokenizer, sum_id = sources.load_tokenizer(config.model, dataset, template)

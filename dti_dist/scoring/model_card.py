@@ -159,8 +159,8 @@ def _use(made: Exported, base: str | None) -> str:
         start = (
             "```python\nimport dti_dist\n\n"
             'scorer = dti_dist.Scorer.from_pretrained("FOLDER")\n```\n\n'
-            "or `dti-dist score FOLDER` on the command line. Both build the prompts, and apply the "
-            "windows and positions of the training."
+            "or `dti-dist score FOLDER --requests URI --out URI`. Both build the prompts and apply "
+            "the windows and positions of the training."
         )
     reading = (
         "the sigmoid of the difference of the two label words' logits at [SUM], label 1 minus "
