@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dti_dist.console import progress
-from dti_dist.data.prepare.build import sql_errors, stream
-from dti_dist.scoring.exact import gauc_query, rows
+from dti_dist.data.prepare.build import stream
+from dti_dist.scoring.exact import gauc_query, rows, sql_errors
 
 MOST_GROUPS = 2_000
 SCORE_BINS = 4_096

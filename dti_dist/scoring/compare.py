@@ -11,10 +11,10 @@ from typing import Any
 import duckdb
 
 from dti_dist.console import say
-from dti_dist.data.prepare.build import BuildOptions, literal, open_workspace, sql_errors
+from dti_dist.data.prepare.build import BuildOptions, literal, open_workspace
 from dti_dist.errors import UserError
-from dti_dist.scoring.bootstrap import METRICS, Groups, differences, draw, read_groups
-from dti_dist.scoring.exact import measure, rows
+from dti_dist.scoring.bootstrap import CONFIDENCE, METRICS, Groups, differences, draw, read_groups
+from dti_dist.scoring.exact import measure, rows, sql_errors
 from dti_dist.scoring.kept import About, kept_file, number_users, read_about
 from dti_dist.training.run_folder import RunFolder
 
@@ -69,7 +69,11 @@ def compare(
             )
         },
         "differences": {name: asdict(difference) for name, difference in found.items()},
-        "bootstrap": {"resamples": resamples, "groups": len(measured[0][1]), "confidence": 0.95},
+        "bootstrap": {
+            "resamples": resamples,
+            "groups": len(measured[0][1]),
+            "confidence": CONFIDENCE,
+        },
     }
 
 

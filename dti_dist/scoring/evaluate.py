@@ -19,15 +19,15 @@ import torch
 
 from dti_dist.config import RunConfig
 from dti_dist.console import progress, say
-from dti_dist.data.prepare.build import BuildOptions, literal, open_workspace, sql_errors
+from dti_dist.data.prepare.build import BuildOptions, literal, open_workspace
 from dti_dist.data.stream import PackStream, Share, StreamPlan, batches
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.ranks import Ranks, leave, meet
 from dti_dist.scoring import kept, pictures, summary
-from dti_dist.scoring.bootstrap import draw, intervals, read_groups
+from dti_dist.scoring.bootstrap import CONFIDENCE, draw, intervals, read_groups
 from dti_dist.scoring.curves import histogram, reliability, roc
-from dti_dist.scoring.exact import best_threshold, measure, rows
+from dti_dist.scoring.exact import best_threshold, measure, rows, sql_errors
 from dti_dist.scoring.slices import check_slices, measure_slices, slice_columns
 from dti_dist.scoring.spool import scratch_folder, spool, spool_of
 from dti_dist.scoring.trained import choose_checkpoint, trained_model
@@ -196,9 +196,14 @@ class _Evaluation:
             "split": self.split,
             "prompt": self.prompt,
             "checkpoint": self.commit.folder.name,
+            "max_targets": self.config.evaluation.max_targets,
             **({"ceiling": ceiling[self.split]} if self.split in ceiling else {}),
             "intervals": None if drawn is None else intervals(figures, groups, drawn),
-            "bootstrap": {"resamples": wanted.resamples, "groups": len(groups), "confidence": 0.95},
+            "bootstrap": {
+                "resamples": wanted.resamples,
+                "groups": len(groups),
+                "confidence": CONFIDENCE,
+            },
             "reliability": reliability(groups, drawn),
             "slices": measure_slices(connection, wanted.slices),
         }

@@ -23,8 +23,9 @@ from dti_dist.config import StorageConfig
 from dti_dist.data import storage
 from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.index import RowGroup, SplitIndex
-from dti_dist.data.prepare.build import literal, sql_errors
+from dti_dist.data.prepare.build import literal
 from dti_dist.errors import UserError
+from dti_dist.scoring.exact import sql_errors
 from dti_dist.training.run_folder import RunFolder
 
 SCHEMA = pa.schema(

@@ -36,7 +36,7 @@ def click_metrics(
     two_classes = 0.0 < rate < 1.0
     loss = float(log_loss(clicks, predicted, labels=[0, 1]))
     positive = predicted >= 0.5
-    gauc, users_of_one_class = _gauc(clicks, predicted, users)
+    gauc, users_of_one_class = _gauc(clicks, predicted, users.astype(np.int64))
     return {
         "auc": float(roc_auc_score(clicks, predicted)) if two_classes else None,
         "log_loss": loss,
@@ -64,16 +64,22 @@ def _entropy(rate: float) -> float:
 def _gauc(
     labels: npt.NDArray[np.int64],
     probabilities: npt.NDArray[np.float64],
-    users: npt.NDArray[np.integer],
+    users: npt.NDArray[np.int64],
 ) -> tuple[float | None, int]:
-    order = np.argsort(users, kind="stable")
-    bounds = np.flatnonzero(np.diff(users[order])) + 1
-    total = weight = 0.0
-    one_class = 0
-    for chosen in np.split(order, bounds):
-        if labels[chosen].min() == labels[chosen].max():
-            one_class += 1
-            continue
-        total += len(chosen) * roc_auc_score(labels[chosen], probabilities[chosen])
-        weight += len(chosen)
-    return (float(total / weight) if weight else None), one_class
+    order = np.lexsort((probabilities, users))
+    labels, probabilities, users = labels[order], probabilities[order], users[order]
+    new_user = np.diff(users, prepend=users[0] - 1) != 0
+    new_value = new_user | (np.diff(probabilities, prepend=-1.0) != 0)
+    value = np.cumsum(new_value) - 1  # equal ones of one user are one
+    clicks, others = (np.bincount(value, labels == label) for label in (1, 0))
+    user = (np.cumsum(new_user) - 1)[new_value]
+    below = np.cumsum(others) - others
+    below -= below[np.flatnonzero(new_user[new_value])][user]
+    won, of_1, of_0 = (
+        np.bincount(user, c) for c in (clicks * (below + others / 2), clicks, others)
+    )
+    both = (of_1 > 0) & (of_0 > 0)
+    if not both.any():
+        return None, len(both)
+    auc = won[both] / (of_1 * of_0)[both]
+    return float(np.average(auc, weights=(of_1 + of_0)[both])), int(np.sum(~both))

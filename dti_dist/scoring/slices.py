@@ -12,11 +12,18 @@ import pyarrow as pa
 
 from dti_dist.console import progress, say
 from dti_dist.data.dataset import BadShard, Dataset, SequenceBatch, iter_sequences
-from dti_dist.data.prepare.build import sql_errors
 from dti_dist.data.prepare.statistics import date_of_day
 from dti_dist.data.prepare.tables import quote
 from dti_dist.errors import UserError, nearest
-from dti_dist.scoring.exact import Sums, curve_query, gauc_query, quotient, rows, sums_query
+from dti_dist.scoring.exact import (
+    Sums,
+    curve_query,
+    gauc_query,
+    quotient,
+    rows,
+    sql_errors,
+    sums_query,
+)
 
 MOST_VALUES = 20
 COUNT_BINS = 5  # beside a bin for none at all

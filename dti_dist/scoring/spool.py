@@ -49,9 +49,11 @@ def scratch_folder(parent: Path, ranks: Ranks) -> Iterator[Path]:
             return None
         try:
             _remove_stale(parent)
-            folder = parent / f".scratch-{uuid.uuid4().hex[:8]}"
-            folder.mkdir(parents=True)
-            held.append(_locked(folder))
+            name = uuid.uuid4().hex[:8]
+            unlocked = parent / f".new-{name}"
+            unlocked.mkdir(parents=True)
+            held.append(_locked(unlocked))
+            folder = unlocked.rename(parent / f".scratch-{name}")  # never seen without its lock
         except OSError as error:
             raise _cannot_write(parent, error) from error
         return folder
@@ -68,25 +70,19 @@ def scratch_folder(parent: Path, ranks: Ranks) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> TextIO:
-    """An open file with a lock, which goes with the process. Raises BlockingIOError if held."""
+    """An open file with a lock, which goes with the process."""
     file = (folder / "lock").open("a")
-    try:
+    with suppress(OSError):  # a file system without locks: stale folders stay there
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise
-    except OSError:  # a file system without locks: stale folders stay there
-        pass
     return file
 
 
 def _remove_stale(parent: Path) -> None:
     for folder in parent.glob(".scratch-*"):
-        with suppress(OSError):  # BlockingIOError: another evaluation is at work in it
-            file = (folder / "lock").open("a")
+        # BlockingIOError: another evaluation is at work in it.
+        with suppress(OSError), (folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-            file.close()
 
 
 def _see(folder: Path, rank: int) -> None:

@@ -107,6 +107,9 @@ def test_metrics_of_a_million_targets_are_scikit_learns(digits):
     users = rng.integers(0, 200, count)
     figures = measure(table(labels, probabilities, users), "targets", valid_threshold=0.3)
     expected = click_metrics(labels, probabilities, users)
+    of_users = [(labels[users == user], probabilities[users == user]) for user in range(200)]
+    aucs, sizes = [roc_auc_score(*pair) for pair in of_users], [len(y) for y, _ in of_users]
+    expected["gauc"] = np.average(aucs, weights=sizes)
     expected["f1_valid_threshold"] = f1_score(labels, probabilities >= 0.3)
     expected["calibration_ratio"] = probabilities.mean(dtype=np.float64) / labels.mean()
     for name, value in expected.items():
