@@ -374,6 +374,20 @@ class TrainingConfig(Section):
         return value
 
 
+class TrackingConfig(Section):
+    """Where a run's figures also go; metrics.jsonl has them in any case.
+
+    Servers and keys come from each tracker's own environment variables, such as WANDB_API_KEY,
+    WANDB_MODE and MLFLOW_TRACKING_URI. TensorBoard's files are in the run's folder.
+    """
+
+    to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        [], description="Trackers that get every line of metrics.jsonl as it is written."
+    )
+    project: str = Field("dti-dist", description="Project of wandb, experiment of MLflow.")
+    name: str | None = Field(None, description="Of the run there. Default: its folder's name.")
+
+
 class EvaluationConfig(Section):
     prompt: Literal["sliding_window", "streaming"] = Field(
         "sliding_window", description="sliding_window is what inference does."
@@ -396,6 +410,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import click_loss
 from dti_dist.model.lora import base_fingerprint
 from dti_dist.ranks import Ranks, leave, meet
+from dti_dist.redaction import redact
 from dti_dist.scoring.metrics import click_metrics
 from dti_dist.scoring.predict import predict
 from dti_dist.training import checkpoint
@@ -31,21 +35,27 @@ from dti_dist.training.memory import is_out_of_memory, out_of_memory
 from dti_dist.training.nonfinite import write_diagnosis
 from dti_dist.training.run_folder import RunFolder
 from dti_dist.training.signals import STOPPED_BY_SIGNAL, StopSignal
+from dti_dist.training.trackers import Trackers, check_packages
 from dti_dist.training.tracking import (
     Interval,
     MetricsFile,
     StepDisplay,
     memory_gib,
     peak_flops,
+    surroundings,
 )
 from dti_dist.training.watchdog import Watchdog
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+_LONGEST_REASON = 2000  # characters in metrics.jsonl; an error of torch's may repeat a traceback
 _WORD_OF_A_PEER_S = 5.0  # how long a rank that lost one waits to hear why
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> int:
     """Train to the end of the last epoch, from the newest complete checkpoint if there is one.
+
+    Args:
+        report: called on rank 0 with the run's folder when training is done or stopped.
 
     Returns:
         0 when training is done, 75 when a signal stopped it after a checkpoint.
@@ -56,7 +66,7 @@ def train(config: RunConfig) -> int:
     micro_steps_per_step(settings, ranks.world)  # refuse a bad batch before any work
     folder = RunFolder(config.run_dir)
     watchdog = Watchdog(ranks, settings.watchdog_minutes, folder.stacks)
-    trainer = _Trainer(config, ranks, stop, folder, watchdog)
+    trainer = _Trainer(config, ranks, stop, folder, watchdog, report)
     waits_for_others = False
     try:
         return trainer.run()
@@ -65,6 +75,8 @@ def train(config: RunConfig) -> int:
         if ranks.is_main:
             folder.discard()
         cause = _first_cause(error, trainer, watchdog)
+        with suppress(OSError):  # of a full disk the cause speaks already
+            trainer.note_end("failed", str(cause) or type(cause).__name__)
         if cause is error:
             raise
         raise cause from error
@@ -127,7 +139,10 @@ class _Trainer:
         stop: StopSignal,
         folder: RunFolder,
         watchdog: Watchdog,
+        report: Callable[[Path], object] | None,
     ):
+        self.report = report
+        self.metrics: MetricsFile | None = None
         self.config, self.ranks, self.stop = config, ranks, stop
         self.folder, self.watchdog = folder, watchdog
         self.engine: Any = None
@@ -182,6 +197,7 @@ class _Trainer:
     def _prepare_folder(self) -> None:
         if not self.ranks.is_main:
             return
+        check_packages(self.config.tracking)
         self.folder.prepare(self.config)
         if copy_to := self.config.checkpoints.copy_to:
             self.copies = CheckpointCopies(self.folder.path, copy_to, self.config.data.storage)
@@ -234,7 +250,12 @@ class _Trainer:
 
     def _loop(self, loader: Any) -> int:
         config, progress = self.config, self.progress
-        metrics = MetricsFile(self.folder.metrics, progress.step) if self.ranks.is_main else None
+        metrics = None
+        around = surroundings(self.ranks)
+        if self.ranks.is_main:
+            trackers = Trackers(config, self.folder.path, progress.step)
+            metrics = self.metrics = MetricsFile(self.folder.metrics, progress.step, trackers)
+            self._note_start(metrics, around)
         display = StepDisplay(self.ranks, self.total_steps, progress.step)
         interval = Interval()
         stopping = False
@@ -267,10 +288,12 @@ class _Trainer:
             interval.started += time.perf_counter() - paused  # not part of the steps' time
         saved = self._save(metrics)
         display.close()
-        if metrics:
-            metrics.close()
         if self.copies:
             self.copies.close()
+        if stopping or saved:
+            early = progress.step < self.total_steps
+            self.note_end("signal" if stopping else "patience" if early else "done")
+            self._write_report()
         # Of a stopped job torchrun kills the ranks that are left soon after the first has ended.
         self.ranks.barrier()
         if stopping:
@@ -288,6 +311,32 @@ class _Trainer:
                 "from the newest complete checkpoint."
             )
         return 0
+
+    def _note_start(self, metrics: MetricsFile, around: dict[str, Any]) -> None:
+        sizes = {"parameters": self.parameters, "trainable": self.trainable}
+        started = {**metrics.before, "total_steps": self.total_steps, **sizes, **around}
+        metrics.write({"step": self.progress.step, "started": started})
+
+    def note_end(self, how: str, why: str | None = None) -> None:
+        """The last line of this job's metrics, on rank 0; nothing if it has none or has ended."""
+        metrics, self.metrics = self.metrics, None
+        if metrics:
+            reason = {"why": redact(why)[:_LONGEST_REASON]} if why else {}
+            metrics.write({"step": self.progress.step, "ended": {"how": how, **reason}})
+            if how != "failed":  # which waits for no tracker
+                metrics.close()
+
+    def _write_report(self) -> None:
+        """A run is no worse for a report that can't be written."""
+        if self.report is None or not self.ranks.is_main:
+            return
+        try:
+            self.report(self.folder.path)
+        except Exception as error:
+            say(
+                f"The report was not written: {type(error).__name__}: {error}. "
+                f"`dti-dist report {self.folder.path}` writes it."
+            )
 
     def _write_skips(self, metrics: MetricsFile | None) -> None:
         """Put what was newly skipped, by any rank, on record."""

@@ -35,6 +35,7 @@ _MAY_CHANGE = (
     "training.max_skipped_steps",
     "validation",
     "checkpoints",
+    "tracking",
     "evaluation",
 )
 

@@ -4,44 +4,97 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
+import socket
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from dti_dist import __version__
 from dti_dist.console import say
 from dti_dist.ranks import Ranks
+from dti_dist.training.trackers import Trackers
 
 _PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bf16 peaks from the vendor's datasheets, by a part of the device's name."""
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, appended and flushed; rank 0 writes."""
+    """metrics.jsonl: one JSON object a line, appended and flushed; rank 0 writes.
 
-    def __init__(self, path: Path, resume_step: int):
+    Attributes:
+        before: ``last_step`` that an earlier job has logged, and, where it said so, how it
+            ``ended``; empty for the first job.
+    """
+
+    def __init__(self, path: Path, resume_step: int, trackers: Trackers):
         """Lines of steps after `resume_step` are dropped: they will be taken again."""
         self.path = path
-        kept = [
-            line
-            for line in (path.read_text().splitlines() if path.exists() else [])
-            if line.endswith("}") and json.loads(line)["step"] <= resume_step
-        ]
+        self._trackers = trackers
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+        self.before: dict[str, Any] = {}
+        if found:
+            last = found[-1][1]
+            self.before["last_step"] = max(record["step"] for _, record in found)
+            if "ended" in last:
+                self.before["ended"] = last["ended"]
         staging = path.with_name(f".{path.name}.partial")
+        kept = [line for line, record in found if record["step"] <= resume_step]
         staging.write_text("".join(f"{line}\n" for line in kept))
         os.replace(staging, path)
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        """Append a line, with the time of day in seconds since 1970."""
+        timed = {"step": record["step"], "time": round(time.time(), 3), **record}
+        self._file.write(json.dumps(timed) + "\n")
         self._file.flush()
+        if "started" not in record:  # its numbers are no figures
+            self._trackers.write(timed)
 
     def close(self) -> None:
         self._file.close()
+        self._trackers.close()
+
+
+def surroundings(ranks: Ranks) -> dict[str, Any]:
+    """What the job runs on and with: no paths, of names only rank 0's machine.
+
+    All ranks must call this at once.
+    """
+    found = ranks.each(lambda: (socket.gethostname(), device_name(ranks.device)))
+    hosts, devices = zip(*found, strict=True)
+    versions = {"dti-dist": __version__, "python": platform.python_version()}
+    for package in ("torch", "deepspeed", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "ranks": ranks.world,
+        "machines": len(set(hosts)),
+        "host": hosts[0],
+        "devices": dict(Counter(devices)),
+        "versions": versions,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def memory_gib(device: torch.device) -> float:
