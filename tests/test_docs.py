@@ -180,7 +180,9 @@ MAY_IMPORT = {
     "training": {"training", "scoring", "inputs", "model", "data", "ranks", *COMMON},
     "reporting": {"reporting", "scoring", "training", "inputs", "model", "attention", "data"}
     | {"ranks", *COMMON},
-    "benchmarks": {"benchmarks", "inputs", "model", "attention", "data", "ranks", *COMMON},
+    "reading": {"inputs", "data", *COMMON},
+    "benchmarks": {"benchmarks", "scoring", "inputs", "model", "attention", "data", "ranks"}
+    | COMMON,
 }
 
 

@@ -30,18 +30,16 @@ class Template:
     @staticmethod
     def alone(config: TemplateConfig) -> Template:
         """The template of items that have whatever columns it names."""
-        try:
-            pieces = list(string.Formatter().parse(config.item))
-        except ValueError as error:
-            raise _not_a_format(config.item, error) from error
-        fields = [name for _, name, _, _ in pieces if name is not None]
-        return Template(config, tuple(dict.fromkeys(fields)))
+        columns = _columns(config)
+        for name in columns:
+            if "." in name or "[" in name:
+                raise _not_a_format(config.item, ValueError(f"{name!r} is more than a column"))
+        return Template(config, columns)
 
     @staticmethod
     def for_items(config: TemplateConfig, item_text_columns: Sequence[str]) -> Template:
         """Raises UserError when the item template is not a format string of the items' columns."""
-        template = Template.alone(config)
-        fields = template.columns
+        fields = _columns(config)
         if not fields:
             raise UserError(
                 f"template.item {config.item!r} names no item column, so all items would read "
@@ -54,6 +52,7 @@ class Template:
                     f"{nearest(field, item_text_columns)} "
                     f"Item text columns: {', '.join(item_text_columns)}."
                 )
+        template = Template(config, fields)
         try:
             template.item_text(dict.fromkeys(fields, ""))
         except (ValueError, LookupError, AttributeError) as error:  # such as {title:d}
@@ -68,6 +67,14 @@ class Template:
         if not self.config.time_gaps:
             return []
         return [words for _, words in TIME_GAPS] + [LONGEST_TIME_GAP]
+
+
+def _columns(config: TemplateConfig) -> tuple[str, ...]:
+    try:
+        pieces = list(string.Formatter().parse(config.item))
+    except ValueError as error:
+        raise _not_a_format(config.item, error) from error
+    return tuple(dict.fromkeys(name for _, name, _, _ in pieces if name is not None))
 
 
 def _not_a_format(item: str, error: Exception) -> UserError:

@@ -14,7 +14,7 @@ from dti_dist.attention.flex import compiled_graphs
 from dti_dist.attention.intervals import PackLayout, SharedBody
 from dti_dist.attention.policies import forgetting_weights, layer_windows, sees_prefix
 from dti_dist.config import AttentionConfig
-from dti_dist.data.stream import Batch
+from dti_dist.data.stream import Batch, SharedTokens
 from dti_dist.model.families import (
     check_family,
     check_head,
@@ -156,7 +156,7 @@ class CTRModel(nn.Module):
         tokens = batch.tokens if kept is None else batch.tokens[:, batch.length :]
         return self.head(self._hidden(tokens, plans)[:, plans.body_length :])
 
-    def states(self, tokens: torch.Tensor, interactions: SharedBody) -> list[torch.Tensor]:
+    def states(self, tokens: torch.Tensor, interactions: SharedTokens) -> list[torch.Tensor]:
         """What [SUM] reads of isolated interactions in each layer: [B · Lb, Hkv, 2 D] each.
 
         Args:
@@ -167,7 +167,8 @@ class CTRModel(nn.Module):
         none = torch.empty(len(tokens), 0, dtype=torch.int32, device=tokens.device)
         unit = torch.zeros(len(tokens), 1, dtype=torch.int32, device=tokens.device)
         bounds = torch.zeros(len(tokens), 2, dtype=torch.int32, device=tokens.device)
-        layout = PackLayout(none, none, bounds, unit, unit, unit, none, shared=interactions)
+        shared = SharedBody(**vars(interactions)).to(tokens.device)
+        layout = PackLayout(none, none, bounds, unit, unit, unit, none, shared=shared)
         plans = AttentionPlans(layout, self.scheme, self._inverse_frequencies, record=True)
         self._hidden(tokens, plans)
         assert plans.recorded is not None

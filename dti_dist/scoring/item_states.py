@@ -11,13 +11,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dti_dist.attention.backend import KeptStates
-from dti_dist.attention.intervals import SharedBody
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import ranges
 from dti_dist.data.requests import RequestPack
 from dti_dist.data.samples import IntArray
-from dti_dist.model.ctr_model import CTRModel
+from dti_dist.data.stream import SharedTokens
+from dti_dist.model.ctr_model import CTRModel, KeptStates
 
 _FIRST_TOKENS = 1 << 14
 
@@ -102,7 +101,7 @@ class ItemStates:
             chosen = texts[passes == number]
             ids, interactions = _lay_out(chosen, tokens, self._filled_up)
             with torch.inference_mode():
-                states = self._model.states(ids.to(self._device), interactions.to(self._device))
+                states = self._model.states(ids.to(self._device), interactions)
             P, total = len(tokens.prefix), int(lengths[passes == number].sum())
             if self._used == 0:  # the prefix's states come first, once for all
                 self._store([layer[:P] for layer in states])
@@ -136,7 +135,7 @@ def _text_lengths(texts: IntArray, tokens: ItemTokens) -> IntArray:
 
 def _lay_out(
     texts: IntArray, tokens: ItemTokens, filled_up: Callable[[int], int]
-) -> tuple[torch.Tensor, SharedBody]:
+) -> tuple[torch.Tensor, SharedTokens]:
     """Token ids [1, Lb] of the prefix and then of each text with both labels, and their intervals.
 
     A label token sees the text and not the other label.
@@ -173,4 +172,4 @@ def _lay_out(
         for name, array in (("position", positions), ("start", seen_from), ("end", seen_to))
     }
     none = torch.empty(1, 0, dtype=torch.int64)
-    return torch.from_numpy(ids)[None], SharedBody(**as_row, source=none)
+    return torch.from_numpy(ids)[None], SharedTokens(**as_row, source=none)

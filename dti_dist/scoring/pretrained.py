@@ -16,6 +16,7 @@ from dti_dist.data.dataset import Dataset
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs, cache_dir_of
+from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.scoring.export import DTI_CONFIG
 from dti_dist.scoring.item_texts import ItemTexts
@@ -76,6 +77,12 @@ def load_exported(
     """
     folder = Path(folder)
     settings = _settings(folder)
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds adapters alone. Export the run without --adapter-only, which merges "
+            "them into the weights."
+        )
+    sources.check_folder(folder)
     from transformers import AutoTokenizer
 
     try:
@@ -139,11 +146,6 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _read_model(folder: Path, head: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} holds adapters alone. Export the run without --adapter-only, which merges "
-            "them into the weights."
-        )
     kind = AutoModelForCausalLM if head == "yes_no" else AutoModelForSequenceClassification
     try:
         with without_library_chatter():

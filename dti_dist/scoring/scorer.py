@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dti_dist.attention.backend import KeptStates
 from dti_dist.config import StorageConfig
 from dti_dist.data.packing import multiple_of_128
 from dti_dist.data.requests import (
@@ -26,6 +25,7 @@ from dti_dist.data.requests import (
 )
 from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
+from dti_dist.model.ctr_model import KeptStates
 from dti_dist.ranks import choose_device
 from dti_dist.scoring.item_states import ItemStates
 from dti_dist.scoring.item_texts import Item, ItemTexts

@@ -241,3 +241,38 @@ def test_the_benchmark_compares_shared_contexts_with_one_prompt_each(synthetic, 
     assert found["variants"]["one prompt per candidate"]["speedup"]["median"] == 1
     assert all(v["requests_per_s"]["median"] > 0 for v in found["variants"].values())
     assert len(found["variants"]) == 5
+
+
+def test_an_exported_folder_that_leads_elsewhere_is_refused(exported, tmp_path):
+    import shutil
+
+    def changed(name):
+        folder = tmp_path / name
+        shutil.copytree(exported[0], folder)
+        return folder
+
+    folder = changed("link")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(UserError, match="is a link that leads out of its folder"):
+        Scorer.from_pretrained(folder, device="cpu")
+    folder = changed("shards")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"\.\./elsewhere"):
+        Scorer.from_pretrained(folder, device="cpu")
+    folder = changed("adapters")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds adapters alone"):
+        Scorer.from_pretrained(folder, device="cpu")
+    folder = changed("pickle")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match="holds its weights as a pickle"):
+        Scorer.from_pretrained(folder, device="cpu")
+    folder = changed("template")
+    settings = json.loads((folder / "dti_config.json").read_text())
+    settings["template"]["item"] = "{title.__class__}"
+    (folder / "dti_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="is not a format string of item columns"):
+        Scorer.from_pretrained(folder, device="cpu")
