@@ -72,20 +72,27 @@ def roc(groups: Groups) -> list[tuple[float, float]]:
     return list(zip(*shares, strict=True))
 
 
-def histogram(connection: duckdb.DuckDBPyConnection) -> dict[str, list[float]]:
-    """Targets in bins of equal width between the least and the greatest probability: of the table
-    curve, as scoring.exact.measure leaves it."""
-    (found,) = rows(
-        connection,
-        "SELECT min(probability)::DOUBLE AS least, max(probability)::DOUBLE AS most FROM curve",
-    )
+def is_skewed(bins: list[dict[str, Any]]) -> bool:
+    """Whether reliability bins want logarithmic axes: half the predictions lie below a quarter of
+    the highest."""
+    means = [entry["mean_prediction"] for entry in bins]
+    some = any(entry["label_rate"] > 0 for entry in bins)
+    return some and means[0] > 0 and means[len(means) // 2] < means[-1] / 4
+
+
+def histogram(connection: duckdb.DuckDBPyConnection, logarithmic: bool) -> dict[str, list[float]]:
+    """Targets in bins between the least and the greatest probability, of equal width or of equal
+    ratio: of the table curve, as scoring.exact.measure leaves it."""
+    value = "ln(greatest(probability, 1e-9))" if logarithmic else "probability::DOUBLE"
+    (found,) = rows(connection, f"SELECT min({value}) AS least, max({value}) AS most FROM curve")
     least, most = found["least"], max(found["most"], found["least"] + 1e-6)
     width = (most - least) / _HISTOGRAM_BINS
     targets = [0.0] * _HISTOGRAM_BINS
     for row in rows(
         connection,
-        f"SELECT least(floor((probability::DOUBLE - {least!r}) / {width!r}), {_HISTOGRAM_BINS - 1})"
-        "::INTEGER AS bin, sum(clicks + others)::BIGINT AS targets FROM curve GROUP BY bin",
+        f"SELECT least(floor(({value} - {least!r}) / {width!r}), {_HISTOGRAM_BINS - 1})::INTEGER "
+        "AS bin, sum(clicks + others)::BIGINT AS targets FROM curve GROUP BY bin",
     ):
         targets[row["bin"]] = row["targets"]
-    return {"edges": np.linspace(least, most, _HISTOGRAM_BINS + 1).tolist(), "targets": targets}
+    edges = np.linspace(least, most, _HISTOGRAM_BINS + 1)
+    return {"edges": (np.exp(edges) if logarithmic else edges).tolist(), "targets": targets}

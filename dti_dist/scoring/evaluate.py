@@ -26,7 +26,7 @@ from dti_dist.model.ctr_model import CTRModel
 from dti_dist.ranks import Ranks, leave, meet
 from dti_dist.scoring import kept, pictures, summary
 from dti_dist.scoring.bootstrap import CONFIDENCE, draw, intervals, read_groups
-from dti_dist.scoring.curves import histogram, reliability, roc
+from dti_dist.scoring.curves import histogram, is_skewed, reliability, roc
 from dti_dist.scoring.exact import best_threshold, measure, rows, sql_errors
 from dti_dist.scoring.slices import check_slices, measure_slices, slice_columns
 from dti_dist.scoring.spool import scratch_folder, spool, spool_of
@@ -209,7 +209,8 @@ class _Evaluation:
         }
         self._publish(figures, file)
         if self.drawn:
-            self._draw(figures | {"roc": roc(groups), "histogram": histogram(connection)}, scratch)
+            targets = histogram(connection, is_skewed(figures["reliability"]))
+            self._draw(figures | {"roc": roc(groups), "histogram": targets}, scratch)
         return figures
 
     def _load_spools(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dti_dist.errors import UserError
+from dti_dist.scoring.curves import is_skewed
 
 _PAPER, _INK, _FAINT, _GRID = "#ffffff", "#1f2430", "#667085", "#e4e7ec"
 _BLUE, _BAND = "#3b66b0", "#b9cbea"
@@ -34,16 +35,25 @@ def draw_reliability(figures: dict[str, Any], path: Path) -> None:
     predicted = np.array([entry["mean_prediction"] for entry in bins])
     rate = np.array([entry["label_rate"] for entry in bins])
     edges = np.array(figures["histogram"]["edges"])
-    values = [rate, *(entry["interval"] for entry in bins if entry["interval"])]
-    rates = np.concatenate(values)
-    axes.plot([0, 1], [0, 1], color=_FAINT, lw=1, ls=(0, (4, 3)), label="perfectly calibrated")
+    skewed = is_skewed(bins)
+    least = rate[rate > 0].min() / 3 if skewed else 0.0  # a logarithmic axis has no zero
+    rate = rate.clip(least)
     banded = [entry for entry in bins if entry["interval"]]
+    bounds = np.array([entry["interval"] for entry in banded]).reshape(-1, 2).clip(least)
+    line = np.linspace(edges[0], edges[-1], 200)
+    axes.plot(line, line, color=_FAINT, lw=1, ls=(0, (4, 3)), label="perfectly calibrated")
     if banded:
         x = [entry["mean_prediction"] for entry in banded]
-        low, high = np.array([entry["interval"] for entry in banded]).T
-        axes.fill_between(x, low, high, color=_BAND, alpha=0.6, lw=0, label="95 % over users")
+        axes.fill_between(x, *bounds.T, color=_BAND, alpha=0.6, lw=0, label="95 % over users")
     axes.plot(predicted, rate, "o", color=_BLUE, ms=5, label=f"1/{len(bins)} of the targets each")
-    axes.set(xlim=_around(edges), ylim=_around(rates), ylabel="label rate")
+    if skewed:
+        for panel in (axes, below):
+            panel.set_xscale("log")
+        axes.set_yscale("log")
+    limits = _around(np.concatenate([predicted, rate, bounds.ravel()]), skewed)
+    axes.set(xlim=_around(edges, skewed), ylim=limits, ylabel="label rate")
+    axes.yaxis.set_major_formatter("{x:g}")
+    below.xaxis.set_major_formatter("{x:g}")
     axes.set_title(_title(figures), loc="left", fontsize=10, color=_INK, pad=10)
     note = f"ECE {figures['ece']:.4f}   mean prediction / label rate "
     ratio = figures["calibration_ratio"]
@@ -79,9 +89,12 @@ def draw_roc(figures: dict[str, Any], path: Path) -> None:
     _finish(figure, [axes], path)
 
 
-def _around(values: Any) -> tuple[float, float]:
+def _around(values: Any, logarithmic: bool) -> tuple[float, float]:
     """Limits of an axis; from 0 where that is near."""
     low, high = float(np.min(values)), float(np.max(values))
+    if logarithmic:
+        room = (high / low) ** 0.05
+        return low / room, high * room
     room = 0.06 * max(high - low, 1e-6)
     return (0.0 if low < 0.25 * high else low - room), high + room
 
@@ -99,7 +112,7 @@ def _finish(figure: Any, panels: list[Any], path: Path) -> None:
     for axes in panels:
         axes.set_axisbelow(True)
         axes.grid(color=_GRID, lw=0.8)
-        axes.tick_params(colors=_FAINT, labelsize=9, length=0)
+        axes.tick_params(which="both", colors=_FAINT, labelsize=9, length=0)
         axes.xaxis.label.set(color=_INK, fontsize=9.5)
         axes.yaxis.label.set(color=_INK, fontsize=9.5)
         for side in axes.spines.values():
