@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dti_dist import __version__
@@ -205,6 +206,32 @@ def _parser() -> argparse.ArgumentParser:
         default=20_000,
         help="targets of the users that packs are taken from (default: 20000)",
     )
+    paradigm.add_argument(
+        "--policies",
+        nargs="+",
+        choices=("windowed", "reset", "budget", "isolated"),
+        default=("windowed", "reset", "budget", "isolated"),
+        help="leakage policies of dti to measure (default: all)",
+    )
+    paradigm.add_argument(
+        "--grid-n", type=_positive, nargs="+", metavar="N", help="several n, each with each k"
+    )
+    paradigm.add_argument("--grid-k", type=_positive, nargs="+", metavar="K", help="several k")
+    paradigm.add_argument("--out", metavar="PNG", help="draw the speed by n and k")
+    paradigm.add_argument(
+        "--trainer-prompts",
+        type=_not_negative,
+        default=64,
+        metavar="N",
+        help="prompts of Trainer's turn in a round; 0 leaves it out (default: 64)",
+    )
+    paradigm.add_argument(
+        "--trainer-batch",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="prompts of one of its steps (default: 16)",
+    )
     attention = _command(
         kinds,
         "attention",
@@ -298,6 +325,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument(
         "--targets", type=_positive, default=3, help="how many to show (default: 3)"
+    )
+
+    report = _command(
+        commands,
+        "report",
+        _report_on,
+        "write one HTML file with a run's curves, figures and settings, or several runs' beside "
+        "each other",
+        "dti-dist report runs/base runs/shop --out comparison.html",
+    )
+    report.add_argument("run_dirs", nargs="+", metavar="RUN", help="the folder of a run")
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="default: report.html in the run's folder; of several runs, in the current one",
+    )
+    report.add_argument(
+        "--pack",
+        action="store_true",
+        help="also draw the first pack of training, which opens the run's data and needs matplotlib",
     )
 
     score = _command(
@@ -458,7 +505,20 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     from dti_dist.training.loop import train
 
-    return train(config)
+    return train(config, _write_report)
+
+
+def _write_report(run_dir: Path) -> None:
+    from dti_dist.reporting.report import write_report
+
+    say(f"wrote {write_report(run_dir)}")
+
+
+def _report_on(args: argparse.Namespace) -> int:
+    from dti_dist.reporting.report import report
+
+    say(f"wrote {report(args.run_dirs, args.out, args.pack)}")
+    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -540,9 +600,23 @@ def _benchmark_paradigm(args: argparse.Namespace) -> int:
     from dti_dist.config import load_config
 
     config = load_config(args.config, args.overrides)
-    from dti_dist.benchmarks.paradigm import benchmark_paradigm, paradigm_table
+    from dti_dist.benchmarks.paradigm import benchmark_grid, draw_grid, paradigm_table
+    from dti_dist.reporting.picture import check_picture
 
-    result = benchmark_paradigm(config, args.rounds, args.targets)
+    path = check_picture(args.out) if args.out else None
+    result = benchmark_grid(
+        config,
+        args.grid_n or [config.sample.context],
+        args.grid_k or [config.sample.targets],
+        rounds=args.rounds,
+        targets=args.targets,
+        policies=args.policies,
+        trainer_prompts=args.trainer_prompts,
+        trainer_batch=args.trainer_batch,
+    )
+    if path is not None:
+        draw_grid(result, path)
+        say(f"wrote {path}")
     print(json.dumps(result, indent=2) if args.json else paradigm_table(result))
     return 0
 

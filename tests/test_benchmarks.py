@@ -16,7 +16,7 @@ from dti_dist.attention.policies import layer_windows
 from dti_dist.benchmarks.attention import HEAD_DIM, HEADS, KV_HEADS, TOKENS, N, full_pack
 from dti_dist.benchmarks.data import data_table
 from dti_dist.benchmarks.data_peers import PEERS, SampleDigest, exchange
-from dti_dist.benchmarks.paradigm import BASELINE, VARIANTS
+from dti_dist.benchmarks.paradigm import BASELINE, TRAINER, VARIANTS
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.cli import main
 from dti_dist.config import load_config
@@ -33,20 +33,34 @@ def test_paradigm_trains_every_variant_on_the_same_targets_a_token_count_apart(
     capsys, synthetic, tmp_path
 ):
     config = write_config(tmp_path / "config.yaml", synthetic, pack={"length": 1024})
-    assert main(["benchmark", "paradigm", str(config), "--rounds", "2", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    few = ["--trainer-prompts", "8", "--trainer-batch", "4"]
+    assert main(["benchmark", "paradigm", str(config), "--rounds", "2", "--json", *few]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["grid"]
     variants = result["variants"]
-    assert list(variants) == list(VARIANTS)
+    assert list(variants) == [*VARIANTS, TRAINER]
     assert variants[BASELINE]["speedup"]["median"] == 1
+    assert variants[TRAINER]["speedup_over_trainer"]["median"] == 1
+    # The same prompts, but for padding.
+    one, padded = (variants[name]["tokens_per_target"] for name in (BASELINE, TRAINER))
+    assert 0.8 * one < padded < 2 * one
     for name, figures in variants.items():
         assert figures["targets_per_s"]["min"] > 0
-        if name != BASELINE:
+        if name.startswith("dti"):
             assert figures["tokens_per_target"] < variants[BASELINE]["tokens_per_target"]
     shared, each = (variants[f"dti, isolated{end}"] for end in ("", ", not shared"))
     assert shared["tokens_per_target"] < each["tokens_per_target"]
     assert result["surroundings"]["versions"]["torch"] == torch.__version__
-    assert main(["benchmark", "paradigm", str(config), "--rounds", "1"]) == 0
-    assert "by tokens alone" in capsys.readouterr().out
+
+
+def test_a_grid_of_n_and_k_is_measured_and_drawn(capsys, synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic, pack={"length": 1024})
+    grid = ["--grid-n", "3", "5", "--grid-k", "4", "8", "--policies", "budget"]
+    options = ["--rounds", "1", "--trainer-prompts", "0", "--out", str(tmp_path / "grid.png")]
+    assert main(["benchmark", "paradigm", str(config), *grid, *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("dti, budget") == 4
+    assert "n = 5, k = 8, ideal 3.7" in printed
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_attention_measures_body_and_readout_of_full_streaming_prompts(capsys):

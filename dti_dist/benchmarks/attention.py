@@ -183,15 +183,9 @@ def _step_memory_mib(length: int) -> float:
         step(length)
         return torch.cuda.max_memory_allocated() / 2**20 - before
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now the present
-    before = _memory_mib("VmRSS")
+    before = measure.memory_mib("VmRSS")
     step(length)
-    return _memory_mib("VmHWM") - before
-
-
-def _memory_mib(name: str) -> float:
-    """This process's resident memory (VmRSS) or its highest (VmHWM), as Linux counts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
+    return measure.memory_mib("VmHWM") - before
 
 
 def attention_table(result: dict[str, Any]) -> str:

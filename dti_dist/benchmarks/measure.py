@@ -9,25 +9,91 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 import dti_dist
 
+T = TypeVar("T")
 
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, the GPU's work included."""
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What one call returns, and its wall time in seconds, the GPU's work included."""
     _wait(device)
     started = time.perf_counter()
-    work()
+    result = work()
     _wait(device)
-    return time.perf_counter() - started
+    return result, time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Energy:
+    """Joules that the processor packages or the GPU took since the last call; None where unread.
+
+    Of a CPU by Linux's powercap (RAPL), which often only root may read; of a GPU by NVML.
+    """
+
+    def __init__(self, device: torch.device):
+        self._read = _gpu_joules(device) if device.type == "cuda" else _package_joules
+        self._before = self._read()
+
+    def since_last(self) -> float | None:
+        now, before = self._read(), self._before
+        self._before = now
+        return None if now is None or before is None or now < before else now - before
+
+
+def _package_joules() -> float | None:
+    try:
+        counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*"))
+        packages = [path for path in counters if path.name.count(":") == 1]
+        return sum(int((p / "energy_uj").read_text()) for p in packages) / 1e6 or None
+    except OSError:
+        return None
+
+
+def _gpu_joules(device: torch.device) -> Callable[[], float | None]:
+    def read() -> float | None:
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        except Exception:  # no such package, or a GPU that does not count
+            return None
+
+    return read
+
+
+def peak_memory_mib(device: torch.device, work: Callable[[], Any]) -> float | None:
+    """What one call adds at its peak to what was held before; on a CPU as Linux counts it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now the present
+        held = memory_mib("VmRSS")
+        work()
+        return memory_mib("VmHWM") - held
+    except OSError:
+        work()
+        return None
+
+
+def memory_mib(name: str) -> float:
+    """This process's resident memory (VmRSS) or its highest (VmHWM), as Linux counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
 def in_rounds(
@@ -41,7 +107,7 @@ def in_rounds(
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
-            took = seconds(work, device)
+            _, took = timed(work, device)
             if number:
                 times[name].append(took)
     return times

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from dti_dist.benchmarks import measure
+from dti_dist.benchmarks.padded_trainer import PaddedTrainer
 from dti_dist.config import RunConfig, validate_config
 from dti_dist.console import say
 from dti_dist.data.stream import Batch, PackStream, Share
@@ -20,12 +23,14 @@ from dti_dist.model.ctr_model import CTRModel, click_loss
 from dti_dist.ranks import choose_device
 
 BASELINE = "sliding_window"
+TRAINER = "Trainer, one padded prompt a target"
+POLICIES = ("windowed", "reset", "budget", "isolated")
 # Name → what it changes of the config.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     BASELINE: {"sample": {"paradigm": "sliding_window"}, "attention": {"policy": "windowed"}},
     **{
         f"dti, {policy}": {"sample": {"paradigm": "dti"}, "attention": {"policy": policy}}
-        for policy in ("windowed", "reset", "budget", "isolated")
+        for policy in POLICIES
     },
     "dti, isolated, not shared": {
         "sample": {"paradigm": "dti"},
@@ -34,28 +39,52 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def benchmark_paradigm(config: RunConfig, rounds: int = 3, targets: int = 20_000) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Taken:
+    """What one timed call did."""
+
+    targets: int
+    tokens: int
+    seconds: float | None = None  # where it has timed itself
+    joules: float | None = None
+
+
+def benchmark_paradigm(
+    config: RunConfig,
+    rounds: int = 3,
+    targets: int = 20_000,
+    policies: Sequence[str] = POLICIES,
+    trainer_prompts: int = 64,
+    trainer_batch: int = 16,
+) -> dict[str, Any]:
     """Training steps of one pack each, forward, backward and AdamW, variant after variant.
 
     All variants train the same weights on packs of the same length, of the same users; packing is
-    done before and not timed.
+    done before and not timed. Beside them runs what a team would do without this program: see
+    PaddedTrainer.
 
     Args:
         config: data, n, k, template, pack length, model and precision are taken from it.
         rounds: timed steps of each variant.
         targets: the first whole users with so many targets; packs are taken from them in turn.
+        policies: leakage policies of `dti` to measure.
+        trainer_prompts, trainer_batch: prompts of Trainer's turn in a round, and of its step;
+            0 prompts leave it out.
 
     Returns:
-        Surroundings and, per variant, targets/s and tokens/s with spread, tokens a target, and the
-        speed over sliding_window as measured and as the token counts alone would have it.
+        Surroundings and, per variant, targets/s and tokens/s with spread, tokens a target, the
+        speed over sliding_window and over Trainer as measured, over sliding_window as token counts
+        alone would have it, the share of the ideal k(n+1)/(n+k), memory that a step adds, and
+        energy where it can be read.
     """
     device = choose_device(config.training.device)
     if device.type == "cpu" and config.training.cpu_threads:
         torch.set_num_threads(config.training.cpu_threads)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    variants = {name: VARIANTS[name] for name in VARIANTS if _wanted(name, policies)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tokenizer"
-        configs = {name: _changed(config, changes) for name, changes in VARIANTS.items()}
+        configs = {name: _changed(config, changes) for name, changes in variants.items()}
         inputs = {name: Inputs.open(changed, folder) for name, changed in configs.items()}
         causal_lm = inputs[BASELINE].causal_lm()
         models = {
@@ -67,23 +96,58 @@ def benchmark_paradigm(config: RunConfig, rounds: int = 3, targets: int = 20_000
         for parameter in parameters.values():  # buffers stay float32: rotary frequencies
             parameter.data = parameter.data.to(dtype)
         optimizer = torch.optim.AdamW([p for p in parameters.values() if p.requires_grad], lr=1e-5)
-        packs = {name: _packs(opened, targets, rounds, device) for name, opened in inputs.items()}
         steps = {
-            name: _step(models[name], cycle(packs[name]), optimizer, name, config)
-            for name in VARIANTS
+            name: _step(
+                models[name], _packs(opened, targets, rounds, device), optimizer, name, config
+            )
+            for name, opened in inputs.items()
         }
-        times = measure.in_rounds(steps, rounds, device)
+        if trainer_prompts:
+            padded = PaddedTrainer(inputs[BASELINE], targets, trainer_prompts, trainer_batch, dtype)
+            steps[TRAINER] = partial(_trainer_turn, padded, trainer_prompts)
+        taken = _in_rounds(steps, rounds, device)
+        memory = {name: measure.peak_memory_mib(device, step) for name, step in steps.items()}
+    n, k = config.sample.context, config.sample.targets
     return {
         "surroundings": measure.surroundings(device),
-        "n": config.sample.context,
-        "k": config.sample.targets,
+        "n": n,
+        "k": k,
+        "ideal": k * (n + 1) / (n + k),
         "pack_length": config.pack.length,
+        "trainer_batch": trainer_batch if trainer_prompts else None,
         "model": config.model.name,
         "parameters": sum(p.numel() for p in models[BASELINE].backbone.parameters()),
         "precision": config.training.precision,
+        "positions": config.attention.positions,
         "rounds": rounds,
-        "variants": _figures(packs, times, rounds),
+        "variants": _figures(taken, memory, k * (n + 1) / (n + k)),
     }
+
+
+def _wanted(name: str, policies: Sequence[str]) -> bool:
+    return name == BASELINE or name.split(", ")[1] in policies
+
+
+def _in_rounds(
+    steps: dict[str, Callable[[], _Taken]], rounds: int, device: torch.device
+) -> dict[str, list[_Taken]]:
+    """All take turns in each round, so that a noisy minute slows all; the first does not count."""
+    energy = measure.Energy(device)
+    found: dict[str, list[_Taken]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            energy.since_last()
+            one, took = measure.timed(step, device)
+            if number:
+                joules = energy.since_last()
+                found[name].append(replace(one, seconds=one.seconds or took, joules=joules))
+    return found
+
+
+def _trainer_turn(padded: PaddedTrainer, prompts: int) -> _Taken:
+    say(f"{TRAINER}: {prompts:,} targets")
+    padded.train()
+    return _Taken(prompts, padded.tokens, padded.seconds)
 
 
 def _with_same_weights(causal_lm: Any) -> Any:
@@ -107,68 +171,151 @@ def _packs(opened: Inputs, targets: int, rounds: int, device: torch.device) -> l
 
 
 def _step(
-    model: CTRModel, packs: Any, optimizer: torch.optim.Optimizer, name: str, config: RunConfig
-) -> Callable[[], None]:
+    model: CTRModel,
+    packs: list[Batch],
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    config: RunConfig,
+) -> Callable[[], _Taken]:
     model.train()
     if config.training.activation_checkpointing:
         model.enable_activation_checkpointing()
+    turn = cycle(packs)
 
-    def step() -> None:
-        batch = next(packs)
-        say(f"{name}: {batch.step_targets:,} targets, {_tokens(batch):,} tokens")
+    def step() -> _Taken:
+        batch = next(turn)
+        tokens = batch.body_tokens + int(batch.weights.sum())
+        say(f"{name}: {batch.step_targets:,} targets, {tokens:,} tokens")
         loss = click_loss(model(batch), batch) / max(batch.step_targets, 1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return _Taken(batch.step_targets, tokens)
 
     return step
 
 
-def _tokens(batch: Batch) -> int:
-    return batch.body_tokens + int(batch.weights.sum())
-
-
 def _figures(
-    packs: dict[str, list[Batch]], times: dict[str, list[float]], rounds: int
+    taken: dict[str, list[_Taken]], memory: dict[str, float | None], ideal: float
 ) -> dict[str, dict[str, Any]]:
-    """Rates by round: round r of a variant took its pack r + 1, the first being the warm-up."""
-    found: dict[str, dict[str, Any]] = {}
-    rates: dict[str, list[float]] = {}
-    for name, batches in packs.items():
-        taken = [batches[number % len(batches)] for number in range(1, rounds + 1)]
-        targets = [batch.step_targets for batch in taken]
-        tokens = [_tokens(batch) for batch in taken]
-        rates[name] = [count / took for count, took in zip(targets, times[name], strict=True)]
+    """Rates and ratios by round."""
+    rates = {name: [one.targets / (one.seconds or 1) for one in of] for name, of in taken.items()}
+    tokens = {
+        name: sum(one.tokens for one in of) / sum(one.targets for one in of)
+        for name, of in taken.items()
+    }
+
+    def over(name: str, base: str) -> dict[str, float] | None:
+        if base not in rates:
+            return None
+        return measure.spread([a / b for a, b in zip(rates[name], rates[base], strict=True)])
+
+    found = {}
+    for name, of in taken.items():
+        speedup = over(name, BASELINE)
+        assert speedup is not None
+        joules = [one.joules / one.targets for one in of if one.joules is not None]
         found[name] = {
             "targets_per_s": measure.spread(rates[name]),
-            "tokens_per_s": measure.spread(
-                [count / took for count, took in zip(tokens, times[name], strict=True)]
-            ),
-            "tokens_per_target": sum(tokens) / sum(targets),
+            "tokens_per_s": measure.spread([one.tokens / (one.seconds or 1) for one in of]),
+            "tokens_per_target": tokens[name],
+            "speedup": speedup,
+            "speedup_by_tokens": tokens[BASELINE] / tokens[name],
+            "speedup_over_trainer": over(name, TRAINER),
+            "share_of_ideal": speedup["median"] / ideal if name.startswith("dti") else None,
+            "step_memory_mib": memory[name],
+            "joules_per_target": measure.spread(joules) if joules else None,
         }
-    for name, figures in found.items():
-        ratios = [mine / base for mine, base in zip(rates[name], rates[BASELINE], strict=True)]
-        figures["speedup"] = measure.spread(ratios)
-        figures["speedup_by_tokens"] = (
-            found[BASELINE]["tokens_per_target"] / figures["tokens_per_target"]
-        )
     return found
+
+
+def benchmark_grid(
+    config: RunConfig, of_n: Sequence[int], of_k: Sequence[int], **settings: Any
+) -> dict[str, Any]:
+    """`benchmark_paradigm` for each n and k."""
+    found = []
+    for n in of_n:
+        for k in of_k:
+            say(f"n = {n}, k = {k}")
+            changed = _changed(config, {"sample": {"context": n, "targets": k}})
+            found.append(benchmark_paradigm(changed, **settings))
+    return {"grid": found}
+
+
+def draw_grid(result: dict[str, Any], path: Path) -> None:
+    """Speed over sliding_window by k, a panel for each n, as a PNG."""
+    from matplotlib.figure import Figure
+
+    cells = result["grid"]
+    contexts = list(dict.fromkeys(cell["n"] for cell in cells))
+    figure = Figure(figsize=(4.6 * len(contexts), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
+    for panel, n in zip(panels, contexts, strict=True):
+        mine = sorted((cell for cell in cells if cell["n"] == n), key=lambda cell: cell["k"])
+        ks = [cell["k"] for cell in mine]
+        for name in mine[0]["variants"]:
+            if name == BASELINE:
+                continue
+            spreads = [cell["variants"][name]["speedup"] for cell in mine]
+            middle = [spread["median"] for spread in spreads]
+            ends = [
+                [abs(spread[end] - spread["median"]) for spread in spreads]
+                for end in ("min", "max")
+            ]
+            panel.errorbar(ks, middle, ends, marker="o", markersize=4, capsize=2, label=name)
+        panel.plot(ks, [c["ideal"] for c in mine], "k--", linewidth=1, label="k(n+1)/(n+k)")
+        panel.set_title(f"n = {n}")
+        panel.set_xlabel("k, targets a prompt")
+        panel.set_xticks(ks)
+        panel.set_ylim(bottom=0)
+    panels[0].set_ylabel(f"targets/s over {BASELINE}")
+    panels[0].legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
 
 
 def paradigm_table(result: dict[str, Any]) -> str:
     """The variants as aligned text."""
+    if "grid" in result:
+        return "\n\n".join(
+            f"n = {cell['n']}, k = {cell['k']}, ideal {cell['ideal']:.1f}\n{paradigm_table(cell)}"
+            for cell in result["grid"]
+        )
+
+    def ratio(spread: dict[str, float] | None) -> str:
+        if spread is None:
+            return "-"
+        return f"{spread['median']:.1f} ({spread['min']:.1f}-{spread['max']:.1f})"
+
+    def figure(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     rows = []
     for name, figures in result["variants"].items():
-        speedup = figures["speedup"]
+        joules = figures["joules_per_target"]
         rows.append(
             (
                 name,
                 f"{figures['targets_per_s']['median']:,.1f}",
                 f"{figures['tokens_per_s']['median']:,.0f}",
                 f"{figures['tokens_per_target']:.1f}",
-                f"{speedup['median']:.1f} ({speedup['min']:.1f}-{speedup['max']:.1f})",
+                ratio(figures["speedup"]),
                 f"{figures['speedup_by_tokens']:.1f}",
+                figure(figures["share_of_ideal"], ".0%"),
+                ratio(figures["speedup_over_trainer"]),
+                figure(figures["step_memory_mib"], ",.0f"),
+                figure(joules and joules["median"], ".2f"),
             )
         )
-    header = ("", "targets/s", "tokens/s", "tokens/target", "speedup (spread)", "by tokens alone")
+    header = (
+        "",
+        "targets/s",
+        "tokens/s",
+        "tokens/target",
+        "over sliding_window",
+        "by tokens",
+        "of ideal",
+        "over Trainer",
+        "MiB a step",
+        "J/target",
+    )
     return measure.table(header, rows)
