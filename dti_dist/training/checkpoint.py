@@ -366,6 +366,7 @@ def _convert(folder: Path, universal: Path) -> None:
             *(sys.executable, "-c", _CONVERSION),
             *("--input_folder", str(folder), "--output_folder", str(universal)),
             *("--num_extract_workers", workers, "--num_merge_workers", workers),
+            "--inject_missing_state",  # which ZeRO 1 and 2 do not write
         ],
         capture_output=True,
         text=True,
