@@ -1,0 +1,356 @@
+"""Curves as numbers for a page: scales, ticks, and paths in a box of 1,000 by 1,000.
+
+A page stretches the box to the width it has and sets the labels around it as text, so that they can
+be read on a phone and on paper alike.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from dti_dist.reporting.words import plural, short, value_words
+
+Values = npt.NDArray[np.float64]
+Bin = tuple[float, float, float, float]  # mean prediction, label rate, and its interval's ends
+Labels = Callable[[Sequence[float]], list[str]]
+
+BOX = 1000.0
+MOST_POINTS = 1000  # of a path: more than a screen has columns
+_TICKS = 4
+_ROOM = 0.06  # above and below the curves, as a share of their range
+_FAR = 2.0  # beyond so many ranges of the middle 98 % a value is cut off, so that the rest is seen
+_LABEL_WIDTH, _LABEL_HEIGHT = 20.0, 9.0  # of a name, percent of a chart
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve.
+
+    Attributes:
+        label: for legend and read-out.
+        colour: number of one of the page's colours.
+        kind: ``line``, ``faint`` (behind a line, and not the scale's business), ``points`` (a line
+            with a dot for each value), ``dots``, ``bars`` (from `low` to `y`) or ``reference``.
+        dash: a second pattern, where there are more runs than colours.
+    """
+
+    label: str
+    x: Values
+    y: Values
+    colour: int = 0
+    kind: str = "line"
+    low: Values | None = None
+    dash: bool = False
+
+
+@dataclass(frozen=True)
+class Tick:
+    percent: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A series' path in the box; where it ends and its name stands, percent from left and top."""
+
+    series: Series
+    path: str
+    end: tuple[float, float] | None = None
+    name_at: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a page needs to draw a chart; percentages are from the left and from the top.
+
+    Attributes:
+        marks: of vertical lines, percent.
+        above, below: where values are off the scale, percent from the left.
+        notes: for people, below the chart.
+        description: in words, for those who can't see it.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    drawn: list[Drawn]
+    marks: list[float]
+    above: list[float]
+    below: list[float]
+    notes: list[str]
+    description: str
+    shape: str = "wide"
+
+
+def draw(
+    title: str,
+    y_label: str,
+    series: Sequence[Series],
+    x_label: str = "targets seen",
+    from_zero: bool = False,
+    marks: Sequence[float] = (),
+    notes: Sequence[str] = (),
+    x_ticks: Labels | None = None,
+) -> Chart | None:
+    """A chart of the series that have a value; None where none has.
+
+    Args:
+        from_zero: whether the vertical axis starts there.
+        marks: where vertical lines stand, in units of x.
+        x_ticks: labels of the horizontal axis; numbers by default.
+    """
+    series = [one for one in series if np.isfinite(one.x + one.y).any()]
+    if not series:
+        return None
+    x_range = (0.0, max(float(np.nanmax(one.x)) for one in series) or 1.0)
+    least, most, low, high = _heights(series, from_zero)
+    y_range = low, high
+    logged = [one for one in series if one.kind == "faint"] or series  # not their mean as well
+    above = [place for one in logged for place in one.x[one.y > high].tolist()]
+    below = [place for one in logged for place in one.x[one.y < low].tolist()]
+    notes = list(notes)
+    for sign, places, far in (("▲", above, f"greatest {value_words(most)}"),
+                              ("▼", below, f"least {value_words(least)}")):  # fmt: skip
+        if places:
+            notes.append(f"{sign} {plural(len(places), 'value')} beyond the axis, {far}")
+    drawn = [_draw(one, x_range, y_range) for one in series]
+    return Chart(
+        title=title,
+        x_label=x_label,
+        y_label=y_label,
+        x_range=x_range,
+        y_range=y_range,
+        x_ticks=_ticks(x_range, x_ticks or tick_labels),
+        y_ticks=[Tick(100 - tick.percent, tick.label) for tick in _ticks(y_range, tick_labels)],
+        drawn=_name_ends(drawn),
+        marks=[100 * _share(mark, x_range) for mark in marks if x_range[0] < mark < x_range[1]],
+        above=_apart([100 * _share(place, x_range) for place in above]),
+        below=_apart([100 * _share(place, x_range) for place in below]),
+        notes=notes,
+        description=_description(series),
+    )
+
+
+def draw_calibration(bins: Sequence[Bin]) -> Chart:
+    """The reliability diagram; an interval may be not a number."""
+    predicted, rate, low, high = np.array(bins, dtype=np.float64).T
+    known = np.concatenate([predicted, rate, low, high])
+    least, most = float(np.nanmin(known)), float(np.nanmax(known))
+    room = max((most - least) * _ROOM, 1e-3)
+    both = (max(least - room, 0.0), min(most + room, 1.0))
+    ends = np.array(both)
+    series = [
+        Series("perfectly calibrated", ends, ends, kind="reference"),
+        Series("95 % over users", predicted, high, 0, "bars", low),
+        Series(f"1/{len(bins)} of the targets each", predicted, rate, 0, "dots"),
+    ]
+    series = [one for one in series if np.isfinite(one.y).any()]
+    ticks = _ticks(both, tick_labels)
+    with_bars = len(series) > 2
+    return Chart(
+        title="Reliability",
+        x_label="mean prediction",
+        y_label="label rate",
+        x_range=both,
+        y_range=both,
+        x_ticks=ticks,
+        y_ticks=[Tick(100 - tick.percent, tick.label) for tick in ticks],
+        drawn=[_draw(one, both, both) for one in series],
+        marks=[],
+        above=[],
+        below=[],
+        notes=["Bars: 95 % over users."] if with_bars else [],
+        description="Label rate over mean prediction: "
+        + ", ".join(f"{p:.3f}: {r:.3f}" for p, r in zip(predicted, rate, strict=True)),
+        shape="square",
+    )
+
+
+def thinned(x: Values, y: Values, limit: int = MOST_POINTS) -> tuple[Values, Values]:
+    """At most `limit` points that look the same: the least and the greatest of each stretch, so
+    that no spike is lost. A stretch without any value stays a gap."""
+    if len(x) <= limit:
+        return x, y
+    stretches = limit // 2
+    bounds = np.linspace(0, len(x), stretches + 1).astype(np.int64)
+    kept = []
+    for start, end in pairwise(bounds.tolist()):
+        part = y[start:end]
+        finite = np.isfinite(part)
+        if finite.any():
+            least = int(np.where(finite, part, np.inf).argmin())
+            most = int(np.where(finite, part, -np.inf).argmax())
+            kept += sorted({start + least, start + most})
+        else:
+            kept.append(start)
+    return x[kept], y[kept]
+
+
+def running_mean(values: Values, weights: Values, width: int) -> Values:
+    """Weighted mean over `width` neighbours, fewer at the ends; gaps are left out of it."""
+    known = np.isfinite(values) & (weights > 0)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values * weights, 0.0))])
+    totals = np.concatenate([[0.0], np.cumsum(np.where(known, weights, 0.0))])
+    at = np.arange(len(values))
+    first = np.maximum(at - width // 2, 0)
+    end = np.minimum(at + width // 2 + 1, len(values))
+    total = totals[end] - totals[first]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total > 0, (sums[end] - sums[first]) / total, np.nan)
+
+
+def running_median(values: Values, width: int) -> Values:
+    """Median of `width` neighbours, fewer at the ends; of a long curve at as many places as are
+    drawn, not a number elsewhere."""
+    medians = np.full(len(values), np.nan)
+    for at in np.unique(np.linspace(0, len(values) - 1, MOST_POINTS).astype(np.int64)).tolist():
+        near = values[max(at - width // 2, 0) : at + width // 2 + 1]
+        near = near[np.isfinite(near)]
+        if len(near):
+            medians[at] = np.median(near)
+    return medians
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """One form for all: as many decimals as their distance needs, thousands as k, M and G."""
+    largest = max(map(abs, values), default=0.0)
+    step = min((b - a for a, b in pairwise(values)), default=largest or 1.0)
+    if largest >= 10_000:
+        return [short(value) for value in values]
+    if 0 < largest < 1e-3:
+        return [re.sub(r"\.?0*e-0?", "e-", f"{value:.2e}") if value else "0" for value in values]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
+    decimals += step > 0 and not math.isclose(step * 10**decimals, round(step * 10**decimals))
+    return [f"{value:,.{decimals}f}" for value in values]
+
+
+def duration_labels(values: Sequence[float]) -> list[str]:
+    """Of seconds, in one unit."""
+    largest = max(values, default=0.0)
+    size, unit = next(((size, unit) for size, unit in _UNITS if largest >= 2 * size), (1.0, "s"))
+    return [f"{label} {unit}" for label in tick_labels([value / size for value in values])]
+
+
+_UNITS = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def _heights(series: Sequence[Series], from_zero: bool) -> tuple[float, float, float, float]:
+    """The least and the greatest value, and the ends of an axis on which most can be told apart."""
+    values = np.concatenate([one.y for one in series])
+    values = values[np.isfinite(values)]
+    least, most = float(values.min()), float(values.max())
+    low, high = least, most
+    if len(values) >= 20:
+        inner_low, inner_high = np.quantile(values, [0.01, 0.99]).tolist()
+        far = _FAR * max(inner_high - inner_low, 1e-9)
+        low = inner_low - far / 4 if least < inner_low - far else least
+        high = inner_high + far / 4 if most > inner_high + far else most
+    if from_zero:
+        low = 0.0
+    room = _ROOM * ((high - low) or abs(high) or 1.0)
+    return least, most, low if from_zero else low - room, high + room
+
+
+def _apart(places: Sequence[float], least: float = 1.0) -> list[float]:
+    """Of places nearer to each other than can be seen, one."""
+    kept: list[float] = []
+    for place in sorted(places):
+        if not kept or place - kept[-1] >= least:
+            kept.append(place)
+    return kept
+
+
+def _ticks(ends: tuple[float, float], labels: Labels) -> list[Tick]:
+    """Round numbers between the ends; of times in the unit that they are told in."""
+    low, high = ends
+    unit = 1.0
+    if labels is duration_labels:
+        unit = next((size for size, _ in _UNITS if high >= 2 * size), 1.0)
+    values = [value * unit for value in _round_numbers(low / unit, high / unit)]
+    return [
+        Tick(round(100 * _share(value, ends), 2), label)
+        for value, label in zip(values, labels(values), strict=True)
+    ]
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    rough = (high - low) / _TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * size for size in (1, 2, 2.5, 5, 10) if rough <= power * size * 1.0001)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _share(value: float, ends: tuple[float, float]) -> float:
+    return (value - ends[0]) / (ends[1] - ends[0])
+
+
+def _draw(series: Series, x_range: tuple[float, float], y_range: tuple[float, float]) -> Drawn:
+    if series.kind == "bars":
+        assert series.low is not None
+        x, low, high = (
+            _in_box(values, ends, turned)
+            for values, ends, turned in (
+                (series.x, x_range, False), (series.low, y_range, True), (series.y, y_range, True)
+            )
+        )  # fmt: skip
+        bars = [f"M{a:.1f},{b:.1f}V{c:.1f}" for a, b, c in zip(x, low, high, strict=True)
+                if math.isfinite(b + c)]  # fmt: skip
+        return Drawn(series, "".join(bars))
+    thin_x, thin_y = thinned(series.x, series.y)
+    x, y = _in_box(thin_x, x_range), _in_box(thin_y, y_range, turned=True)
+    finite = np.isfinite(x + y)
+    path, drawing = [], False
+    for across, down, there in zip(x.tolist(), y.tolist(), finite.tolist(), strict=True):
+        if there:
+            # A line of no length is a dot: a value between two gaps is seen too.
+            form = "L{:.1f},{:.1f}" if drawing and series.kind != "dots" else "M{:.1f},{:.1f}h0"
+            path.append(form.format(across, down))
+        drawing = there
+    end = None
+    if finite.any():
+        end = (float(x[finite][-1]) / BOX * 100, float(y[finite][-1]) / BOX * 100)
+    return Drawn(series, "".join(path), end)
+
+
+def _in_box(values: Values, ends: tuple[float, float], turned: bool = False) -> Values:
+    shares = (values - ends[0]) / (ends[1] - ends[0])
+    return np.clip(BOX * (1 - shares if turned else shares), -BOX, 2 * BOX)
+
+
+def _name_ends(drawn: Sequence[Drawn]) -> list[Drawn]:
+    """Names at the ends of the curves, moved down where one would cover another."""
+    placed: list[Drawn] = []
+    for one in sorted(drawn, key=lambda one: one.end[1] if one.end else 0.0):
+        if one.end is None or one.series.kind not in ("line", "points"):
+            placed.append(one)
+            continue
+        x, y = one.end
+        near = [p.name_at for p in placed if p.name_at and abs(p.name_at[0] - x) < _LABEL_WIDTH]
+        at = (x, max([y, *(other + _LABEL_HEIGHT for _, other in near)]))
+        placed.append(replace(one, name_at=at))
+    order = {id(one.series): at for at, one in enumerate(drawn)}
+    return sorted(placed, key=lambda one: order[id(one.series)])
+
+
+def _description(series: Sequence[Series]) -> str:
+    sentences = []
+    for one in series:
+        known = one.y[np.isfinite(one.y)]
+        sentences.append(
+            f"{one.label}: {value_words(known[0])} at first, {value_words(known[-1])} at last, "
+            f"between {value_words(known.min())} and {value_words(known.max())}."
+        )
+    return " ".join(sentences)

@@ -1,0 +1,578 @@
+"""`dti-dist report`: one HTML file about a run, or about several beside each other.
+
+The page needs nothing outside itself, and its policy lets it load nothing. Whatever comes from a
+run is escaped by the template, and hidden where it is a credential.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import dti_dist
+from dti_dist.config import RunConfig
+from dti_dist.errors import UserError
+from dti_dist.redaction import redact
+from dti_dist.reporting import words
+from dti_dist.reporting.charts import Bin, Chart, draw_calibration
+from dti_dist.reporting.curves import curves
+from dti_dist.reporting.history import History, number
+
+NAME = "report.html"
+
+_PAGE = Path(__file__).with_name("page")
+_MOST_EVENTS = 100  # told one by one
+_METRICS = {
+    "auc": ("AUC", "{:.4f}"),
+    "gauc": ("GAUC", "{:.4f}"),
+    "log_loss": ("log loss", "{:.4f}"),
+    "ne": ("normalised entropy", "{:.4f}"),
+    "calibration_ratio": ("mean prediction / label rate", "{:.3f}"),
+    "ece": ("calibration error (ECE)", "{:.4f}"),
+    "accuracy": ("accuracy at 0.5", "{:.4f}"),
+    "f1": ("F1 at 0.5", "{:.4f}"),
+    "f1_valid_threshold": ("F1 at the best threshold of valid", "{:.4f}"),
+    "label_rate": ("label rate", "{:.4f}"),
+    "mean_prediction": ("mean prediction", "{:.4f}"),
+    "targets": ("targets", "{:,}"),
+    "users": ("users", "{:,}"),
+}
+_SLICES = {
+    "targets": ("targets", "{:,}"),
+    "users": ("users", "{:,}"),
+    "label_rate": ("label rate", "{:.4f}"),
+    "mean_prediction": ("mean prediction", "{:.4f}"),
+    "auc": ("AUC", "{:.4f}"),
+    "gauc": ("GAUC", "{:.4f}"),
+    "log_loss": ("log loss", "{:.4f}"),
+    "ne": ("normalised entropy", "{:.4f}"),
+}
+_KINDS = {
+    "restart": "restart",
+    "failed_save": "failed save",
+    "left_out": "step left out",
+    "skipped": "skipped data",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of a table: what it says, and in smaller letters what that depends on."""
+
+    text: str
+    note: str = ""
+    best: bool = False
+
+
+def report(folders: Sequence[str], out: str | None = None, pack: bool = False) -> Path:
+    """Write a report and give its path.
+
+    Args:
+        out: default: report.html in the run's folder; of several runs, in the current one.
+        pack: draw the first pack of training too, of one run; its data is opened for it.
+
+    Raises:
+        UserError: a folder is no run's, the file can't be written, or the pack not be drawn.
+    """
+    if pack and len(folders) > 1:
+        raise UserError(
+            f"--pack: expected one run, found {len(folders)}. Leave --pack out, or draw each run's "
+            "pack in a report of its own."
+        )
+    names = _names(folders)
+    runs = [History.read(folder, name) for folder, name in zip(folders, names, strict=True)]
+    path = Path(out) if out else (Path(folders[0]) if len(folders) == 1 else Path()) / NAME
+    picture = _pack_picture(runs[0].config) if pack else None
+    _write(page(runs, picture), path)
+    return path
+
+
+def write_report(folder: Path) -> Path:
+    """The report of a run at its end. Errors are those of `report`."""
+    return report([str(folder)])
+
+
+def page(runs: Sequence[History], picture: bytes | None = None) -> str:
+    """The HTML of one run's report, or of several runs' comparison."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (_PAGE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    common = {
+        "style": Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
+        "script": Markup(script),
+        "script_hash": f"sha256-{digest}",
+        "version": dti_dist.__version__,
+        "written": words.moment(time.time()),
+        "groups": curves(runs),
+        "words": words,
+    }
+    if len(runs) > 1:
+        template = environment.get_template("comparison.html")
+        return template.render(common, **_comparison(runs))
+    data = None if picture is None else base64.b64encode(picture).decode()
+    return environment.get_template("run.html").render(common, picture=data, **_one(runs[0]))
+
+
+# -- one run
+
+
+def _one(run: History) -> dict[str, Any]:
+    return {
+        "run": run,
+        "title": run.name,
+        "what": _what(run),
+        "tiles": _tiles(run),
+        "warnings": _warnings(run),
+        "events": _events(run),
+        "events_left_out": max(len(run.events) - _MOST_EVENTS, 0),
+        "validations": _validation_rows(run),
+        "evaluation": _evaluation_table(run),
+        "calibration": _calibrations(run),
+        "slices": list(_slice_tables(run)),
+        "settings": _settings(run.config),
+        "changed": [row for s in _settings(run.config) for row in s["rows"] if row["changed"]],
+        "jobs": _jobs(run),
+        "versions": run.latest.get("versions", {}),
+        "data_facts": _data_facts(run),
+        "commands": _commands(run),
+    }
+
+
+def _what(run: History) -> str:
+    """What was trained on what, in a sentence."""
+    config = run.config
+    sample, attention, model = config.sample, config.attention, config.model
+    name = model.name
+    if name == "scratch":
+        name = f"a {model.scratch.layers}-layer Llama from scratch"
+    parameters = run.latest.get("parameters")
+    sizes = f" ({words.short(parameters)} parameters)" if isinstance(parameters, int) else ""
+    lora = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
+    paradigm = "DTI" if sample.paradigm == "dti" else "sliding window"
+    return redact(
+        f"{name}{sizes}{lora} on {_data_name(run)}: {paradigm}, n = {sample.context}, "
+        f"k = {sample.k}; policy {attention.policy}, positions {attention.positions}, head "
+        f"{model.head}"
+    )
+
+
+def _data_name(run: History) -> str:
+    name = run.dataset.get("name")
+    return str(name) if name else run.config.data.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _tiles(run: History) -> list[dict[str, str]]:
+    """The figures that matter most, those that exist."""
+    tiles = []
+
+    def tile(label: str, value: str, note: str = "") -> None:
+        tiles.append({"label": label, "value": value, "note": note})
+
+    for metric, label in (("auc", "best valid AUC"), ("log_loss", "least valid log loss")):
+        if best := run.best_validation(metric):
+            tile(label, f"{best[0]:.4f}", f"at step {best[1]:,}")
+    for figures in run.evaluations:
+        auc = number(figures.get("auc"))
+        if figures["split"] == "test" and math.isfinite(auc):
+            tile("test AUC", f"{auc:.4f}", _interval(figures, "auc", "95 %: "))
+            if math.isfinite(way := _way_to_ceiling(figures)):
+                ceiling = number(figures["ceiling"])
+                tile("of the way to the ceiling", f"{way:.1%}", f"from 0.5 to {ceiling:.4f}")
+            break
+    if run.logged:
+        epochs = int(run.logged[-1].get("epoch", 0)) + 1
+        tile("targets seen", words.short(run.targets), f"in {words.plural(epochs, 'epoch')}")
+        if rate := run.mean_rate("targets"):
+            tokens = run.mean_rate("tokens")
+            tile("targets/s", words.short(rate), f"{words.short(tokens or 0)} tokens/s")
+        around = "with validation and checkpoints"
+        tile("training time", words.duration(run.training_seconds), around)
+    return tiles
+
+
+def _warnings(run: History) -> list[str]:
+    """What a reader should know before the figures."""
+    found = []
+    if run.state.kind in ("failed", "lost") and run.state.why:
+        found.append(redact(f"The run {run.state.words}: {run.state.why}"))
+    counts = {kind: sum(event.kind == kind for event in run.events) for kind in _KINDS}
+    if counts["left_out"]:
+        steps = words.plural(counts["left_out"], "step")
+        found.append(f"{steps} left out because loss or gradients were not finite")
+    if counts["failed_save"]:
+        found.append(f"{words.plural(counts['failed_save'], 'checkpoint')} could not be written")
+    if counts["skipped"]:
+        parts = words.plural(counts["skipped"], "part")
+        found.append(f"{parts} of the data could not be read and were left out")
+    if counts["restart"]:
+        found.append(f"{words.plural(counts['restart'], 'restart')}")
+    if run.broken:
+        found.append(f"{words.plural(run.broken, 'line')} of metrics.jsonl could not be read")
+    return found
+
+
+def _events(run: History) -> list[dict[str, str]]:
+    return [
+        {
+            "step": f"{event.step:,}",
+            "after": words.duration(event.seconds),
+            "kind": event.kind,
+            "name": _KINDS[event.kind],
+            "words": redact(event.words),
+        }
+        for event in run.events[:_MOST_EVENTS]
+    ]
+
+
+def _validation_rows(run: History) -> list[list[Cell]]:
+    best = {metric: run.best_validation(metric) for metric in ("auc", "log_loss")}
+    best_at = {metric: found[1] for metric, found in best.items() if found}
+    rows = []
+    for line, seconds in zip(run.validations, run.validation_seconds.tolist(), strict=True):
+        step, figures = line["step"], line["valid"]
+        seen = words.short(float(run.targets_at(step)))
+        row = [Cell(f"{step:,}"), Cell(seen), Cell(words.duration(seconds))]
+        for metric in ("auc", "log_loss", "gauc", "ece"):
+            text = _shown(figures.get(metric), "{:.4f}")
+            row.append(Cell(text, best=best_at.get(metric) == step))
+        rows.append(row)
+    return rows
+
+
+def _evaluation_table(run: History) -> dict[str, Any] | None:
+    """Metrics in rows, evaluations in columns."""
+    if not run.evaluations:
+        return None
+    heads = [_evaluation_name(figures) for figures in run.evaluations]
+    rows = [
+        (label, cells)
+        for key, (label, form) in _METRICS.items()
+        if any(key in figures for figures in run.evaluations)
+        and (cells := [_metric(figures, key, form) for figures in run.evaluations])
+        and any(cell.text != words.NONE for cell in cells)
+    ]
+    if any("ceiling" in figures for figures in run.evaluations):
+        rows.append(("AUC's ceiling", [_metric(f, "ceiling", "{:.4f}") for f in run.evaluations]))
+        ways = [_way_to_ceiling(figures) for figures in run.evaluations]
+        shown = [Cell(_shown(way, "{:.1%}")) for way in ways]
+        rows.append(("of the way from 0.5 to it", shown))
+    checkpoints = [str(figures.get("checkpoint", words.NONE)) for figures in run.evaluations]
+    rows.append(("checkpoint", [Cell(redact(name)) for name in checkpoints]))
+    return {"heads": heads, "rows": rows}
+
+
+def _evaluation_name(figures: dict[str, Any]) -> str:
+    limit = figures.get("max_targets")
+    first = f", first {limit:,} targets" if isinstance(limit, int) else ""
+    return redact(f"{figures['split']}, {str(figures['prompt']).replace('_', '-')} prompts{first}")
+
+
+def _metric(figures: dict[str, Any], key: str, form: str) -> Cell:
+    return Cell(_shown(figures.get(key), form), _interval(figures, key))
+
+
+def _interval(figures: dict[str, Any], key: str, before: str = "") -> str:
+    found = (figures.get("intervals") or {}).get(key)
+    if not isinstance(found, list) or len(found) != 2:
+        return ""
+    low, high = map(number, found)
+    return f"{before}{low:.4f} to {high:.4f}" if math.isfinite(low + high) else ""
+
+
+def _way_to_ceiling(figures: dict[str, Any]) -> float:
+    ceiling = number(figures.get("ceiling"))
+    return (number(figures.get("auc")) - 0.5) / (ceiling - 0.5) if ceiling > 0.5 else math.nan
+
+
+def _shown(value: Any, form: str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return form.format(value)
+    found = number(value)
+    return form.format(found) if math.isfinite(found) and form != "{:,}" else words.NONE
+
+
+def _calibrations(run: History) -> list[tuple[str, Chart]]:
+    charts = []
+    for figures in run.evaluations:
+        bins: list[Bin] = []
+        for entry in figures.get("reliability") or []:
+            if isinstance(entry, dict):
+                low, high = entry.get("interval") or (None, None)
+                found = (entry.get("mean_prediction"), entry.get("label_rate"), low, high)
+                predicted, rate, low, high = map(number, found)
+                bins.append((predicted, rate, low, high))
+        bins = [entry for entry in bins if math.isfinite(entry[0] + entry[1])]
+        if bins:
+            charts.append((_evaluation_name(figures), draw_calibration(bins)))
+    return charts
+
+
+def _slice_tables(run: History) -> Iterable[dict[str, Any]]:
+    for figures in run.evaluations:
+        slices = figures.get("slices")
+        for name, parts in slices.items() if isinstance(slices, dict) else ():
+            parts = [part for part in parts if isinstance(part, dict)]
+            columns = {
+                key: column
+                for key, column in _SLICES.items()
+                if any(part.get(key) is not None for part in parts)
+            }
+            yield {
+                "name": f"By {str(name).replace('_', ' ')}: {_evaluation_name(figures)}",
+                "head": str(name).replace("_", " "),
+                "heads": [label for label, _ in columns.values()],
+                "rows": [
+                    (str(part.get("value", words.NONE)),
+                     [_shown(part.get(key), form) for key, (_, form) in columns.items()])
+                    for part in parts
+                ],
+            }  # fmt: skip
+
+
+def _jobs(run: History) -> list[dict[str, str]]:
+    """What each start ran on."""
+    rows = []
+    for start in run.starts:
+        about = start.about
+        devices = about.get("devices")
+        devices = devices if isinstance(devices, dict) else {}
+        machines = about.get("machines", 1)
+        more = f" and {words.plural(machines - 1, 'more machine')}" if machines != 1 else ""
+        rows.append(
+            {
+                "when": words.moment(start.time),
+                "step": f"{start.step:,}",
+                "ranks": str(about.get("ranks", words.NONE)),
+                "devices": ", ".join(f"{n} × {name}" for name, n in devices.items()) or words.NONE,
+                "host": f"{about.get('host', words.NONE)}{more}",
+                "versions": ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items()),
+            }
+        )
+    return rows
+
+
+def _data_facts(run: History) -> list[tuple[str, str]]:
+    found = run.dataset
+    counts = found.get("counts")
+    facts = [("data set", redact(_data_name(run)))]
+    if isinstance(counts, dict):
+        for name in ("users", "items", "interactions"):
+            facts.append((name, words.count(counts.get(name))))
+        for split, of_split in (counts.get("splits") or {}).items():
+            facts.append((f"targets in {split}", words.count(of_split.get("targets"))))
+    rate = number(found.get("label_rate"))
+    if math.isfinite(rate):
+        facts.append(("label rate", f"{rate:.4f}"))
+    if "created_by" in found:
+        facts.append(("prepared by", redact(str(found["created_by"]))))
+    return facts
+
+
+def _commands(run: History) -> list[str]:
+    """What does the same again, in a new folder."""
+    ranks, machines = run.latest.get("ranks", 1), run.latest.get("machines", 1)
+    again = shlex.quote(f"run_dir={run.folder}-again")
+    config = shlex.quote(str(run.folder / "config.yaml"))
+    arguments = f"{config} {again}"
+    if machines != 1:
+        lines = [f"./launch/torchrun.sh HOST:29500 {machines} {arguments}   # on each machine"]
+    elif ranks != 1:
+        lines = [f"torchrun --standalone --nproc-per-node {ranks} -m dti_dist.training {arguments}"]
+    else:
+        lines = [f"dti-dist train {arguments}"]
+    folder = shlex.quote(f"{run.folder}-again")
+    lines += [
+        f"dti-dist evaluate {folder} --split {shlex.quote(str(figures['split']))} "
+        f"--prompt {shlex.quote(str(figures['prompt']))}"
+        for figures in run.evaluations
+    ]
+    return [redact(line) for line in lines]
+
+
+# -- settings
+
+
+def _flat(settings: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(settings, dict) and settings:
+        for name, value in settings.items():
+            yield from _flat(value, f"{key}.{name}" if key else name)
+    else:
+        yield key, settings
+
+
+def _defaults() -> dict[str, Any]:
+    needed = {"run_dir": "", "data": {"path": ""}}
+    found = dict(_flat(RunConfig.model_validate(needed).model_dump(mode="json")))
+    return {key: value for key, value in found.items() if key not in ("run_dir", "data.path")}
+
+
+def _settings(config: RunConfig) -> list[dict[str, Any]]:
+    """Sections with their keys; each with its default where it has another value."""
+    defaults = _defaults()
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for key, value in _flat(config.model_dump(mode="json")):
+        section = key.split(".")[0] if "." in key else "run"
+        changed = key in defaults and defaults[key] != value
+        sections.setdefault(section, []).append(
+            {
+                "key": key,
+                "value": _value(value),
+                "changed": changed,
+                "default": _value(defaults[key]) if changed else "",
+            }
+        )
+    return [
+        {"name": name, "rows": rows, "changed": sum(row["changed"] for row in rows)}
+        for name, rows in sections.items()
+    ]
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return redact(repr(value) if value != value.strip() or not value else value)
+    return redact(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+# -- several runs
+
+
+def _comparison(runs: Sequence[History]) -> dict[str, Any]:
+    return {
+        "runs": runs,
+        "title": f"{len(runs)} runs compared",
+        "overview": _overview(runs),
+        "differences": _differences(runs),
+        "evaluations": _evaluations_beside(runs),
+        "compare": f"dti-dist compare {' '.join(shlex.quote(str(r.folder)) for r in runs[:2])}",
+        "what": [_what(run) for run in runs],
+    }
+
+
+def _overview(runs: Sequence[History]) -> list[tuple[str, list[Cell]]]:
+    """Rows of figures, a column a run."""
+
+    def best(run: History, metric: str) -> Cell:
+        found = run.best_validation(metric)
+        return Cell(f"{found[0]:.4f}", f"at step {found[1]:,}") if found else Cell(words.NONE)
+
+    def rate(run: History, name: str) -> Cell:
+        found = run.mean_rate(name)
+        return Cell(words.short(found) if found else words.NONE)
+
+    def happened(run: History, kind: str) -> Cell:
+        return Cell(f"{sum(event.kind == kind for event in run.events):,}")
+
+    rows = {
+        "state": lambda run: Cell(run.state.words),
+        "best valid AUC": lambda run: best(run, "auc"),
+        "least valid log loss": lambda run: best(run, "log_loss"),
+        "targets seen": lambda run: Cell(words.short(run.targets)),
+        "targets/s": lambda run: rate(run, "targets"),
+        "tokens/s": lambda run: rate(run, "tokens"),
+        "training time": lambda run: Cell(words.duration(run.training_seconds)),
+        "ranks": lambda run: Cell(str(run.latest.get("ranks", words.NONE))),
+        "restarts": lambda run: happened(run, "restart"),
+        "failed saves": lambda run: happened(run, "failed_save"),
+        "steps left out": lambda run: happened(run, "left_out"),
+        "skipped data": lambda run: happened(run, "skipped"),
+    }
+    return [(name, [make(run) for run in runs]) for name, make in rows.items()]
+
+
+def _differences(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
+    flat = [dict(_flat(run.config.model_dump(mode="json"))) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    return [
+        (key, [_value(settings[key]) if key in settings else words.NONE for settings in flat])
+        for key in keys
+        if any(settings.get(key) != flat[0].get(key) for settings in flat) and key != "run_dir"
+    ]
+
+
+def _evaluations_beside(runs: Sequence[History]) -> list[dict[str, Any]]:
+    """A table for each split and kind of prompt: metrics in rows, runs in columns."""
+    keys = dict.fromkeys(
+        (str(figures["split"]), str(figures["prompt"]))
+        for run in runs
+        for figures in run.evaluations
+    )
+    tables = []
+    for split, prompt in keys:
+        found = [
+            next((f for f in run.evaluations if (f["split"], f["prompt"]) == (split, prompt)), {})
+            for run in runs
+        ]
+        rows = [
+            (label, [_metric(figures, key, form) for figures in found])
+            for key, (label, form) in _METRICS.items()
+            if any(figures.get(key) is not None for figures in found)
+        ]
+        targets = {figures["targets"] for figures in found if "targets" in figures}
+        tables.append(
+            {
+                "name": redact(f"{split}, {prompt.replace('_', '-')} prompts"),
+                "rows": rows,
+                "unequal": len(targets) > 1,
+            }
+        )
+    return tables
+
+
+# -- files
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """Folders by their last parts, as many as tell them apart."""
+    paths = [Path(folder).resolve() for folder in folders]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({number})" for number, path in enumerate(paths, 1)]  # given twice
+
+
+def _pack_picture(config: RunConfig) -> bytes:
+    from dti_dist.reporting.picture import check_picture, draw
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = check_picture(str(Path(scratch) / "pack.png"))
+        from dti_dist.reporting.inspect import view_pack
+
+        draw(view_pack(config), path)
+        return path.read_bytes()
+
+
+def _write(html: str, path: Path) -> None:
+    """All of it or nothing."""
+    staging = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_bytes(html.encode("utf-8", "replace"))
+        os.replace(staging, path)
+    except OSError as error:
+        raise UserError(
+            f"--out: {path} can't be written: {error.strerror or error}. Name a file in a folder "
+            "that you may write to."
+        ) from error
