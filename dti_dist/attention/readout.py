@@ -174,12 +174,13 @@ def in_sample_order(states: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: [B, L] the token that stands at each place.
 
     Returns:
-        [B, L, H, D] each, float32 for half precision where there are gradients: many places share
-        a state, and their gradients add up.
+        [B, L, H, D] each, float32 for half precision: where many places share a state, their
+        gradients add up.
     """
     _, heads, width = states.shape
-    if states.requires_grad:
-        states = states.to(torch.promote_types(states.dtype, torch.float32))
+    wide = torch.promote_types(states.dtype, torch.float32)
+    if states.requires_grad:  # else there may be far more states than are read
+        states = states.to(wide)
     # The backward pass of an embedding sorts its indices on a GPU: sums are deterministic.
-    found = F.embedding(rows, states.flatten(1)).unflatten(-1, (heads, width))
+    found = F.embedding(rows, states.flatten(1)).unflatten(-1, (heads, width)).to(wide)
     return found[..., : width // 2], found[..., width // 2 :]
