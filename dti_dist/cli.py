@@ -246,6 +246,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="L,L,…",
         help="body tokens of a pack, multiples of 128 (default: 2048,4096,8192)",
     )
+    attention.add_argument(
+        "--windows",
+        type=_positive,
+        nargs="+",
+        default=[20],
+        metavar="N",
+        help="interactions that a token sees beside its own (default: 20)",
+    )
     data = _command(
         kinds,
         "data",
@@ -344,8 +352,40 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--pack",
         action="store_true",
-        help="also draw the first pack of training, which opens the run's data and needs matplotlib",
+        help="also draw the first pack of training; opens the run's data and needs matplotlib",
     )
+
+    plan = _command(
+        commands,
+        "plan",
+        _plan,
+        "say what a run will read, compute, hold, take and cost, before it is started",
+        "dti-dist plan shop.yaml --gpus 8 --gpu H100 --price 2.50",
+    )
+    plan.add_argument("config", metavar="CONFIG", help="YAML file; see launch/recipes/")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=1")
+    plan.add_argument("--gpus", type=_positive, required=True, metavar="N", help="one a rank")
+    plan.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="such as A100-80GB, or cpu; default: the GPU at hand, else H100",
+    )
+    plan.add_argument(
+        "--price", type=_above_0, metavar="PRICE", help="of one GPU for an hour; no default"
+    )
+    plan.add_argument(
+        "--mfu",
+        type=_share,
+        default=0.4,
+        metavar="SHARE",
+        help="of the GPU's dense peak that training reaches (default: 0.4, an assumption)",
+    )
+    plan.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure some real steps on this machine first, and predict the time from them",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     score = _command(
         commands,
@@ -489,6 +529,20 @@ def _not_negative(text: str) -> int:
     return value
 
 
+def _above_0(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, found {text}")
+    return value
+
+
 def _lengths(text: str) -> list[int]:
     values = [_positive(part) for part in text.split(",")]
     if any(value % 128 for value in values):
@@ -624,7 +678,7 @@ def _benchmark_paradigm(args: argparse.Namespace) -> int:
 def _benchmark_attention(args: argparse.Namespace) -> int:
     from dti_dist.benchmarks.attention import attention_table, benchmark_attention
 
-    result = benchmark_attention(args.lengths, args.rounds)
+    result = benchmark_attention(args.lengths, args.rounds, args.windows)
     print(json.dumps(result, indent=2) if args.json else attention_table(result))
     return 0
 
@@ -671,6 +725,17 @@ def _inspect(args: argparse.Namespace) -> int:
     print(text(view))
     draw(view, path)
     say(f"wrote {path}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from dti_dist.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from dti_dist.reporting.plan import plan, plan_table
+
+    found = plan(config, args.gpus, args.gpu, args.price, args.mfu, args.calibrate)
+    print(json.dumps(found, indent=2) if args.json else plan_table(found))
     return 0
 
 

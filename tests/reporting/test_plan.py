@@ -1,0 +1,431 @@
+"""What `dti-dist plan` says beforehand is what runs, models and engines then really do."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dti_dist.attention.backend import AttentionPlans
+from dti_dist.cli import main
+from dti_dist.config import LoraConfig, load_config
+from dti_dist.data.packing import PackShape
+from dti_dist.data.stream import PackStream, Share
+from dti_dist.errors import UserError
+from dti_dist.inputs import Inputs
+from dti_dist.model.ctr_model import click_loss, layout_of
+from dti_dist.model.lora import add_adapters
+from dti_dist.reporting import gpus as gpu_table
+from dti_dist.reporting.cost_model import ModelShape, flops_of_pack, meta_model
+from dti_dist.reporting.gpus import find_gpu, gpu_at_hand
+from dti_dist.reporting.plan import plan, plan_table
+from dti_dist.reporting.workload import Workload, count_pairs, steps_for, workload
+from dti_dist.training.memory import state_bytes
+from tests import tiny
+from tests.launching import job, metrics, run, train, write_config
+
+POLICIES = ["windowed", "reset", "budget", "isolated"]
+SCRIPT = __file__.replace("test_plan.py", "step_memory.py")
+
+
+@pytest.fixture
+def config_of(synthetic, tmp_path):
+    def make(**sections):
+        return write_config(tmp_path / "config.yaml", synthetic, **sections)
+
+    return make
+
+
+def planned(path, *overrides, gpus=1, gpu="H100", **options):
+    return plan(load_config(path, list(overrides)), gpus, gpu, **options)
+
+
+# Counts
+
+
+RUNS = {
+    "dti": [],
+    "sliding_window": ["sample.paradigm=sliding_window"],
+    "isolated": ["attention.policy=isolated"],
+    "isolated, prefix, time gaps": [
+        "attention.policy=isolated",
+        "template.prefix=Did they click?",
+        "template.time_gaps=true",
+    ],
+    "cut by max_steps": ["training.max_steps=7"],
+    "isolated, cut": ["attention.policy=isolated", "training.max_steps=9"],
+}
+
+
+@pytest.mark.parametrize("overrides", RUNS.values(), ids=RUNS)
+def test_counts_are_those_of_the_stream(config_of, tmp_path, overrides):
+    config = load_config(config_of(), ["training.max_steps=1000", *overrides])
+    plan_of_run = Inputs.open(config, tmp_path / "tokenizer").stream_plan(
+        "train", epochs=2, shuffle=True
+    )
+    found = workload(plan_of_run, 4, config.training.max_steps)
+    steps, tokens, targets, samples = 0, 0, 0, 0
+    for batch in PackStream(plan_of_run, Share(4, 4)):
+        if steps == config.training.max_steps:
+            break
+        steps += 1
+        targets += batch.step_targets
+        tokens += batch.body_tokens + int(batch.weights.sum())
+        real = batch.target_row[batch.weights > 0], batch.target_position[batch.weights > 0]
+        samples += len(np.unique(np.stack([x.numpy() for x in real]), axis=1)[0])
+    assert (found.steps, found.targets, found.tokens) == (steps, targets, tokens)
+    assert samples == targets  # each target once an epoch, as the stream promises
+    assert found.as_dict()["samples"] == sum(epoch.samples for epoch in found.epochs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dti", "sliding_window", "isolated, prefix, time gaps"])
+def test_a_run_takes_the_steps_tokens_and_targets_of_its_plan(config_of, tmp_path, name):
+    path = config_of(training={"epochs": 2, "max_steps": None})
+    overrides = [*RUNS[name], "training.log_every=3"]
+    found = planned(path, *overrides, gpus=2)
+    train(path, *overrides, ranks=2)
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    counted = found["data"][found["sample"]["paradigm"]]
+    assert lines[-1]["step"] == counted["steps"] == sum(e["steps"] for e in counted["epochs"])
+    assert sum(line["tokens"] for line in lines) == counted["tokens"]
+    assert sum(line["targets"] for line in lines) == counted["targets"]
+
+
+def test_sliding_window_beside_it_is_the_plan_of_a_sliding_window_run(config_of):
+    path = config_of(training={"max_steps": None})
+    beside = planned(path)["data"]["sliding_window"]
+    alone = planned(path, "sample.paradigm=sliding_window", "attention.policy=windowed")["data"]
+    assert beside == alone["sliding_window"]
+    assert alone["fewer_tokens_per_target"] == 1
+
+
+def test_of_a_cut_run_sliding_window_takes_the_steps_for_as_many_targets(config_of, tmp_path):
+    data = planned(config_of(), "training.max_steps=5")["data"]
+    mine, base = data["dti"], data["sliding_window"]
+    assert mine["steps"] == 5 < base["steps"]
+    assert mine["targets"] <= base["targets"]
+    config = load_config(config_of(), ["sample.paradigm=sliding_window"])
+    stream = Inputs.open(config, tmp_path / "tokenizer").stream_plan("train", shuffle=True)
+    one_less = workload(stream, 4, base["steps"] - 1)
+    assert one_less.targets < mine["targets"]
+    assert steps_for(stream, 4, 10**9) == sum(stream.steps_per_epoch(4))
+
+
+# FLOPs
+
+
+def a_batch(share=False, prefix=0, packs_of=600):
+    rng = np.random.default_rng(3)
+    tokens = tiny.item_tokens(rng, prefix=prefix)
+    block = tiny.users(rng, [25, 9, 14, 30], items=12)
+    return tiny.batch_of(block, tokens, 4, 6, PackShape(256, 128), share=share)
+
+
+def work_of(batch):
+    """The Workload of one step that runs this batch."""
+    slots = batch.labels.shape[1]
+    return Workload((), 1, batch.length, slots, batch.tokens.shape[1] - slots)
+
+
+def counted_flops(model, batch):
+    """Matrix products that torch really runs; the CPU's fused attention is not among them."""
+    with FlopCounterMode(display=False) as counter:
+        click_loss(model(batch), batch).backward()
+    return counter.get_total_flops()
+
+
+def linear_flops(model, batch, policy, checkpointing=False, heads=0):
+    """Of the linear layers, and `heads` products of the head: torch counts those where it is
+    frozen, and not a product with a vector."""
+    packs = len(batch.tokens)
+    shape = ModelShape.of(model, policy)
+    found = flops_of_pack(shape, work_of(batch), 0.0, checkpointing)
+    of_head = 3 if shape.head_table else 2
+    return packs * (found.total + (heads - of_head) * found.forward_head)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_linear_flops_are_those_that_torch_counts(family):
+    model, batch = tiny.ctr_model(family), a_batch()
+    assert counted_flops(model, batch) == linear_flops(model, batch, "budget")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_linear_flops_of_each_policy(family, policy, checkpointing):
+    model = tiny.ctr_model(family, policy).train()
+    if checkpointing:
+        model.enable_activation_checkpointing()
+    batch = a_batch(share=policy == "isolated")
+    counted = counted_flops(model, batch)
+    assert counted == linear_flops(model, batch, policy, checkpointing)
+
+
+def test_linear_flops_with_adapters_leave_out_the_frozen_weights_gradients():
+    pytest.importorskip("peft")
+    model, batch = tiny.ctr_model("llama"), a_batch()
+    whole = counted_flops(model, batch)
+    add_adapters(model, LoraConfig(rank=2), tiny.SUM, seed=0)
+    model.double()
+    counted = counted_flops(model, batch)
+    assert counted == linear_flops(model, batch, "budget", heads=2)
+    assert counted < 0.8 * whole
+
+
+@pytest.mark.parametrize(
+    ("policy", "prefix"),
+    [("budget", 0), *((p, n) for p in POLICIES for n in (0, 3) if p != "budget")],
+)
+def test_attention_pairs_are_those_of_the_dense_masks(policy, prefix):
+    share = policy == "isolated"
+    model = tiny.ctr_model("llama", policy, prefix=prefix, backend="dense")
+    batch = a_batch(share, prefix)
+    plans = AttentionPlans(layout_of(batch), model.scheme, model.backbone.rotary_emb.inv_freq)
+    visible = sum(int(plans._body[window].mask.sum()) for window in plans._planned)
+    visible += sum(int(plans._readout[w].mask.sum()) for w in model.scheme.windows.readout)
+    found = count_pairs(model, [batch])
+    packs = len(batch.tokens)
+    assert found.visible * packs == visible
+    assert found.visible < found.chunked
+    assert found.visible < found.flex
+    # A square of all tokens in all layers would be several times that.
+    assert visible < 0.35 * model.config.num_hidden_layers * batch.tokens.shape[1] ** 2 * packs
+
+
+def test_attention_flops_are_torchs_for_as_many_pairs():
+    heads, queries, keys, width = 4, 32, 32, 8
+    x = torch.randn(1, heads, queries, width, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        (x @ x.mT).softmax(-1) @ x
+    shape = SimpleNamespace(heads=heads, head_dim=width)
+    assert counter.get_total_flops() == 4 * shape.heads * shape.head_dim * queries * keys
+
+
+# The model's shape
+
+
+@pytest.mark.parametrize("head", ["yes_no", "linear"])
+def test_the_meta_model_has_the_parameters_of_the_run(config_of, tmp_path, head):
+    inputs = Inputs.open(load_config(config_of(model={"head": head})), tmp_path / "tokenizer")
+    real, meta = inputs.untrained_model(), meta_model(inputs)
+    assert all(parameter.is_meta for parameter in meta.parameters())
+    assert [p.shape for p in meta.parameters()] == [p.shape for p in real.parameters()]
+    assert ModelShape.of(meta, "budget") == ModelShape.of(real, "budget")
+
+
+# Memory
+
+
+def memory_of(path, *overrides, gpus=1, gpu="H100"):
+    return planned(path, *overrides, gpus=gpus, gpu=gpu)["memory"]["config"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_in_bf16_are_those_of_the_zero_paper(config_of, stage):
+    found = planned(
+        config_of(),
+        "training.precision=bf16",
+        f"training.deepspeed=zero{stage}",
+        "training.global_batch_packs=8",
+        gpus=2,
+    )
+    total, own = found["model"]["parameters"], found["memory"]["config"]
+    assert own["states"] == pytest.approx(state_bytes(total, total, stage, "bf16", 2), abs=8)
+
+
+SETTINGS = {
+    "bf16, ZeRO-3": [],
+    "fp32, ZeRO-3": ["training.precision=fp32"],
+    "bf16, ZeRO-3, checkpointing": ["training.activation_checkpointing=true"],
+    "bf16, ZeRO-3, isolated": ["attention.policy=isolated"],
+    "bf16, ZeRO-3, reset": ["attention.policy=reset"],
+    "bf16, ZeRO-1": ["training.deepspeed=zero1"],
+    "fp32, ZeRO-2": ["training.deepspeed=zero2", "training.precision=fp32"],
+}
+MODEL = {
+    "name": "scratch",
+    "scratch": {
+        "vocab_size": 400,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "layers": 4,
+        "heads": 4,
+        "key_value_heads": 2,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("overrides", SETTINGS.values(), ids=SETTINGS)
+def test_tensors_of_a_step_peak_where_the_plan_says(config_of, tmp_path, overrides, ranks):
+    training = {"max_steps": None, "global_batch_packs": 4, "precision": "bf16"}
+    path = config_of(model=MODEL, training=training, pack={"length": 512})
+    log = run(job(ranks, path, *overrides, script=SCRIPT), tmp_path / "log")
+    found = json.loads(next(line for line in log.splitlines() if line.startswith('{"measured')))
+    assert found["planned"]["tensors"] == pytest.approx(found["measured"]["peak"], rel=0.15)
+
+
+# What it says
+
+
+def test_it_names_the_fastest_setting_that_fits(config_of):
+    path = config_of()
+    roomy = planned(path)["memory"]["choice"]
+    assert (roomy["deepspeed"], roomy["activation_checkpointing"]) == ("zero1", False)
+    assert roomy["micro_batch_packs"] == 4  # all of the step's
+
+
+def test_what_does_not_fit_is_said_with_what_would(config_of, monkeypatch):
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "heads": 64}
+    path = config_of(
+        model={"scratch": {**MODEL["scratch"], **large, "key_value_heads": 8}},
+        training={"precision": "bf16", "device": "auto", "deepspeed": "zero3"},
+    )
+    found = planned(path, gpu="A10G")
+    assert not found["memory"]["config"]["fits"]
+    text = plan_table(found)
+    assert "DOES NOT FIT" in text
+    on_gpu = [entry for entry in found["memory"]["settings"] if not entry["host"]]
+    assert not any(entry["fits"] for entry in on_gpu)
+    monkeypatch.setitem(gpu_table._DATASHEETS, "A10G", (70, 35, 2))
+    found = planned(path, gpu="A10G")
+    assert found["memory"]["choice"] is None
+    assert "Nothing fits. What would: " in plan_table(found)
+    assert "a GPU with" in plan_table(found)
+
+
+def test_offloading_moves_states_to_the_host(config_of):
+    path = config_of()
+    on_gpu = memory_of(path, "training.deepspeed=zero3")
+    offloaded = memory_of(path, "training.deepspeed=zero3_offload")
+    assert offloaded["states"] == 0 < on_gpu["states"]
+    assert offloaded["host"] > on_gpu["states"]
+    assert offloaded["live"] > 0  # parameters come over as they are used
+
+
+def test_time_and_cost_follow_from_flops_peak_and_mfu(config_of):
+    path = config_of(training={"precision": "bf16"})
+    found = planned(path, gpus=4, price=2.5, mfu=0.5)
+    of = found["time"]["dti"]
+    assert of["train_s"] == pytest.approx(found["flops"]["dti"]["train"] / (4 * 989e12 * 0.5))
+    assert of["cost"] == pytest.approx(of["gpu_hours"] * 2.5)
+    assert found["time"]["sliding_window"]["cost"] > of["cost"]
+    assert "cost" not in planned(path)["time"]["dti"]  # no price is made up
+
+
+def test_validations_are_counted(config_of):
+    path = config_of(training={"max_steps": 6})
+    once = planned(path)["flops"]["dti"]["validation"]
+    often = planned(path, "validation.every_steps=2")["flops"]["dti"]["validation"]
+    assert often == 3 * once > 0
+
+
+def test_the_command_prints_tables_or_json(config_of, capsys):
+    path = str(config_of())
+    assert main(["plan", path, "--gpus", "2", "--gpu", "a100-40gb", "training.epochs=1"]) == 0
+    text = capsys.readouterr().out
+    for words in ("tokens a target", "k(n+1)/(n+k)", "FLOPs", "Fastest that fits", "assumed: 40%"):
+        assert words in text
+    assert main(["plan", path, "--gpus", "2", "--gpu", "l4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "forward" in found["flops"]["formula"]
+    assert found["gpu"]["name"] == "L4"
+
+
+def test_nothing_is_made_in_the_run_folder(config_of, tmp_path):
+    planned(config_of())
+    assert not (tmp_path / "run").exists()
+
+
+# Errors and hardware
+
+
+def refused(capsys, *arguments):
+    assert main(["plan", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_gpus_that_do_not_divide_the_batch_are_refused_with_those_that_do(config_of, capsys):
+    said = refused(capsys, config_of(), "--gpus", 3, "training.global_batch_packs=8")
+    assert "--gpus can be 1, 2, 4, 8" in said
+    assert "global_batch_packs=9" in said
+
+
+def test_an_unknown_gpu_is_refused_with_the_nearest(config_of, capsys):
+    said = refused(capsys, config_of(), "--gpus", 1, "--gpu", "L40X")
+    assert "Did you mean 'L40S'?" in said or "Did you mean 'L40'?" in said
+
+
+def test_bf16_is_refused_where_there_is_none(config_of, capsys):
+    arguments = (config_of(), "--gpus", 1, "--gpu", "V100")
+    assert "V100-32GB computes none" in refused(capsys, *arguments, "training.precision=bf16")
+    assert main(["plan", *map(str, arguments), "training.precision=fp32"]) == 0
+
+
+def test_calibration_of_another_gpu_than_this_machine_is_refused(config_of, capsys):
+    said = refused(capsys, config_of(), "--gpus", 1, "--gpu", "H100", "--calibrate")
+    assert "Leave one out" in said
+
+
+def test_a_missing_data_set_is_refused(config_of, capsys):
+    assert "/nowhere" in refused(capsys, config_of(), "--gpus", 1, "data.path=/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79, "H100-SXM"),
+        ("NVIDIA H100 PCIe", 79, "H100-PCIe"),
+        ("NVIDIA H100 NVL", 93, "H100-NVL"),
+        ("NVIDIA H200", 140, "H200"),
+        ("NVIDIA A100-SXM4-40GB", 39, "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", 79, "A100-80GB"),
+        ("NVIDIA A10G", 22, "A10G"),
+        ("NVIDIA L4", 22, "L4"),
+        ("NVIDIA L40S", 44, "L40S"),
+        ("Tesla V100-SXM2-16GB", 16, "V100-16GB"),
+        ("NVIDIA GeForce RTX 4090", 24, "RTX-4090"),
+        ("NVIDIA B200", 178, "B200"),
+    ],
+)
+def test_drivers_names_are_found_in_the_table(monkeypatch, name, gigabytes, key):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    properties = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = gpu_at_hand()
+    assert found is not None
+    assert (found.name, found.memory) == (key, properties.total_memory)
+
+
+def test_the_cpu_is_measured_and_its_memory_shared():
+    one, two = find_gpu("cpu"), find_gpu("CPU", ranks_here=2)
+    assert one.memory == pytest.approx(2 * two.memory, abs=2)
+    assert one.fp32 > 1e8
+    with pytest.raises(UserError, match="Did you mean 'H100"):
+        find_gpu("H1000-SXM")
+
+
+@pytest.mark.slow
+def test_calibration_measures_steps_and_predicts_from_them(config_of, tmp_path):
+    path = config_of(training={"max_steps": None, "epochs": 1})
+    log = run(
+        job(1, "plan", path, "--gpus", "2", "--calibrate", "--json", module="dti_dist"),
+        tmp_path / "log",
+    )
+    found = json.loads(log[log.index("{\n") : log.rindex("}") + 1])
+    took = found["calibration"]
+    assert min(took[name] for name in ("micro_step", "forward", "step", "data")) > 0
+    assert took["memory_gib"] > 0.1
+    assert took["forward"] < took["micro_step"]
+    steps = found["data"]["dti"]["steps"]
+    of_step = 2 * (took["micro_step"] + took["data"]) + took["step"] / 2
+    assert found["time"]["dti"]["train_s"] == pytest.approx(steps * of_step)
+    ratio = found["flops"]["sliding_window"]["train"] / found["flops"]["dti"]["train"]
+    times = [found["time"][name]["train_s"] for name in ("sliding_window", "dti")]
+    assert times[0] / times[1] == pytest.approx(ratio, rel=0.5)
