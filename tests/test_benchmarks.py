@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dti_dist.attention.backend import AttentionPlans, AttentionScheme
+from dti_dist.attention.dense import dense_mask
 from dti_dist.attention.intervals import body_intervals, readout_intervals
 from dti_dist.attention.policies import layer_windows
 from dti_dist.benchmarks.attention import HEAD_DIM, HEADS, KV_HEADS, TOKENS, N, full_pack
@@ -65,8 +66,15 @@ def test_a_grid_of_n_and_k_is_measured_and_drawn(capsys, synthetic, tmp_path):
 
 def test_attention_measures_body_and_readout_of_full_streaming_prompts(capsys):
     assert main(["benchmark", "attention", "--lengths", "1024", "--rounds", "1", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)["lengths"]["1024"]
+    result = json.loads(capsys.readouterr().out)["windows"]["20"]["1024"]
     assert {"dense", "plain causal", "plan, block masks"} < set(result["milliseconds"])
+    assert set(result["of_matrix_product"]) == {"chunked", "dense", "plain causal"}
+    masks = [
+        dense_mask(intervals(full_pack(1024, torch.device("cpu")), N, False))
+        for intervals in (body_intervals, readout_intervals)
+    ]
+    pairs = sum(int(mask.sum()) for mask in masks)
+    assert result["gflop"]["chunked"] == pytest.approx(14e-9 * pairs * HEADS * HEAD_DIM)
     assert result["step_memory_mib"] > 0
 
     layout = full_pack(1024, torch.device("cpu"))

@@ -157,6 +157,15 @@ def test_every_test_that_is_named_exists(document):
         assert any("".join(name) in test for test in tests), f"{document.name} names {name}"
 
 
+def test_every_error_that_is_explained_is_one_of_the_programs():
+    files = sorted((ROOT / "dti_dist").rglob("*.py"))
+    program = re.sub(r'"\s*f?"', "", " ".join(map(text, files)))  # texts over several lines
+    bold = re.findall(r"\*\*(.+?)\*\*", text(ROOT / "docs/faq.md"), re.S)
+    quoted = [quote for entry in bold for quote in re.findall(r"`([^`]+)`", entry)]
+    assert len(quoted) > 12
+    assert not [quote for quote in quoted if quote not in program]
+
+
 def test_configuration_page_is_up_to_date():
     assert text(ROOT / "docs/configuration.md") == script("make_configuration")["page"](), (
         "run: python docs/make_configuration.py"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,37 @@ from dti_dist.console import say
 N, K, TOKENS = 20, 50, 14
 # SmolLM2-135M's.
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
+_PRODUCT = "matrix product"
+_SIDE = 2048
 # Dense attention's scores take HEADS · L² numbers, several times over in its backward pass.
 _LONGEST_DENSE = 8192
 
 
-def benchmark_attention(lengths: list[int], rounds: int = 3) -> dict[str, Any]:
+def benchmark_attention(
+    lengths: list[int], rounds: int = 3, windows: Sequence[int] = (N,)
+) -> dict[str, Any]:
     """One layer's attention, forward and backward, over packs of full streaming prompts.
 
     Args:
         lengths: body tokens of a pack; each pack has the [SUM] slots that its targets need.
         rounds: timed rounds.
+        windows: interactions that a token sees beside its own.
 
     Returns:
-        Surroundings and, per length, milliseconds of each backend and of planning the pack, with
-        spread, and the memory that a training step of a four-layer Llama adds at its peak, in MiB.
+        Surroundings and, per window and length, milliseconds of each backend and of planning the
+        pack, with spread; the FLOPs that the visible pairs need, and for each backend its FLOP/s
+        on them over those of a large matrix product in the same round; and the memory that a
+        training step of a four-layer Llama adds at its peak, in MiB.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
-    by_length = {}
-    for length in lengths:
-        say(f"packs of {length:,} body tokens")
-        by_length[length] = _at_length(length, rounds, device, dtype)
+    by_window: dict[int, dict[int, Any]] = {}
+    for window in windows:
+        for length in lengths:
+            say(f"window of {window} interactions, packs of {length:,} body tokens")
+            found = _at_length(length, window, rounds, device, dtype)
+            by_window.setdefault(window, {})[length] = found
     return {
         "surroundings": measure.surroundings(device),
         "n": N,
@@ -53,7 +62,7 @@ def benchmark_attention(lengths: list[int], rounds: int = 3) -> dict[str, Any]:
         "heads": [HEADS, KV_HEADS, HEAD_DIM],
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": rounds,
-        "lengths": by_length,
+        "windows": by_window,
     }
 
 
@@ -87,7 +96,7 @@ def full_pack(length: int, device: torch.device) -> PackLayout:
 
 
 def _at_length(
-    length: int, rounds: int, device: torch.device, dtype: torch.dtype
+    length: int, window: int, rounds: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     layout = full_pack(length, device)
     total = layout.unit.shape[1]
@@ -99,7 +108,7 @@ def _at_length(
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     ]
     weight = torch.randn(1, HEADS, total, HEAD_DIM, device=device, dtype=dtype)
-    windows = layer_windows("windowed", N, 2)  # the last layer spares the body
+    windows = layer_windows("windowed", window, 2)  # the last layer spares the body
     names = ["flex" if device.type == "cuda" else "chunked"]
     if length <= _LONGEST_DENSE:
         names.append("dense")
@@ -111,18 +120,53 @@ def _at_length(
             layout, AttentionScheme(windows, backend=names[0])
         ),
         "plan, block masks": lambda: (
-            FlexPlan.build(body_intervals(layout, N, False)),
-            FlexPlan.build(readout_intervals(layout, N, False)),
+            FlexPlan.build(body_intervals(layout, window, False)),
+            FlexPlan.build(readout_intervals(layout, window, False)),
         ),
+        _PRODUCT: _matrix_product(device, dtype),
     }
     times = measure.in_rounds(works, rounds, device)
+    products = times.pop(_PRODUCT)
+    flops = {name: _flops(visible_pairs(layout, window)) for name in names}
+    flops["plain causal"] = _flops(total * (total + 1) // 2)
     return {
         "slots": total - length,
         "step_memory_mib": _in_new_process(_step_memory_mib, length),
         "milliseconds": {
             name: measure.spread([1e3 * took for took in taken]) for name, taken in times.items()
         },
+        "gflop": {name: count / 1e9 for name, count in flops.items()},
+        "of_matrix_product": {
+            name: measure.spread(
+                [
+                    (count / took) / (2 * _SIDE**3 / product)
+                    for took, product in zip(times[name], products, strict=True)
+                ]
+            )
+            for name, count in flops.items()
+        },
     }
+
+
+def visible_pairs(layout: PackLayout, window: int) -> int:
+    """Pairs of a query and a key that it sees, of body and [SUM] slots; padding sees itself."""
+    pairs = 0
+    for intervals in (
+        body_intervals(layout, window, False),
+        readout_intervals(layout, window, False),
+    ):
+        pairs += int((intervals.end - intervals.start).clamp(min=0).sum(dtype=torch.int64))
+    return pairs
+
+
+def _flops(pairs: int) -> int:
+    """Of forward (2 products) and backward (5): 2 FLOPs for each pair, head and dimension."""
+    return 7 * 2 * pairs * HEADS * HEAD_DIM
+
+
+def _matrix_product(device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+    a, b = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))
+    return lambda: a @ b
 
 
 def _training_pass(plans: AttentionPlans, qkv: list[Tensor], weight: Tensor) -> Callable[[], Any]:
@@ -189,21 +233,30 @@ def _step_memory_mib(length: int) -> float:
 
 
 def attention_table(result: dict[str, Any]) -> str:
-    """Milliseconds by length as aligned text."""
-    lengths = list(result["lengths"])
-    names = list(result["lengths"][lengths[0]]["milliseconds"])
-    rows = []
-    for name in names:
-        cells = []
-        for length in lengths:
-            figure = result["lengths"][length]["milliseconds"].get(name)
-            cells.append(
-                f"{figure['median']:.1f} ({figure['min']:.1f}-{figure['max']:.1f})"
-                if figure
-                else "-"
-            )
-        rows.append((name, *cells))
-    memory = [f"{result['lengths'][length]['step_memory_mib']:,.0f}" for length in lengths]
+    """Milliseconds by length, for each window, as aligned text."""
+    return "\n\n".join(
+        f"window of {window} interactions\n{_window_table(by_length)}"
+        for window, by_length in result["windows"].items()
+    )
+
+
+def _window_table(by_length: dict[int, Any]) -> str:
+    lengths = list(by_length)
+    first = by_length[lengths[0]]
+
+    def cells(kind: str, name: str, form: str) -> list[str]:
+        figures = [by_length[length][kind].get(name) for length in lengths]
+        return [
+            "-" if f is None else f"{f['median']:{form}} ({f['min']:{form}}-{f['max']:{form}})"
+            for f in figures
+        ]
+
+    rows = [(name, *cells("milliseconds", name, ".1f")) for name in first["milliseconds"]]
+    rows += [
+        (f"{name}: of a matrix product's FLOP/s", *cells("of_matrix_product", name, ".0%"))
+        for name in first["of_matrix_product"]
+    ]
+    memory = [f"{by_length[length]['step_memory_mib']:,.0f}" for length in lengths]
     rows.append(("MiB of a training step, 4 layers", *memory))
     return measure.table(
         ("milliseconds, median (spread)", *(f"{n:,} tokens" for n in lengths)), rows
