@@ -1,18 +1,28 @@
-"""Starting the real job in processes of its own, as users do."""
+"""Starting the real job in processes of its own: as users do, or forked from one that is warm.
+
+A rank imports for seconds before it works for one. Tests of what happens then use `job`, whose
+ranks are forks of a process that has imported all of it; tests of starts and launchers `command`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests import warm
+from tests.store_server import free_port
 
 SECONDS = 240  # a start takes about 10, so a job that is still there hangs
 
@@ -68,6 +78,58 @@ def command(ranks: int, module: str = "dti_dist.training", script: Path | None =
     return [*torchrun, "--nproc-per-node", str(ranks), *program]
 
 
+@dataclass(frozen=True)
+class Job:
+    """Ranks of a module or a script, laid out as by a launcher that leaves them alone: srun."""
+
+    ranks: int
+    arguments: list[str]
+    program: str
+
+
+def job(
+    ranks: int,
+    *arguments: object,
+    module: str = "dti_dist.training",
+    script: Path | None = None,
+) -> Job:
+    return Job(ranks, [str(word) for word in arguments], str(script) if script else module)
+
+
+class Ranks:
+    """The processes of a Job; to tests like the Popen of a launcher.
+
+    Its exit code is the lowest of those that are not 0: a rank that ends for another's failure has
+    2, and -N one that signal N ended.
+    """
+
+    def __init__(self, processes: list[ForkServerProcess]):
+        self._processes = processes
+
+    @property
+    def pids(self) -> list[int]:
+        """Of those that are still there."""
+        return [process.pid for process in self._processes if process.is_alive()]
+
+    def poll(self) -> int | None:
+        if self.pids:
+            return None
+        return min((p.exitcode for p in self._processes if p.exitcode), default=0)
+
+    def wait(self, seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired("ranks", seconds)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        for pid in self.pids:
+            os.kill(pid, number)
+
+
 def job_with(before_step: str, script: Path) -> Path:
     """The training job, with statements that run before each step; they see `trainer` and `step`.
 
@@ -90,18 +152,36 @@ def job_with(before_step: str, script: Path) -> Path:
     return script
 
 
-def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+def start(what: list[str] | Job, log: Path, **environment: str) -> subprocess.Popen[bytes] | Ranks:
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK", "WORLD"))}
     environ.update(OMP_NUM_THREADS="1", **environment)
     with log.open("wb") as out:
-        return subprocess.Popen(
-            arguments, stdout=out, stderr=subprocess.STDOUT, env=environ, start_new_session=True
-        )
+        if isinstance(what, list):
+            return subprocess.Popen(
+                what, stdout=out, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+            )
+    return _fork(what, log, environ)
 
 
-def run(arguments: list[str], log: Path, expect: int = 0, **environment: str) -> str:
+def _fork(what: Job, log: Path, environ: dict[str, str]) -> Ranks:
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(warm.IMPORTS)
+    if what.ranks > 1:
+        environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(what.ranks))
+    processes = []
+    for rank in range(what.ranks):
+        if what.ranks > 1:
+            environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+        arguments = (what.program, what.arguments, environ, log)
+        processes.append(forks.Process(target=warm.become, args=arguments))
+        processes[-1].start()
+    return Ranks(processes)
+
+
+def run(what: list[str] | Job, log: Path, expect: int = 0, **environment: str) -> str:
     """Run to the end and return what was printed; fails when the exit code differs."""
-    process = start(arguments, log, **environment)
+    process = start(what, log, **environment)
     try:
         code = process.wait(SECONDS)
     finally:
@@ -111,14 +191,14 @@ def run(arguments: list[str], log: Path, expect: int = 0, **environment: str) ->
     return text
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes] | Ranks) -> None:
     """SIGKILL for the process and all that it started, and theirs.
 
     Torchrun puts its ranks into sessions of their own, so that a process group does not hold them.
     """
     if process.poll() is not None:
         return
-    doomed = [process.pid]
+    doomed = process.pids if isinstance(process, Ranks) else [process.pid]
     for pid in doomed:  # grows as it is walked
         doomed += _children(pid)
     for pid in doomed:
@@ -137,8 +217,7 @@ def _children(pid: int) -> list[int]:
 
 
 def train(config: Path, *overrides: str, ranks: int = 1, expect: int = 0) -> str:
-    log = config.with_suffix(".log")
-    return run([*command(ranks), str(config), *overrides], log, expect)
+    return run(job(ranks, config, *overrides), config.with_suffix(".log"), expect)
 
 
 def metrics(run_dir: Path | str) -> list[dict[str, Any]]:
@@ -155,7 +234,7 @@ def losses(run_dir: Path | str) -> dict[int, float]:
     return by_step
 
 
-def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[bytes] | Ranks, run_dir: Path, step: int) -> None:
     """Return as soon as a step is logged; fails when the job ends before."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:

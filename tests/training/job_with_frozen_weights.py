@@ -23,7 +23,7 @@ def main() -> None:
     ranks = meet("cpu", 5, None)
     folder = RunFolder(config.run_dir)
     watchdog = Watchdog(ranks, None, folder.stacks)
-    trainer = _Trainer(config, ranks, StopSignal(), folder, watchdog)
+    trainer = _Trainer(config, ranks, StopSignal(), folder, watchdog, report=None)
     assert trainer.run() == 0
     fresh = Inputs.open(config, trainer.folder.tokenizer).untrained_model()
     before = dict(fresh.named_parameters())

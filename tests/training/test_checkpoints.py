@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from dti_dist.training import checkpoint
 from tests.launching import (
     assert_same_losses,
-    command,
+    job,
     kill,
     losses,
     metrics,
@@ -54,7 +55,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(uninterrupted, syn
     rng = random.Random(0)
     done, in_save = 0, 0
     for number in range(KILLS):
-        process = start([*command(2), str(config)], tmp_path / f"{number}.log")
+        process = start(job(2, config), tmp_path / f"{number}.log")
         try:
             goal = done + 1 + rng.randrange(max(1, (19 - done) // (KILLS - number)))
             wait_for_step(process, run_dir(config), min(goal, 19))
@@ -75,11 +76,11 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(uninterrupted, syn
 def test_another_number_of_ranks_goes_on_with_the_same_losses(uninterrupted, synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic)
     of_20 = run_dir(uninterrupted[0])
-    for ranks, until in ((command(2), 7), (command(1), 14)):
-        process = start([*ranks, str(config)], tmp_path / f"{until}.log")
+    for ranks, until in ((2, 7), (1, 14)):
+        process = start(job(ranks, config), tmp_path / f"{until}.log")
         try:
             wait_for_step(process, run_dir(config), until)
-            _signal_ranks(process)
+            process.send_signal(signal.SIGUSR1)
             process.wait(60)
         finally:
             kill(process)
@@ -92,15 +93,6 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(uninterrupted, syn
         line["step"]: line["learning_rate"] for line in metrics(run_dir(config)) if "loss" in line
     }
     assert not list((run_dir(config) / "checkpoints").glob(".*"))
-
-
-def _signal_ranks(process: subprocess.Popen[bytes]) -> None:
-    """SIGUSR1 for the ranks alone, as a scheduler's launch script sends it."""
-    found = subprocess.run(
-        ["pgrep", "-f", "-P", str(process.pid), "dti_dist.training"], capture_output=True, text=True
-    ).stdout.split()
-    for pid in found or [str(process.pid)]:
-        os.kill(int(pid), 10)
 
 
 def damaged_copies(source: Path) -> dict[str, str]:
@@ -133,7 +125,7 @@ def test_damaged_checkpoints_are_passed_over_with_the_reason(uninterrupted, tmp_
     shutil.copytree(run_dir(config), copy)
     newest = sorted((copy / "checkpoints").glob("step-*"))[-1]
     faults = damaged_copies(newest)
-    printed = run([*command(2), str(config), f"run_dir={copy}"], tmp_path / "log")
+    printed = run(job(2, config, f"run_dir={copy}"), tmp_path / "log")
     for name, said in faults.items():
         assert re.search(rf"checkpoint passed over: {name}: .*{said}", printed), printed
     assert f"resuming from {newest.name}" in printed

@@ -9,6 +9,7 @@ import pytest
 
 from tests.launching import (
     command,
+    job,
     job_with,
     losses,
     metrics,
@@ -72,7 +73,7 @@ if step == 3:
 """,
         tmp_path / "job.py",
     )
-    printed = run([*command(2, script=script), str(config)], tmp_path / "log", expect=1)
+    printed = run(job(2, config, script=script), tmp_path / "log", expect=1)
     assert printed.count("Step 3: the loss is nan: not finite.") == 1
     assert "the weights are those after step 2" in printed
     assert "training.max_skipped_steps is 0" in printed
@@ -111,7 +112,7 @@ if step == 1: loop.click_loss = bad
 """,
         tmp_path / "job.py",
     )
-    printed = run([*command(1, script=script), str(config)], tmp_path / "log")
+    printed = run(job(1, config, script=script), tmp_path / "log")
     assert re.search(rf"Step 3: the {what} (is|are).*Left out so far: 1 of 1 allowed", printed)
     found = losses(run_dir(config))
     assert set(found) - {3} == {1, 2, 4, 5, 6, 7, 8}
@@ -123,7 +124,7 @@ if step == 1: loop.click_loss = bad
 def test_memory_that_runs_out_is_said_with_what_helps(synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic, training={"micro_batch_packs": 4})
     script = job_with("if step == 2: torch.empty(1 << 50)  # a pebibyte", tmp_path / "job.py")
-    printed = run([*command(1, script=script), str(config)], tmp_path / "log", expect=1)
+    printed = run(job(1, config, script=script), tmp_path / "log", expect=1)
     assert "rank 0: CPU memory ran out when 4503599627370496 bytes more were asked for" in printed
     assert "Weights, gradients and optimizer take 0.00 GiB a rank" in printed
     assert "training.micro_batch_packs=1 (now 4)" in printed

@@ -19,7 +19,7 @@ from dti_dist.scoring.metrics import click_metrics
 from dti_dist.scoring.predict import predict
 from dti_dist.scoring.trained import choose_checkpoint, trained_model
 from dti_dist.training.run_folder import RunFolder
-from tests.launching import command, kill, losses, run, start, train, wait_for_step, write_config
+from tests.launching import job, kill, losses, run, start, train, wait_for_step, write_config
 from tests.training.test_refusals import save_tokenizer_and_model
 
 pytest.importorskip("peft")
@@ -71,21 +71,24 @@ def lora_config(folder: Path, data: Path, base: Path, head: str = "yes_no", **lo
 
 
 @pytest.fixture(scope="module", params=HEADS)
-def trained(request, synthetic, tmp_path_factory):
+def trained(request, synthetic, made_once):
     """Two ranks of ZeRO-3 with recomputed activations: config, run folder, base, what moved."""
-    folder = tmp_path_factory.mktemp(request.param)
-    base = save_base_model(folder / "base", tied=request.param == "yes_no")
-    config = lora_config(folder, synthetic, base, request.param)
-    out = folder / "weights.json"
-    job = command(2, "tests.training.job_with_frozen_weights")
-    printed = run([*job, str(config), str(out)], folder / "log")
+    head = request.param
+
+    def make(folder: Path) -> None:
+        base = save_base_model(folder / "base", tied=head == "yes_no")
+        config = lora_config(folder, synthetic, base, head)
+        module = "tests.training.job_with_frozen_weights"
+        run(job(2, config, folder / "weights.json", module=module), folder / "log")
+
+    folder = made_once(f"lora-{head}", make)
     return {
-        "config": config,
+        "config": folder / "config.yaml",
         "run": folder / "run",
-        "base": base,
-        "head": request.param,
-        "printed": printed,
-        **json.loads(out.read_text()),
+        "base": folder / "base",
+        "head": head,
+        "printed": (folder / "log").read_text(),
+        **json.loads((folder / "weights.json").read_text()),
     }
 
 
@@ -140,7 +143,7 @@ def test_losses_do_not_depend_on_how_the_work_is_shared_out(
 @pytest.mark.parametrize("trained", ["yes_no"], indirect=True)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, synthetic, tmp_path):
     config = lora_config(tmp_path, synthetic, trained["base"])
-    process = start([*command(2), str(config)], tmp_path / "killed.log")
+    process = start(job(2, config), tmp_path / "killed.log")
     try:
         wait_for_step(process, tmp_path / "run", 6)
     finally:

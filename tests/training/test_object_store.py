@@ -13,7 +13,7 @@ import yaml
 from dti_dist.data import storage
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
-from tests.launching import command, kill, losses, run, start, train, wait_for_step, write_config
+from tests.launching import job, kill, losses, run, start, train, wait_for_step, write_config
 from tests.s3_server import KEY, SECRET, s3_server
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_run_whose_server_is_killed_and_comes_back_learns_the_same(server, on_
         checkpoints={"every_steps": 5, "copy_to": copies},
     )
     log = tmp_path / "log"
-    process = start([*command(2), str(config)], log)
+    process = start(job(2, config), log)
     try:
         wait_for_step(process, run_dir(config), 2)
         server.kill()
@@ -124,7 +124,7 @@ def test_a_run_whose_server_is_gone_ends_in_time_with_a_clear_error(server, tmp_
     config = config_of(tmp_path, server.uri("shop"), {"timeout_s": 1, "retry_s": 3}, workers)
     log = tmp_path / "log"
     endless = ["training.epochs=60", "training.max_steps=9999"]
-    process = start([*command(1), str(config), *endless], log)
+    process = start(job(1, config, *endless), log)
     try:
         wait_for_step(process, run_dir(config), 2)
         (server.kill if workers else server.stall)()
@@ -144,17 +144,12 @@ def test_no_secret_is_in_anything_that_a_run_leaves(server, tmp_path):
     """A run that succeeds, one that is refused, and one that has its secret in the wrong place."""
     good = config_of(tmp_path / "good", server.uri("shop"), {"cache_gib": 0.1})
     copy = f"checkpoints.copy_to={server.uri('secretly')}"
-    run([*command(1), str(good), "training.max_steps=2", copy], tmp_path / "good.log")
+    run(job(1, good, "training.max_steps=2", copy), tmp_path / "good.log")
     wrong = {"AWS_SECRET_ACCESS_KEY": "WrongSecretThatMayNotBeShown"}
-    run(
-        [*command(1), str(good), "run_dir=" + str(tmp_path / "no")],
-        tmp_path / "bad.log",
-        2,
-        **wrong,
-    )
+    run(job(1, good, f"run_dir={tmp_path / 'no'}"), tmp_path / "bad.log", 2, **wrong)
     misplaced = [f"data.storage.options.s3.secret={SECRET}", f"data.path=s3://a:{SECRET}@b/c"]
-    run([*command(1), str(good), misplaced[0]], tmp_path / "misplaced0.log", 2)
-    run([*command(1), str(good), misplaced[1]], tmp_path / "misplaced1.log", 2)
+    run(job(1, good, misplaced[0]), tmp_path / "misplaced0.log", 2)
+    run(job(1, good, misplaced[1]), tmp_path / "misplaced1.log", 2)
     assert "access refused" in (tmp_path / "bad.log").read_text()
     assert "expected no credentials" in (tmp_path / "misplaced0.log").read_text()
     assert "expected a URL without credentials" in (tmp_path / "misplaced1.log").read_text()
