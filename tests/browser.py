@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -73,6 +74,8 @@ class Page:
             self.requests.append(params["request"]["url"])
         elif method == "Network.loadingFailed":
             self.complaints.append(params["errorText"])
+        elif method == "Page.javascriptDialogOpening":
+            self.complaints.append(f"a dialog: {params['message']}")
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(params["exceptionDetails"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
@@ -118,6 +121,14 @@ def chromium(executable: str, profile: Path) -> Iterator[Page]:
     """A browser with one tab; it ends with the block."""
     to_browser, writing = os.pipe()
     reading, from_browser = os.pipe()
+
+    def lay_pipes() -> None:
+        """Chromium reads from 3 and writes to 4, which may be taken here."""
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_browser, from_browser)]
+        for end, number in zip(ends, (3, 4), strict=True):
+            os.dup2(end, number)
+            os.close(end)
+
     command = [
         executable,
         *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
@@ -126,16 +137,15 @@ def chromium(executable: str, profile: Path) -> Iterator[Page]:
         *("--remote-debugging-pipe", "about:blank"),
     ]
     process = subprocess.Popen(
-        # Chromium reads from 3 and writes to 4.
-        ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", *command],
-        pass_fds=(to_browser, from_browser),
+        command,
+        preexec_fn=lay_pipes,
+        close_fds=False,  # what Python opens is closed by exec in any case
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     os.close(to_browser)
     os.close(from_browser)
-    # A browser that hangs ends, so that the pipe does and no test waits for ever.
     try:
         yield Page(reading, writing)
     finally:

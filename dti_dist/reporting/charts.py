@@ -252,7 +252,8 @@ def _heights(series: Sequence[Series], from_zero: bool) -> tuple[float, float, f
     least, most = float(values.min()), float(values.max())
     low, high = least, most
     if len(values) >= 20:
-        inner_low, inner_high = np.quantile(values, [0.01, 0.99]).tolist()
+        inner_low = float(np.quantile(values, 0.01, method="higher"))
+        inner_high = float(np.quantile(values, 0.99, method="lower"))
         far = _FAR * max(inner_high - inner_low, 1e-9)
         low = inner_low - far / 4 if least < inner_low - far else least
         high = inner_high + far / 4 if most > inner_high + far else most
