@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.metrics import f1_score
 
 from dti_dist.cli import main
 from dti_dist.config import load_config
+from dti_dist.data import storage
 from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.inputs import Inputs
@@ -22,6 +24,7 @@ from dti_dist.scoring.predict import predict
 from dti_dist.scoring.trained import choose_checkpoint, trained_model
 from dti_dist.training.run_folder import RunFolder
 from tests.launching import command, run, run_dir
+from tests.s3_server import s3_server
 
 pytestmark = pytest.mark.slow
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -139,6 +142,29 @@ def test_two_ranks_evaluate_like_one(trained, evaluated, tmp_path):
     assert figures["auc"] == pytest.approx(evaluated["auc"], abs=1e-9)
     assert figures["log_loss"] == pytest.approx(evaluated["log_loss"], abs=1e-6)
     assert kept_predictions(trained).drop("probability") == one.drop("probability")
+
+
+def test_a_data_set_in_s3_gives_the_same_figures(trained, evaluated, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("eval"))
+    on_disk = Path(load_config(folder / "config.yaml").data.path)
+    with s3_server(tmp_path / "server") as server:
+        for path in on_disk.rglob("*"):
+            place = path.relative_to(on_disk)
+            if path.is_file() and place.parts[0] != "cache":
+                storage.upload(str(path), server.uri(f"shop/{place}"))
+        config = (folder / "config.yaml").read_text()
+        config = config.replace(str(on_disk), server.uri("shop"))
+        (folder / "config.yaml").write_text(
+            config.replace("cache_dir: null", f"cache_dir: {tmp_path}/cache")
+        )
+        copy = server.uri("predictions/test.parquet")
+        assert main(["evaluate", str(folder), "--predictions", copy]) == 0
+        assert server.uri("shop") in (folder / "config.yaml").read_text()
+        written = storage.read_bytes(copy)
+    assert written == (folder / "eval/test.sliding_window.predictions.parquet").read_bytes()
+    capsys.readouterr()
+    assert json.loads((folder / "eval" / "test.json").read_text()) == evaluated
 
 
 def test_max_targets_takes_whole_users(trained, tmp_path, capsys):
