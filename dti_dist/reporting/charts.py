@@ -26,6 +26,7 @@ MOST_POINTS = 1000  # of a path: more than a screen has columns
 _TICKS = 4
 _ROOM = 0.06  # above and below the curves, as a share of their range
 _FAR = 2.0  # beyond so many ranges of the middle 98 % a value is cut off, so that the rest is seen
+_SKEWED = 4.0  # times the median prediction is less than the greatest of a bin
 _LABEL_WIDTH, _LABEL_HEIGHT = 20.0, 9.0  # of a name, percent of a chart
 
 
@@ -143,20 +144,30 @@ def draw(
 
 
 def draw_calibration(bins: Sequence[Bin]) -> Chart:
-    """The reliability diagram; an interval may be not a number."""
-    predicted, rate, low, high = np.array(bins, dtype=np.float64).T
-    known = np.concatenate([predicted, rate, low, high])
-    least, most = float(np.nanmin(known)), float(np.nanmax(known))
+    """The reliability diagram; an interval may be not a number.
+
+    The axes are logarithmic where most predictions are small beside the greatest.
+    """
+    values = np.array(bins, dtype=np.float64)
+    predicted, rate = values[:, 0], values[:, 1]
+    positive = values[values > 0]
+    logarithmic = bool(len(positive) and _SKEWED * np.median(predicted) < predicted.max())
+    if logarithmic:
+        values = np.log10(np.maximum(values, positive.min() / 2))  # there is no zero
+    least, most = float(np.nanmin(values)), float(np.nanmax(values))
     room = max((most - least) * _ROOM, 1e-3)
-    both = (max(least - room, 0.0), min(most + room, 1.0))
+    both = (least - room, most + room)
+    if not logarithmic:
+        both = (max(both[0], 0.0), min(both[1], 1.0))
     ends = np.array(both)
+    x, y, low, high = values.T
     series = [
         Series("perfectly calibrated", ends, ends, kind="reference"),
-        Series("95 % over users", predicted, high, 0, "bars", low),
-        Series(f"1/{len(bins)} of the targets each", predicted, rate, 0, "dots"),
+        Series("95 % over users", x, high, 0, "bars", low),
+        Series(f"1/{len(bins)} of the targets each", x, y, 0, "dots"),
     ]
     series = [one for one in series if np.isfinite(one.y).any()]
-    ticks = _ticks(both, tick_labels)
+    ticks = _logarithmic_ticks(both) if logarithmic else _ticks(both, tick_labels)
     with_bars = len(series) > 2
     return Chart(
         title="Reliability",
@@ -170,9 +181,9 @@ def draw_calibration(bins: Sequence[Bin]) -> Chart:
         marks=[],
         above=[],
         below=[],
-        notes=["Bars: 95 % over users."] if with_bars else [],
+        notes=["Bars: 95 % over users."] * with_bars + ["Logarithmic axes."] * logarithmic,
         description="Label rate over mean prediction: "
-        + ", ".join(f"{p:.3f}: {r:.3f}" for p, r in zip(predicted, rate, strict=True)),
+        + ", ".join(f"{p:.3g}: {r:.3g}" for p, r in zip(predicted, rate, strict=True)),
         shape="square",
     )
 
@@ -282,6 +293,18 @@ def _ticks(ends: tuple[float, float], labels: Labels) -> list[Tick]:
     return [
         Tick(round(100 * _share(value, ends), 2), label)
         for value, label in zip(values, labels(values), strict=True)
+    ]
+
+
+def _logarithmic_ticks(ends: tuple[float, float]) -> list[Tick]:
+    """1, 2 and 5 of each power of ten, fewer where there are many powers; ends are of log10."""
+    low, high = ends
+    leads = (1, 2, 5) if high - low < 1.5 else (1, 3) if high - low < 2.5 else (1,)
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    places = [(math.log10(lead) + power, f"{lead * 10.0**power:g}") for power in powers
+              for lead in leads]  # fmt: skip
+    return [
+        Tick(round(100 * _share(at, ends), 2), label) for at, label in places if low < at < high
     ]
 
 

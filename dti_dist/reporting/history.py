@@ -125,7 +125,14 @@ class History:
 
     def column(self, name: str) -> Values:
         """A value of each logged line; not a number where it is missing."""
-        return np.array([number(line.get(name)) for line in self.logged], dtype=np.float64)
+        if name not in self._columns:
+            found = [number(line.get(name)) for line in self.logged]
+            self._columns[name] = np.array(found, dtype=np.float64)
+        return self._columns[name]
+
+    @cached_property
+    def _columns(self) -> dict[str, Values]:
+        return {}
 
     def of_validations(self, name: str) -> Values:
         found = [number(line["valid"].get(name)) for line in self.validations]
@@ -238,7 +245,8 @@ class History:
                 return State("early", f"finished early at {at}", "no better validation any more")
             if how == "signal":
                 return State("stopped", f"stopped by a signal at {at}", "it can go on")
-            return State("failed", f"failed at {at}", why)
+            if not self.running:  # else the next job is starting
+                return State("failed", f"failed at {at}", why)
         if self.running:
             return State("running", f"running, {at}" if step else "running, no step logged yet")
         if not self.lines:

@@ -288,6 +288,15 @@ def test_one_spike_does_not_flatten_a_curve_and_is_told():
     assert chart.notes == ["▲ 1 value beyond the axis, greatest 900"]
 
 
+def test_small_probabilities_are_told_apart_in_the_reliability_diagram():
+    bins = [(p, p * 1.1, p, p * 1.3) for p in (0.001, 0.002, 0.004, 0.009, 0.05, 0.3)]
+    chart = charts.draw_calibration([*bins, (0.0005, 0.0, 0.0, math.nan)])
+    assert "Logarithmic axes." in chart.notes
+    assert [tick.label for tick in chart.x_ticks] == ["0.001", "0.01", "0.1"]
+    even = charts.draw_calibration([(p, p, math.nan, math.nan) for p in (0.2, 0.4, 0.6)])
+    assert even.notes == []
+
+
 def test_a_hundred_thousand_lines_make_a_small_page_soon(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.line(0)
