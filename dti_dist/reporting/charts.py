@@ -355,18 +355,17 @@ def _in_box(values: Values, ends: tuple[float, float], turned: bool = False) -> 
 
 
 def _name_ends(drawn: Sequence[Drawn]) -> list[Drawn]:
-    """Names at the ends of the curves, moved down where one would cover another."""
-    placed: list[Drawn] = []
-    for one in sorted(drawn, key=lambda one: one.end[1] if one.end else 0.0):
-        if one.end is None or one.series.kind not in ("line", "points"):
-            placed.append(one)
-            continue
-        x, y = one.end
-        near = [p.name_at for p in placed if p.name_at and abs(p.name_at[0] - x) < _LABEL_WIDTH]
-        at = (x, max([y, *(other + _LABEL_HEIGHT for _, other in near)]))
-        placed.append(replace(one, name_at=at))
-    order = {id(one.series): at for at, one in enumerate(drawn)}
-    return sorted(placed, key=lambda one: order[id(one.series)])
+    """Names at the ends of the curves, moved where one would cover another or leave the chart."""
+    named = [one for one in drawn if one.end and one.series.kind in ("line", "points")]
+    ends = {id(one): one.end for one in named if one.end}
+    order = sorted(ends, key=lambda key: ends[key][1])
+    for keys, way, limit in ((order, 1.0, 3.0), (order[::-1], -1.0, 97.0)):  # down, then up
+        for number, key in enumerate(keys):
+            x, y = ends[key]
+            before = [ends[k][1] for k in keys[:number] if abs(ends[k][0] - x) < _LABEL_WIDTH]
+            least = [limit, *(other + way * _LABEL_HEIGHT for other in before)]
+            ends[key] = (x, max(y, *least) if way > 0 else min(y, *least))
+    return [replace(one, name_at=ends.get(id(one))) for one in drawn]
 
 
 def _description(series: Sequence[Series]) -> str:

@@ -288,6 +288,15 @@ def test_one_spike_does_not_flatten_a_curve_and_is_told():
     assert chart.notes == ["▲ 1 value beyond the axis, greatest 900"]
 
 
+def test_names_of_curves_that_end_together_lie_apart_and_inside():
+    x = np.array([0.0, 1.0])
+    ends = (0.0, 0.001, 0.5, 1.0, 1.0)
+    series = [charts.Series(str(y), x, np.array([0.5, y])) for y in ends]
+    places = sorted(one.name_at[1] for one in charts.draw("", "", series).drawn)
+    assert all(3 <= place <= 97 for place in places)
+    assert min(np.diff(places)) > 8.9
+
+
 def test_small_probabilities_are_told_apart_in_the_reliability_diagram():
     bins = [(p, p * 1.1, p, p * 1.3) for p in (0.001, 0.002, 0.004, 0.009, 0.05, 0.3)]
     chart = charts.draw_calibration([*bins, (0.0005, 0.0, 0.0, math.nan)])
