@@ -1,9 +1,7 @@
 """`dti-dist score`: requests in, scores out, whatever happens in between."""
 
 import json
-import os
 import signal
-import sys
 import time
 
 import numpy as np
@@ -19,7 +17,7 @@ from dti_dist.scoring.pretrained import load_exported
 from dti_dist.scoring.request_files import Lists, RequestRows
 from tests.data.test_prepare_append import append, at_different_times, build, days_of, targets
 from tests.data.test_prepare_events import random_events
-from tests.launching import kill, run, start
+from tests.launching import job, kill, run, start
 from tests.s3_server import s3_server
 from tests.scoring.exported import export_random_weights, target_scores
 
@@ -187,7 +185,7 @@ def test_a_killed_run_goes_on_and_the_files_are_the_same(
     gap_model, synthetic, catalogue, tmp_path, capsys
 ):
     exported, _ = gap_model
-    _, table = requests_of_targets(synthetic, catalogue, others=40)
+    _, table = requests_of_targets(synthetic, catalogue, others=8)
     requests = write(table, tmp_path / "requests.parquet")
     options = ["--data", str(synthetic), "--part-requests", "8"]
     score(capsys, exported, requests, tmp_path / "whole", *options)
@@ -195,17 +193,14 @@ def test_a_killed_run_goes_on_and_the_files_are_the_same(
     assert parts > 10
     out = tmp_path / "killed"
     arguments = ["--requests", str(requests), "--out", str(out), *options]
-    process = start(
-        [sys.executable, "-m", "dti_dist", "score", str(exported), *arguments],
-        tmp_path / "killed.log",
-    )
+    process = start(job(1, "score", exported, *arguments, module="dti_dist"), tmp_path / "log")
     try:
         deadline = time.monotonic() + 120
         while len(list(out.glob("part-*"))) < 3:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait(30)
     finally:
         kill(process)
@@ -233,12 +228,9 @@ def test_two_ranks_score_like_one(gap_model, synthetic, catalogue, tmp_path, cap
         "70",
     ]
     score(capsys, exported, requests.parent, tmp_path / "one", *options[2:])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run(
-        [*torchrun, "--nproc-per-node", "2", "-m", "dti_dist", "score", str(exported), *options,
-         "--out", str(tmp_path / "two")],
-        tmp_path / "two.log",
-    )  # fmt: skip
+    out = tmp_path / "two"
+    two = job(2, "score", exported, *options, "--out", out, module="dti_dist")
+    run(two, tmp_path / "two.log")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
