@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,7 +291,9 @@ class _PartScorer:
             )
         return _PartScorer(scorer, files, catalogue, histories)
 
-    def part(self, first: int, end: int) -> tuple[pa.Table, Counter[str], list[str]]:
+    def part(
+        self, first: int, end: int, on_scored: Callable[[int], None]
+    ) -> tuple[pa.Table, Counter[str], list[str]]:
         """Scores of requests first … end - 1, what was counted, and ids without a text."""
         rows = self.files.read(first, end)
         raw, unknown = self._raw(rows)
@@ -299,7 +301,7 @@ class _PartScorer:
         if self.scorer.states is not None:
             self.scorer.states.clear()  # so that a part does not depend on those before it
         scores = np.full(len(raw.candidates), np.nan, dtype=np.float32)
-        scores[cut.scored] = self.scorer.score_requests(cut.requests)
+        scores[cut.scored] = self.scorer.score_requests(cut.requests, on_scored)
         without = pc.unique(rows.candidates.values.filter(pa.array(raw.candidates < 0)))
         return (
             _table(rows, cut, scores, raw.candidates < 0),
@@ -312,8 +314,9 @@ class _PartScorer:
         R = len(rows.has_history)
         items = self.catalogue.rows_of(rows.items.values)
         labels, timestamps, offsets = rows.labels, rows.timestamps, rows.items.offsets
+        if timestamps is None and not len(items):
+            timestamps = np.empty(0, dtype=np.int64)
         unknown = int((~rows.has_history).sum())
-        gaps = bool(self.scorer.items.tokens.gaps)
         if self.histories is not None and unknown:
             found = self.histories.of(rows.first, rows.first + R)
             unknown -= len(found.rows)
@@ -321,17 +324,13 @@ class _PartScorer:
             looked_up = (found.rows - rows.first).repeat(found.items.lengths)
             of = np.concatenate([given, looked_up])
             order = np.argsort(of, kind="stable")
-            if timestamps is None and len(given):
-                timestamps, found_times = None, None
-            else:
-                timestamps = np.zeros(0, np.int64) if timestamps is None else timestamps
-                found_times = found.timestamps
             items = np.concatenate([items, self.catalogue.row_of_dense[found.items.values]])[order]
             labels = np.concatenate([labels, found.labels])[order]
-            if found_times is not None:
-                timestamps = np.concatenate([timestamps, found_times])[order]
+            if timestamps is not None:
+                timestamps = np.concatenate([timestamps, found.timestamps])[order]
             offsets = np.concatenate([[0], np.cumsum(np.bincount(of, minlength=R))])
-        if timestamps is None and len(items) and (gaps or rows.times is not None):
+        gaps = bool(self.scorer.items.tokens.gaps)
+        if timestamps is None and (gaps or rows.times is not None):
             raise UserError(
                 f"{self.files.where(rows.first)} and later rows: expected 'history_timestamps' "
                 "beside 'history_items': requests have a 'timestamp', and only what was before it "
@@ -341,7 +340,7 @@ class _PartScorer:
             RawRequests(
                 items=items,
                 labels=labels,
-                timestamps=timestamps if timestamps is not None else None,
+                timestamps=timestamps,
                 offsets=offsets,
                 candidates=self.catalogue.rows_of(rows.candidates.values),
                 candidate_offsets=rows.candidates.offsets,
@@ -400,14 +399,15 @@ def _score_parts(
     requests = sum(end - first for first, end in spans.values())
     with progress(label, requests, "requests", ranks.is_main) as bar:
         for part, (first, end) in spans.items():
-            table, counts, examples = scorer.part(first, end)
+            before = bar.count
+            table, counts, examples = scorer.part(first, end, bar.advance)
             about = json.dumps({"counts": counts, "examples": examples}, ensure_ascii=False)
             content = io.BytesIO()
             metadata = {**(table.schema.metadata or {}), _COUNTS: about.encode()}
             pq.write_table(table.replace_schema_metadata(metadata), content, compression="zstd")
             path = storage.join(out, _part_name(part))
             storage.write_atomic(path, content.getvalue(), options.storage)
-            bar.advance(end - first)
+            bar.advance(end - first - (bar.count - before))  # requests without candidates
 
 
 def _part_name(part: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -154,8 +154,14 @@ class Scorer:
         scores = self.score_requests(cut.requests)
         return [scores[first:end] for first, end in pairwise(raw.candidate_offsets)]
 
-    def score_requests(self, requests: Requests) -> npt.NDArray[np.float32]:
-        """[C] the score of each candidate, from arrays: see dti_dist.data.requests."""
+    def score_requests(
+        self, requests: Requests, on_scored: Callable[[int], None] = lambda requests: None
+    ) -> npt.NDArray[np.float32]:
+        """[C] the score of each candidate, from arrays: see dti_dist.data.requests.
+
+        Args:
+            on_scored: called after each pass with the number of requests that are done by it.
+        """
         tokens = self.items.tokens
         if self.states is not None and self._generation != self.items.generation:
             self.states.clear()
@@ -166,6 +172,7 @@ class Scorer:
             kept = self.states.of(built, tokens) if self.states is not None else None
             used = built.pack.weights > 0
             scores[built.pack.target_position[used]] = self._probabilities(built, kept)[used]
+            on_scored(int((pieces.end == requests.candidate_offsets[pieces.request + 1]).sum()))
         return scores
 
     @torch.inference_mode()
