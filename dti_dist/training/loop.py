@@ -21,8 +21,7 @@ from dti_dist.model.ctr_model import click_loss
 from dti_dist.model.lora import base_fingerprint
 from dti_dist.ranks import Ranks, leave, meet
 from dti_dist.redaction import redact
-from dti_dist.scoring.metrics import click_metrics
-from dti_dist.scoring.predict import predict
+from dti_dist.scoring.predict import Predictions, predict
 from dti_dist.training import checkpoint
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import (
@@ -505,10 +504,7 @@ class _Trainer:
         self.engine.eval()
         found = predict(self.engine, stream, self.ranks, lambda batch: self.watchdog.beat())
         self.engine.train()
-        of_ranks = self.ranks.each(
-            lambda: click_metrics(found.label, found.probability, found.row) if found else {}
-        )
-        return of_ranks[0]
+        return self.ranks.each(lambda: _figures(found) if found else {})[0]
 
     def _save(self, metrics: MetricsFile | None, best: float | None = None) -> bool:
         """Write a checkpoint of this step if there is none; `best` marks it as the best.
@@ -562,6 +558,13 @@ class _Trainer:
             say(f"{message} Training goes on; the next checkpoint is tried when it is due.")
         if metrics:
             metrics.write({"step": step, "save_failed": str(error)})
+
+
+def _figures(found: Predictions) -> dict[str, Any]:
+    # Scikit-learn and torchmetrics take seconds to import, and only one rank needs them.
+    from dti_dist.scoring.metrics import click_metrics
+
+    return click_metrics(found.label, found.probability, found.row)
 
 
 def _due(step: int, every: int) -> bool:
