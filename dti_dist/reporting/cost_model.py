@@ -217,6 +217,9 @@ class Memory:
         batch: the packs and their attention plans.
         overhead: of the framework.
         host: bytes of the host that offloading takes.
+        phases_add: whether what the backward pass frees stays with the process: glibc's heap
+            keeps freed blocks of less than 32 MiB, and the step asks for larger ones. GPUs'
+            allocators give them out again.
     """
 
     weights: float
@@ -231,20 +234,27 @@ class Memory:
     batch: float
     overhead: float
     host: float
+    phases_add: bool
 
     @property
     def states(self) -> float:
         return self.weights + self.gradients + self.optimizer
 
     @property
+    def _phases(self) -> tuple[float, float]:
+        backward = self.live + self.buckets + self.activations + self.workspace
+        return backward, self.kept_buckets + self.step
+
+    @property
     def tensors(self) -> float:
         """The peak of what tensors hold."""
-        backward = self.live + self.buckets + self.activations + self.workspace
-        return self.states + self.batch + max(backward, self.kept_buckets + self.step)
+        return self.states + self.batch + max(self._phases)
 
     @property
     def peak(self) -> float:
-        return self.tensors + self.overhead
+        """Of a GPU's memory, or of a process."""
+        kept = min(self._phases) - self.kept_buckets if self.phases_add else 0.0
+        return self.tensors + kept + self.overhead
 
     def as_dict(self) -> dict[str, float]:
         return {**asdict(self), "states": self.states, "tensors": self.tensors, "peak": self.peak}
@@ -318,6 +328,7 @@ def memory(
         batch=packs * (batch_bytes + plans),
         overhead=OVERHEAD[device],
         host=host,
+        phases_add=device == "cpu",
     )
 
 
