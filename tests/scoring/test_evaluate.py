@@ -23,7 +23,7 @@ from dti_dist.scoring.metrics import click_metrics
 from dti_dist.scoring.predict import predict
 from dti_dist.scoring.trained import choose_checkpoint, trained_model
 from dti_dist.training.run_folder import RunFolder
-from tests.launching import command, run, run_dir
+from tests.launching import job, run, run_dir
 from tests.s3_server import s3_server
 
 pytestmark = pytest.mark.slow
@@ -136,7 +136,7 @@ def test_both_kinds_of_prompt_give_the_same_predictions_under_budget(trained, ev
 
 def test_two_ranks_evaluate_like_one(trained, evaluated, tmp_path):
     one = kept_predictions(trained)
-    text = run([*command(2, "dti_dist"), "evaluate", str(trained)], tmp_path / "two")
+    text = run(job(2, "evaluate", trained, module="dti_dist"), tmp_path / "two")
     figures = json.loads(text[text.index("{") : text.rindex("}") + 1])
     assert figures["targets"] == evaluated["targets"]
     assert figures["auc"] == pytest.approx(evaluated["auc"], abs=1e-9)

@@ -95,6 +95,25 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(uninterrupted, syn
     assert not list((run_dir(config) / "checkpoints").glob(".*"))
 
 
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_the_lower_stages_go_on_with_another_number_of_ranks_too(
+    uninterrupted, synthetic, tmp_path, stage
+):
+    config = write_config(
+        tmp_path / "config.yaml",
+        synthetic,
+        training={"deepspeed": stage},
+        checkpoints={"every_steps": 1},
+    )
+    process = start(job(1, config), tmp_path / "log")
+    try:
+        wait_for_step(process, run_dir(config), 7)
+    finally:
+        kill(process)
+    assert "was written by 1 rank(s), and this job has 2: converting" in train(config, ranks=2)
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
+
+
 def damaged_copies(source: Path) -> dict[str, str]:
     """Copies of a checkpoint, each newer and with another fault: name → what is said of it."""
 
