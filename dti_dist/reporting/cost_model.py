@@ -261,7 +261,7 @@ class Memory:
 
 
 # Beside tensors. Of a GPU: the CUDA context, NCCL's buffers and cuBLAS's workspaces, assumed, not
-# measured. Of a CPU: Python with torch, transformers and DeepSpeed as a run imports them, measured
+# measured. Of a CPU: Python with torch, transformers and DeepSpeed, fitted to a few runs
 # (docs/plan.md).
 OVERHEAD = {"cuda": 1.5 * 2**30, "cpu": 0.75 * 2**30}
 
