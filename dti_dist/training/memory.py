@@ -23,10 +23,11 @@ def state_bytes(parameters: int, trainable: int, stage: int, precision: str, wor
 
     A trained parameter has its weight and gradient in the run's precision, and in float32 a weight
     to step from and two moments (ZeRO, arXiv 1910.02054, section 3.1); a frozen one its weight.
+    DeepSpeed keeps the weight to step from beside the model's own in fp32 too.
     """
     width = 2 if precision == "bf16" else 4
     weights, gradients = width * parameters, width * trainable
-    optimizer = (12 if precision == "bf16" else 8) * trainable
+    optimizer = 12 * trainable
     if stage >= 1:
         optimizer //= world
     if stage >= 2:
