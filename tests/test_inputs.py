@@ -78,7 +78,8 @@ def test_the_tokenizer_is_kept_and_read_again(open_inputs, tmp_path, monkeypatch
 def cache_dir(synthetic, tmp_path, uri=None, *overrides):
     config = load_config(write_config(tmp_path / "config.yaml", synthetic), list(overrides))
     manifest = Dataset.open(str(synthetic)).manifest
-    return inputs._cache_dir(config, Dataset(uri or str(synthetic), manifest))
+    dataset = Dataset(uri or str(synthetic), manifest)
+    return inputs.cache_dir_of(dataset, config.data.cache_dir)
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
