@@ -26,7 +26,9 @@ from dti_dist.ranks import Ranks
 
 _POLL_S = 1.0
 _GRACE_S = 10.0  # for a rank to end by itself, by the error that a lost peer gives it
+_STACKS_S = 10.0  # for all ranks to write their stacks: a launcher kills the others once one ends
 _KEY = "dti_dist/failure"
+_STACKS_KEY = f"{_KEY}/stacks"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Watchdog:
             if failure is not None:
                 if failure.stalled:
                     self._write_stacks()
+                    self._await_stacks()
                 elif self._closed.wait(_GRACE_S):
                     return
                 self._end(1)
@@ -134,7 +137,19 @@ class Watchdog:
                         "last checkpoint."
                     )
                 self._write_stacks()
+                self._await_stacks()
                 self._end(1)
+
+    def _await_stacks(self) -> None:
+        """Until all ranks have written theirs, or one takes too long."""
+        if self._store is None:
+            return
+        deadline = time.monotonic() + _STACKS_S
+        with suppress(Exception):  # the store is gone with its host
+            written = self._store.add(_STACKS_KEY, 1)
+            while written < self._ranks.world and time.monotonic() < deadline:
+                time.sleep(0.1)
+                written = self._store.add(_STACKS_KEY, 0)
 
     def _write_stacks(self) -> None:
         with suppress(OSError):

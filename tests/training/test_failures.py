@@ -50,10 +50,14 @@ def test_a_rank_that_is_killed_is_said_to_be_lost(synthetic, tmp_path):
     assert "Start the same command again" in printed
 
 
-def test_a_rank_that_hangs_is_ended_with_the_stacks_of_all(synthetic, tmp_path):
+@pytest.mark.parametrize("by_torchrun", [True, False], ids=["torchrun", "srun"])
+def test_a_rank_that_hangs_is_ended_with_the_stacks_of_all(synthetic, tmp_path, by_torchrun):
+    # Torchrun ends the other ranks as soon as one has; without it rank 0 hosts what they share.
     config = write_config(tmp_path / "config.yaml", synthetic, training={"watchdog_minutes": 0.05})
     script = job_with("if step == 3 and rank == 1: time.sleep(1000)", tmp_path / "job.py")
-    printed = run([*command(2, script=script), str(config)], tmp_path / "log", expect=1)
+    torchrun = [*command(2, script=script), str(config)]
+    ranks = torchrun if by_torchrun else job(2, config, script=script)
+    printed = run(ranks, tmp_path / "log", expect=1)
     assert printed.count("no step, batch of a validation or save ended for 0.05 minutes") == 1
     stacks = [(run_dir(config) / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
     assert "in patched" in stacks[1], "where rank 1 sleeps"
