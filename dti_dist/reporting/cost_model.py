@@ -253,17 +253,20 @@ class Memory:
     @property
     def peak(self) -> float:
         """Of a GPU's memory, or of a process."""
-        kept = min(self._phases) - self.kept_buckets if self.phases_add else 0.0
-        return self.tensors + kept + self.overhead
+        if not self.phases_add:
+            return self.tensors + self.overhead
+        kept = min(self._phases) - self.kept_buckets
+        return HEAP * (self.tensors + kept) + self.overhead
 
     def as_dict(self) -> dict[str, float]:
         return {**asdict(self), "states": self.states, "tensors": self.tensors, "peak": self.peak}
 
 
 # Beside tensors. Of a GPU: the CUDA context, NCCL's buffers and cuBLAS's workspaces, assumed, not
-# measured. Of a CPU: Python with torch, transformers and DeepSpeed, fitted to a few runs
-# (docs/plan.md).
-OVERHEAD = {"cuda": 1.5 * 2**30, "cpu": 0.75 * 2**30}
+# measured. Of a CPU: Python with torch, transformers and DeepSpeed, and what glibc's heap holds for
+# each byte that was in use, both fitted to a few runs (docs/plan.md).
+OVERHEAD = {"cuda": 1.5 * 2**30, "cpu": 0.58 * 2**30}
+HEAP = 1.35
 
 
 def memory(
