@@ -8,16 +8,15 @@ calibration and classification all follow. DuckDB sorts it and spills to disk.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 import numpy as np
 
-from dti_dist.data.prepare.build import short_reason
-from dti_dist.errors import UserError
+from dti_dist.data.prepare import build
 from dti_dist.scoring.metrics import CALIBRATION_BINS
 
 _EPS = float(np.finfo(np.float64).eps)  # scikit-learn's log_loss clips float64 probabilities by it
@@ -186,19 +185,13 @@ def best_threshold(connection: duckdb.DuckDBPyConnection, targets: str) -> float
     return found[0]["threshold"] if found else None
 
 
-@contextmanager
-def sql_errors(doing: str) -> Iterator[None]:
+def sql_errors(doing: str) -> AbstractContextManager[None]:
     """Turn DuckDB's errors into UserErrors that say what failed, and why in short."""
-    try:
-        yield
-    except duckdb.OutOfMemoryException as error:
-        raise UserError(
-            f"{doing} ran out of memory or disk: {short_reason(error)}. Raise --memory-limit, or "
-            "free disk space where it spills: the run's eval folder, or for compare the folder "
-            "that TMPDIR names."
-        ) from error
-    except duckdb.Error as error:
-        raise UserError(f"{doing} failed: {short_reason(error)}") from error
+    return build.sql_errors(
+        doing,
+        "Raise --memory-limit, or free disk space where it spills: the run's eval folder, or for "
+        "compare the folder that TMPDIR names.",
+    )
 
 
 def rows(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from dti_dist.data.prepare.build import Workspace, sql_errors
 from dti_dist.data.samples import IntArray
 from dti_dist.scoring.request_files import Lists, RequestRows
 
+_MORE_ROOM = "Free disk space beside --out, or for a URL where TMPDIR points, or take more ranks."
 _COLUMNS = ["user_id", "item_ids", "labels", "timestamps", "target_start"]
 
 
@@ -54,7 +55,7 @@ class Histories:
         visible: bool = True,
     ):
         self._connection = workspace.connection
-        with sql_errors("looking up users"):
+        with sql_errors("looking up users", _MORE_ROOM):
             self._gather(wanted)
             self._read(dataset, visible)
             self._look_up(most)
@@ -123,7 +124,7 @@ class Histories:
 
     def of(self, first: int, end: int) -> FoundHistories:
         """Of requests first … end - 1."""
-        with sql_errors("looking up users"):
+        with sql_errors("looking up users", _MORE_ROOM):
             found: pa.Table = self._connection.sql(
                 f"SELECT * FROM found WHERE row >= {first} AND row < {end} ORDER BY row"
             ).to_arrow_table()

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -373,6 +374,21 @@ def test_every_odd_request_has_an_outcome(model, synthetic, catalogue, tmp_path,
         "1 histories were not in time order",
     ):
         assert line in said
+
+
+def test_a_full_disk_while_users_are_looked_up_says_what_this_command_can_do(
+    model, synthetic, catalogue, tmp_path, capsys, monkeypatch
+):
+    def full(histories, dataset, visible):
+        raise duckdb.OutOfMemoryException("Out of Memory Error: no space")
+
+    monkeypatch.setattr(Histories, "_read", full)
+    table = pa.table({"user_id": ["u1"], "candidates": [[catalogue[0]]]})
+    path = write(table, tmp_path / "requests.parquet")
+    _, said = score(capsys, model[0], path, tmp_path / "out", "--data", synthetic, expect=2)
+    assert "looking up users ran out of memory or disk" in said
+    assert "Free disk space beside --out" in said
+    assert "--memory-limit" not in said, "an option of other commands"
 
 
 GOOD = {"history_items": [["i1"]], "history_labels": [[1]], "candidates": [["i2"]]}

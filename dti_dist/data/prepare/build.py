@@ -54,6 +54,7 @@ from dti_dist.errors import UserError
 _INTERACTIONS_AT_A_TIME = 1 << 20
 # With it 100 million interactions took a process of 6.3 GiB; what stays free caches the spill.
 _MOST_MEMORY = 6 << 30
+_MORE_ROOM = "Raise --memory-limit, lower --threads, or free disk space beside the output."
 SET_UTC = "SET TimeZone = 'UTC'"  # for dates without a zone
 
 
@@ -246,14 +247,17 @@ def summary_notes(
 
 
 @contextmanager
-def sql_errors(doing: str) -> Iterator[None]:
-    """Turn DuckDB's errors into UserErrors: what failed, and DuckDB's own short reason."""
+def sql_errors(doing: str, advice: str = _MORE_ROOM) -> Iterator[None]:
+    """Turn DuckDB's errors into UserErrors: what failed, and DuckDB's own short reason.
+
+    Args:
+        advice: what to do where memory or disk ran out, as far as the command has options for it.
+    """
     try:
         yield
     except duckdb.OutOfMemoryException as error:
         raise UserError(
-            f"{doing} ran out of memory or disk: {short_reason(error)}. Raise --memory-limit, "
-            "lower --threads, or free disk space beside the output."
+            f"{doing} ran out of memory or disk: {short_reason(error)}. {advice}"
         ) from error
     except duckdb.Error as error:
         raise UserError(f"{doing} failed: {short_reason(error)}") from error
