@@ -19,11 +19,11 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from dti_dist.data.prepare.build import BuildOptions, open_workspace
-from dti_dist.scoring import kept
-from dti_dist.scoring.bootstrap import draw, intervals, read_groups
-from dti_dist.scoring.exact import measure
-from dti_dist.scoring.slices import measure_slices
+from dti_dist.evaluation import predictions_file
+from dti_dist.evaluation.bootstrap import draw, intervals, read_groups
+from dti_dist.evaluation.metrics import measure
+from dti_dist.evaluation.slices import measure_slices
+from dti_dist.sql import open_workspace
 
 AT_A_TIME = 1 << 20
 ITEMS = 100_000
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def synthetic(targets: int, per_user: int) -> Iterator[pa.RecordBatch]:
-    """Batches of kept.SCHEMA: about 4 % clicks, a month, probabilities that fit."""
+    """Batches of predictions_file.SCHEMA: about 4 % clicks, a month, probabilities that fit."""
     random = np.random.default_rng(0)
     for first in range(0, targets, AT_A_TIME):
         number = np.arange(first, min(first + AT_A_TIME, targets))
@@ -46,7 +46,9 @@ def synthetic(targets: int, per_user: int) -> Iterator[pa.RecordBatch]:
             row,
             (number % per_user).astype(np.int32),
         ]
-        yield pa.RecordBatch.from_arrays([pa.array(c) for c in columns], schema=kept.SCHEMA)
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(c) for c in columns], schema=predictions_file.SCHEMA
+        )
 
 
 def main() -> None:
@@ -67,15 +69,17 @@ def main() -> None:
 
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / "predictions.parquet"
-    about = kept.About("synthetic", "test", "streaming", "synthetic")
+    about = predictions_file.About("synthetic", "test", "streaming", "synthetic")
     batches = synthetic(args.targets, args.per_user)
-    timed("(writing synthetic predictions)", lambda: kept.write(batches, file, about))
+    timed("(writing synthetic predictions)", lambda: predictions_file.write(batches, file, about))
     print(f"{file.stat().st_size / args.targets:.1f} bytes a target")
-    options = BuildOptions(memory_limit=args.memory_limit, temp_directory=str(args.work))
-    with open_workspace(str(args.work / "evaluation"), options) as workspace:
+    with open_workspace(str(args.work), memory_limit=args.memory_limit) as workspace:
         connection = workspace.connection
         days = ", floor(timestamp / 86400)::BIGINT AS slice_0"
-        timed("reading", lambda: kept.load_targets(connection, file, days if args.slice else ""))
+        timed(
+            "reading",
+            lambda: predictions_file.load_targets(connection, file, days if args.slice else ""),
+        )
         figures = timed("metrics", lambda: measure(connection, "targets", 0.1))
         groups = timed(
             "sums of groups of users", lambda: read_groups(connection, "targets", figures["users"])

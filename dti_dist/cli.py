@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from dti_dist import __version__
 from dti_dist.console import say
-from dti_dist.errors import OtherRankFailed, UserError, told
+from dti_dist.errors import OtherRankFailed, UserError, message_of
 from dti_dist.redaction import redact
 from dti_dist.training.signals import listen
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OtherRankFailed as error:
         return error.exit_code
     except UserError as error:
-        say(f"dti-dist {args.command}: {told(error)}")
+        say(f"dti-dist {args.command}: {message_of(error)}")
         return error.exit_code
     except KeyboardInterrupt:
         say(f"dti-dist {args.command}: interrupted")
@@ -469,7 +469,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "doctor",
         _doctor,
-        "say what this machine has and lacks for a job, and how to mend it",
+        "say what this machine has and lacks for a job, and how to fix it",
         "torchrun --standalone --nproc-per-node 8 -m dti_dist doctor shop.yaml",
     )
     doctor.add_argument(
@@ -576,8 +576,8 @@ def _report_on(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from dti_dist.scoring.evaluate import Wanted, evaluate
-    from dti_dist.scoring.summary import as_json, figures_table, slices_table
+    from dti_dist.evaluation.evaluate import Wanted, evaluate
+    from dti_dist.evaluation.summary import as_json, figures_table, slices_table
 
     overrides = {"max_targets": args.max_targets} if args.max_targets else {}
     wanted = Wanted(
@@ -606,8 +606,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from dti_dist.scoring.compare import compare
-    from dti_dist.scoring.summary import as_json, comparison_table
+    from dti_dist.evaluation.compare import compare
+    from dti_dist.evaluation.summary import as_json, comparison_table
 
     found = compare(
         args.first, args.second, args.split, args.prompt, args.bootstrap, args.memory_limit
@@ -617,7 +617,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from dti_dist.scoring.score import ScoreOptions, score
+    from dti_dist.serving.score import ScoreOptions, score
 
     names = [field.name for field in fields(ScoreOptions)]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -740,7 +740,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from dti_dist.scoring.export import export
+    from dti_dist.export.export import export
 
     export(args.run_dir, args.out, args.checkpoint, args.dtype, args.adapter_only, args.license)
     say(f"exported to {args.out}")
@@ -751,16 +751,16 @@ def _doctor(args: argparse.Namespace) -> int:
     from dti_dist.config import load_config
 
     config = load_config(args.config, args.overrides) if args.config else None
-    from dti_dist.ranks import leave, meet
+    from dti_dist.ranks import join_process_group, leave_process_group
     from dti_dist.reporting.doctor import examine, table
 
     several = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
-    ranks = meet("auto", timeout_minutes=5, cpu_threads=1) if several else None
+    ranks = join_process_group("auto", timeout_minutes=5, cpu_threads=1) if several else None
     findings = examine(config, ranks)
     if ranks is None or ranks.is_main:
         if args.json:
             print(json.dumps([vars(finding) for finding in findings], indent=2))
         else:
             print(table(findings))
-    leave()
+    leave_process_group()
     return int(any(finding.verdict == "failure" for finding in findings))

@@ -483,7 +483,7 @@ def validate_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
         return RunConfig.model_validate({"data": {}, **raw})
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
-        raise UserError(f"{where}: {error.error_count()} setting(s) to mend:\n{faults}") from None
+        raise UserError(f"{where}: {error.error_count()} setting(s) to fix:\n{faults}") from None
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can fix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunFailed(UserError):
     exit_code = 1
 
 
-def told(error: UserError) -> str:
+def message_of(error: UserError) -> str:
     """The error's message, without the traceback that torch puts around a data worker's error."""
     message = str(error)
     if re.match(r"Caught \w+ in DataLoader worker process", message):

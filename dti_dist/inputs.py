@@ -18,7 +18,7 @@ from dti_dist.data import index as split_index
 from dti_dist.data import item_tokens
 from dti_dist.data.dataset import BadShard, Dataset
 from dti_dist.data.epochs import Order, plan_epochs
-from dti_dist.data.index import ALONE, Together
+from dti_dist.data.index import SINGLE_PROCESS, ProcessGroup
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import PackShape, pack_shape, with_shared_body
 from dti_dist.data.samples import make_samples
@@ -90,9 +90,9 @@ class Inputs:
         shuffle: bool = False,
         k: int | None = None,
         max_targets: int | None = None,
-        together: Together = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> StreamPlan:
-        """How a split becomes packs. All processes of `together` must call this at once.
+        """How a split becomes packs. All processes of `group` must call this at once.
 
         Args:
             k: targets per prompt where it differs from the config's; 1 is the sliding window.
@@ -109,26 +109,26 @@ class Inputs:
             sample,
             self.tokens,
             self.cache_dir,
-            together,
+            group,
             skip_bad=config.data.on_bad_shard == "skip",
         )
-        if index.left_out and together.rank == 0:
+        if index.left_out and group.rank == 0:
             rows = sum(entry.rows for entry in index.left_out)
             say(
                 f"{split}: {len(index.left_out):,} files or row groups, {rows:,} users, can't be "
-                f"read and are left out. Mend them and remove {index.folder} to have them read."
+                f"read and are left out. Fix them and remove {index.folder} to have them read."
             )
             for entry in index.left_out:
                 say(f"left out of {split}: {entry.reason}")
         index = index.first_users(max_targets, sample.k)
         slots = config.pack.readout_slots if k is None else None
-        shape = together.first_on_node(lambda: self._shape(split, index, sample, slots))
+        shape = group.first_on_node(lambda: self._shape(split, index, sample, slots))
         order = Order(config.data.shuffle_interactions, config.seed, shuffle)
         return StreamPlan(
             dataset=self.dataset,
             tokens=self.tokens,
             samples=SampleSettings(sample.context, sample.k, sample.min_context),
-            epochs=plan_epochs(index, shape, order, epochs, self.cache_dir, together),
+            epochs=plan_epochs(index, shape, order, epochs, self.cache_dir, group),
             skip_bad=config.data.on_bad_shard == "skip",
         )
 

@@ -107,7 +107,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def meet(device: str, timeout_minutes: int, cpu_threads: int | None) -> Ranks:
+def join_process_group(device: str, timeout_minutes: int, cpu_threads: int | None) -> Ranks:
     """Join the process group that torchrun, deepspeed, accelerate or srun laid out.
 
     One process alone is a group of one. Raises UserError where CUDA is asked for and absent.
@@ -137,7 +137,7 @@ def meet(device: str, timeout_minutes: int, cpu_threads: int | None) -> Ranks:
     return Ranks(rank, world, local_rank, local_world, chosen)
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Leave the process group, and leave the environment as it was."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -148,7 +148,7 @@ def leave() -> None:
 def end_process(code: int) -> NoReturn:
     """End a process whose ranks have met: run the exit functions, then leave at once.
 
-    Deepspeed keeps references to process groups, so Gloo's threads outlive `leave`. One that lets
+    Deepspeed keeps references to process groups, so Gloo's threads outlive the group. One that lets
     go of a tensor while the interpreter is being finalised aborts the process ("terminate called
     without an active exception"), and a job that is done would count as failed.
     """

@@ -19,7 +19,7 @@ def fault(text: str) -> str:
     with pytest.raises(UserError) as raised:
         validate_config(settings)
     first, *faults = str(raised.value).splitlines()
-    assert first == "config: 1 setting(s) to mend:"
+    assert first == "config: 1 setting(s) to fix:"
     (line,) = faults
     return line.strip()
 
@@ -155,7 +155,7 @@ def test_every_fault_is_listed():
     with pytest.raises(UserError) as raised:
         validate_config({**LEAST, "sample": {"context": 0, "targets": "x"}, "sed": 1})
     message = str(raised.value)
-    assert message.startswith("config: 3 setting(s) to mend:\n")
+    assert message.startswith("config: 3 setting(s) to fix:\n")
     assert all(key in message for key in ("sample.context:", "sample.targets:", "sed:"))
 
 

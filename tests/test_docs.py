@@ -6,6 +6,7 @@ import ast
 import re
 import runpy
 import shlex
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -178,31 +179,66 @@ def test_mask_picture_is_up_to_date():
     )
 
 
-# What each room may import of the package, as CONTRIBUTING.md says.
-COMMON = {"errors", "console", "config", "redaction"}
-MAY_IMPORT = {
-    "attention": {"attention", "errors"},
-    "data": {"data", *COMMON},
-    "model": {"model", "attention", "data", *COMMON},
-    "inputs": {"model", "data", *COMMON},
-    "scoring": {"scoring", "training", "inputs", "model", "data", "ranks", *COMMON},
-    "training": {"training", "scoring", "inputs", "model", "data", "ranks", *COMMON},
-    "reporting": {"reporting", "scoring", "training", "inputs", "model", "attention", "data"}
-    | {"ranks", *COMMON},
-    "reading": {"inputs", "data", *COMMON},
-    "benchmarks": {"benchmarks", "scoring", "inputs", "model", "attention", "data", "ranks"}
-    | COMMON,
+# The rooms of the package from the top down, as in CONTRIBUTING.md: each imports from those below.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"reporting"},
+    {"benchmarks", "export", "training"},
+    {"evaluation", "serving", "reading"},
+    {"runs"},
+    {"inputs"},
+    {"model"},
+    {"data"},
+    {"attention"},
+    {"config", "ranks", "sql"},
+    {"console", "files"},
+    {"redaction"},
+    {"errors"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    return module.removeprefix("dti_dist").lstrip(".").partition(".")[0]
+
+
+def imports(file: Path) -> list[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    found = []
+    for node in ast.walk(ast.parse(text(file))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            places = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [place if place in MODULES else node.module for place in places]
+    return sorted({name for name in found if name.startswith("dti_dist.")})
+
+
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+    for file in sorted((ROOT / "dti_dist").rglob("*.py"))
+    if file.name != "__init__.py"
 }
+WAYS_IN = {"dti_dist.training.__main__"}  # a file that is run, above all rooms
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_dependencies_point_one_way(room):
-    place = ROOT / "dti_dist" / room
-    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-    for file in files:
-        if file.name == "__main__.py":  # a way in, above all rooms
-            continue
-        for node in ast.walk(ast.parse(text(file))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dti_dist."):
-                imported = node.module.split(".")[1]
-                assert imported in MAY_IMPORT[room], f"{file}:{node.lineno} imports {node.module}"
+def test_every_room_has_its_floor():
+    assert {room_of(module) for module in MODULES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_from_the_floors_below(module):
+    room = room_of(module)
+    for imported in imports(MODULES[module]):
+        below = room_of(imported)
+        allowed = below == room or FLOOR[below] > FLOOR[room] or module in WAYS_IN
+        assert allowed, f"{module} imports {imported}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {module: imports(file) for module, file in MODULES.items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {error.args[1]}")

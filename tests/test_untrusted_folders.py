@@ -13,10 +13,12 @@ import torch
 from dti_dist.config import ModelConfig, StorageConfig, load_config
 from dti_dist.errors import UserError
 from dti_dist.model import sources
-from dti_dist.scoring.trained import choose_checkpoint, load_weights
+from dti_dist.runs import commits
+from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.trained import choose_checkpoint, load_weights
+from dti_dist.runs.unpickling import without_code
 from dti_dist.training import checkpoint
 from dti_dist.training.copying import CheckpointCopies
-from dti_dist.training.run_folder import RunFolder
 from tests.launching import write_config
 from tests.tiny import VOCABULARY, causal_lm, ctr_model
 
@@ -178,7 +180,7 @@ def commit(folder: Path, files: dict[str, bytes], listed: dict[str, bytes] | Non
     }
     state = {"step": 1, "base": None}
     content = {"step": 1, "world": 1, "state": state, "files": entries}
-    (folder / checkpoint.COMMIT).write_text(json.dumps(content))
+    (folder / commits.COMMIT).write_text(json.dumps(content))
     return folder
 
 
@@ -186,7 +188,7 @@ def test_a_commit_file_may_not_list_files_elsewhere(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "other").write_bytes(b"abc")
     commit(tmp_path / "checkpoints" / "step-00000001", {}, {"../../other": b"abc"})
-    complete, passed_over = checkpoint.complete_checkpoints(tmp_path / "checkpoints")
+    complete, passed_over = commits.complete_checkpoints(tmp_path / "checkpoints")
     assert not complete
     assert passed_over == [
         "step-00000001: commit.json lists '../../other', which is outside of the checkpoint"
@@ -215,7 +217,7 @@ def test_a_copy_may_not_write_elsewhere(synthetic, tmp_path, capsys, name):
 def test_a_file_of_the_best_checkpoint_that_names_none_is_refused(tmp_path, content):
     run = RunFolder(tmp_path)
     commit(run.checkpoints / "step-00000001", {})
-    (run.checkpoints / checkpoint.BEST).write_text(content)
+    (run.checkpoints / commits.BEST).write_text(content)
     with pytest.raises(UserError, match=r"best\.json can't be read: .* Remove it"):
         choose_checkpoint(run, "best")
     assert choose_checkpoint(run, "last").step == 1
@@ -241,10 +243,10 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, proof):
 
 def test_reading_tensors_alone_ends_with_its_block(tmp_path, proof, monkeypatch):
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
-    with checkpoint.without_code():
+    with without_code():
         torch.save({"a": torch.ones(2), "b": [1, "x", None]}, tmp_path / "plain.pt")
         torch.load(tmp_path / "plain.pt", weights_only=False)
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
-    with pytest.raises(UserError, match="by another program"), checkpoint.without_code():
+    with pytest.raises(UserError, match="by another program"), without_code():
         torch.load(tmp_path / "check.pt", weights_only=False)
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

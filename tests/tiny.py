@@ -160,6 +160,6 @@ def ctr_model(
 def logits_by_target(model: CTRModel, batch: Batch) -> dict[tuple[int, int], torch.Tensor]:
     """(row, position) of each target → its logit, with gradient."""
     logits = model(batch)
-    used = batch.weights > 0
+    used = batch.used > 0
     keys = zip(batch.target_row[used].tolist(), batch.target_position[used].tolist(), strict=True)
     return dict(zip(keys, logits[used], strict=True))

@@ -76,7 +76,7 @@ class SampleDigest:
             if batch.shared is not None:
                 body = body[batch.shared.source[pack].numpy()]
             used = int((batch.unit[pack, : batch.length] >= 0).sum())
-            label_at = batch.readout_end[pack][batch.weights[pack] > 0].numpy()
+            label_at = batch.readout_end[pack][batch.used[pack] > 0].numpy()
             starts = np.flatnonzero(batch.positions[pack, :used].numpy() == 0)
             tokens = np.insert(body[:used], label_at, self.sum_id).astype("<i4")
             bounds = starts + np.searchsorted(label_at, starts)

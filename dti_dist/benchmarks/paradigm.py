@@ -188,7 +188,7 @@ def _step(
 
     def step() -> _Taken:
         batch = next(turn)
-        tokens = batch.body_tokens + int(batch.weights.sum())
+        tokens = batch.body_tokens + int(batch.used.sum())
         say(f"{name}: {batch.step_targets:,} targets, {tokens:,} tokens")
         loss = click_loss(model(batch), batch) / max(batch.step_targets, 1)
         loss.backward()

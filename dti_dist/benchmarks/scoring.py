@@ -16,14 +16,14 @@ from dti_dist.benchmarks import measure
 from dti_dist.config import RunConfig, validate_config
 from dti_dist.console import say
 from dti_dist.data.dataset import iter_sequences
-from dti_dist.data.requests import RawRequests, Requests, cut_requests
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.template import Template
 from dti_dist.inputs import Inputs
 from dti_dist.ranks import choose_device
-from dti_dist.scoring.item_texts import ItemTexts
-from dti_dist.scoring.pretrained import Pretrained
-from dti_dist.scoring.scorer import Scorer
+from dti_dist.serving.item_texts import ItemTexts
+from dti_dist.serving.pretrained import Pretrained
+from dti_dist.serving.requests import RawRequests, Requests, cut_requests
+from dti_dist.serving.scorer import Scorer
 
 BASELINE = "one prompt per candidate"
 # Name → policy, whether candidates share their context, and whether item states are there before.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dti_dist.console import progress
 from dti_dist.data import array_folder
-from dti_dist.data.index import ALONE, SplitIndex, Together
+from dti_dist.data.index import SINGLE_PROCESS, ProcessGroup, SplitIndex
 from dti_dist.data.packing import PackShape, assign_packs
 from dti_dist.data.samples import IntArray
 
@@ -36,7 +36,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Window:
-    """Row groups that are in memory together, and which of their samples lie in each pack.
+    """Row groups that are in memory group, and which of their samples lie in each pack.
 
     Attributes:
         row_groups: indexes into SplitIndex.row_groups, in reading order.
@@ -134,11 +134,11 @@ def plan_epochs(
     order: Order,
     epochs: int,
     cache_dir: Path,
-    together: Together = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[EpochPlan, ...]:
     """Open the plans of a run's epochs from the cache, or make them, so that steps are exact.
 
-    All processes of `together` must call this at once; they share the work.
+    All processes of `group` must call this at once; they share the work.
     """
     different = epochs if order.shuffle else min(epochs, 1)
     folders = [cache_dir / f"packs-{_mark(index, shape, order, e)}" for e in range(different)]
@@ -146,16 +146,16 @@ def plan_epochs(
     def missing() -> set[int]:
         return {e for e, folder in enumerate(folders) if array_folder.load(folder) is None}
 
-    to_make = sorted(set().union(*together.each(missing)))
+    to_make = sorted(set().union(*group.each(missing)))
     if to_make:
         places = [
             (epoch, number, row_groups)
             for epoch in to_make
             for number, row_groups in enumerate(_windows(index, order, epoch))
         ]
-        mine = places[together.rank :: together.world]
-        shares = together.each(lambda: _count(index, shape, order, mine, together.rank == 0))
-        together.first_on_node(lambda: _keep(folders, to_make, places, shares))
+        mine = places[group.rank :: group.world]
+        shares = group.each(lambda: _count(index, shape, order, mine, group.rank == 0))
+        group.first_on_node(lambda: _keep(folders, to_make, places, shares))
     made = []
     for epoch in range(epochs):
         stored = array_folder.load(folders[min(epoch, different - 1)])

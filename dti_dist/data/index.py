@@ -27,7 +27,7 @@ _FEWEST_SHOWN = 20  # row groups: fewer are read before a bar could be seen
 T = TypeVar("T")
 
 
-class Together(Protocol):
+class ProcessGroup(Protocol):
     """Processes that build at once and share the work; `dti_dist.ranks.Ranks` is one."""
 
     @property
@@ -45,7 +45,7 @@ class Together(Protocol):
         ...
 
 
-class _Alone:
+class _SingleProcess:
     rank, world = 0, 1
 
     def each(self, make: Callable[[], T]) -> list[T]:
@@ -55,7 +55,7 @@ class _Alone:
         return make()
 
 
-ALONE = _Alone()
+SINGLE_PROCESS = _SingleProcess()
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,12 @@ def load_or_build(
     sample: SampleConfig,
     tokens: ItemTokens,
     cache_dir: Path,
-    together: Together = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     skip_bad: bool = False,
 ) -> SplitIndex:
     """Open the split's index from the cache, or read the split once and build it.
 
-    All processes of `together` must call this at once; they share the reading. Safe when several
+    All processes of `group` must call this at once; they share the reading. Safe when several
     jobs build at once.
 
     Args:
@@ -190,16 +190,16 @@ def load_or_build(
     # What was left out once stays left out while a run may skip, so that its order stays.
     readable = whole.with_name(f"{whole.name}-readable")
     for folder in [readable, whole] if skip_bad else [whole]:
-        marks = set(together.each(partial(_fingerprint_at, folder)))
+        marks = set(group.each(partial(_fingerprint_at, folder)))
         if len(marks) == 1 and None not in marks:  # the caches of all nodes agree
             return _open(folder)
     parts = dataset.parts(split)
     # The footers first: a part can hold half of the data, so parts are no fair share.
-    mine = range(together.rank, len(parts), together.world)
-    footers = together.each(lambda: [_row_groups(dataset, parts[at]) for at in mine])
+    mine = range(group.rank, len(parts), group.world)
+    footers = group.each(lambda: [_row_groups(dataset, parts[at]) for at in mine])
     places, left_out = _places(parts, _in_order(footers, len(parts)), skip_bad)
-    rank, world = together.rank, together.world
-    shares = together.each(
+    rank, world = group.rank, group.world
+    shares = group.each(
         lambda: _index_share(dataset, split, sample, tokens, places[rank::world], skip_bad, rank)
     )
     found = _in_order(shares, len(places))
@@ -214,7 +214,7 @@ def load_or_build(
         if isinstance(sizes, _Sizes)
     ]
     folder = readable if left_out else whole
-    together.first_on_node(lambda: _keep(folder, good, left_out))
+    group.first_on_node(lambda: _keep(folder, good, left_out))
     return _open(folder)
 
 

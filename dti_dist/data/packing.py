@@ -149,7 +149,8 @@ class Pack:
         prefix_start, prefix_end: [U] body span of the sample's prefix; empty without one.
         readout_end: [S] where what a slot may see ends: its target's label token.
         unit_place: [U] of candidates after one context, the first of them; None without candidates.
-        labels, weights: [S] float32 label, and 1 for used slots.
+        labels: [S] float32, 0 or 1.
+        used: [S] float32, 1 for slots with a target, 0 for the others.
         target_row, target_position: [S] which interaction of the split is the target; -1 unused.
         body_tokens: tokens without padding that the layers run on, slots not counted.
         shared: the body where equal interactions are shared; else the L tokens are the body.
@@ -164,7 +165,7 @@ class Pack:
     prefix_end: npt.NDArray[np.int32]
     readout_end: npt.NDArray[np.int32]
     labels: npt.NDArray[np.float32]
-    weights: npt.NDArray[np.float32]
+    used: npt.NDArray[np.float32]
     target_row: npt.NDArray[np.int64]
     target_position: npt.NDArray[np.int32]
     body_tokens: int
@@ -173,7 +174,7 @@ class Pack:
 
     @property
     def targets(self) -> int:
-        return int(self.weights.sum())
+        return int(self.used.sum())
 
 
 def build_pack(
@@ -283,7 +284,7 @@ def build_pack(
         prefix_end=prefix_end,
         readout_end=tail(readout_end, 0, np.int32),
         labels=tail(labels[target], 0, np.float32),
-        weights=tail(1, 0, np.float32),
+        used=tail(1, 0, np.float32),
         target_row=tail(block.rows[samples.row[sample[target]]], -1, np.int64),
         target_position=tail(position_in_row[target], -1, np.int32),
         body_tokens=body_tokens if shared is None else len(shared.tokens),

@@ -77,7 +77,7 @@ class Batch:
     prefix_end: torch.Tensor
     readout_end: torch.Tensor
     labels: torch.Tensor
-    weights: torch.Tensor
+    used: torch.Tensor
     target_row: torch.Tensor
     target_position: torch.Tensor
     body_tokens: int
@@ -135,7 +135,7 @@ class Batch:
             prefix_end=stack_padded("prefix_end", units),
             readout_end=stack("readout_end"),
             labels=stack("labels"),
-            weights=stack("weights"),
+            used=stack("used"),
             target_row=stack("target_row"),
             target_position=stack("target_position"),
             body_tokens=sum(pack.body_tokens for pack in packs),

@@ -222,4 +222,4 @@ def layout_of(batch: Batch) -> PackLayout:
 def click_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Sum of the binary cross-entropies of the used [SUM] slots, in float32."""
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-    return (losses * batch.weights).sum()
+    return (losses * batch.used).sum()

@@ -16,7 +16,7 @@ from dti_dist.console import say
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import click_loss
-from dti_dist.ranks import Ranks, leave, meet
+from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.reporting.gpus import rank_threads
 from dti_dist.training.engine import start_engine
 from dti_dist.training.tracking import memory_gib
@@ -68,7 +68,7 @@ def calibrate(config: RunConfig, inputs: Inputs, plan: StreamPlan, world: int) -
     micro_steps = min(training.global_batch_packs // (world * packs), _MICRO_STEPS)
     alone = training.model_copy(update={"global_batch_packs": packs * micro_steps})
     threads = training.cpu_threads or rank_threads(world)
-    ranks = meet(training.device, training.collective_timeout_minutes, threads)
+    ranks = join_process_group(training.device, training.collective_timeout_minutes, threads)
     try:
         say(f"calibrating: {_STEPS + 1} steps of {micro_steps} x {packs} packs on {ranks.device}")
         model = inputs.untrained_model().train()
@@ -78,7 +78,7 @@ def calibrate(config: RunConfig, inputs: Inputs, plan: StreamPlan, world: int) -
         stream = PackStream(plan, Share(packs * micro_steps, packs))
         return _measure(engine, stream, ranks, micro_steps)
     finally:
-        leave()
+        leave_process_group()
 
 
 def _measure(engine: Any, stream: PackStream, ranks: Ranks, micro_steps: int) -> Calibration:

@@ -37,13 +37,13 @@ class Finding:
     """One line.
 
     Attributes:
-        mend: what to do where it is not fine.
+        fix: what to do where it is not fine.
     """
 
     verdict: Literal["fine", "warning", "failure"]
     what: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(config: RunConfig | None, ranks: Ranks | None) -> list[Finding]:
@@ -71,8 +71,8 @@ def table(findings: list[Finding]) -> str:
     lines = []
     for finding in findings:
         lines.append(f"{finding.verdict:<8} {finding.what}: {finding.found}")
-        if finding.mend:
-            lines.append(f"         → {finding.mend}")
+        if finding.fix:
+            lines.append(f"         → {finding.fix}")
     return "\n".join(lines)
 
 
@@ -110,8 +110,8 @@ def _packages() -> Iterator[Finding]:
         if not requirement.specifier.contains(version.split("+")[0], prereleases=True):
             wrong.append(f"{requirement.name} {version}, expected {requirement.specifier}")
     if wrong:
-        mend = "pip install --constraint constraints.txt --editable ."
-        yield Finding("failure", "packages", "; ".join(wrong), mend)
+        fix = "pip install --constraint constraints.txt --editable ."
+        yield Finding("failure", "packages", "; ".join(wrong), fix)
     else:
         shown = [
             name for name in names if name.split()[0] in ("torch", "deepspeed", "transformers")
@@ -291,8 +291,8 @@ def _clocks(ranks: Ranks) -> list[Finding]:
     hosts = len(set(ranks.each(socket.gethostname)))
     found = f"{best * 1e3:.0f} ms apart on {ranks.world} ranks of {hosts} machine(s)"
     if best > _SKEW_S:
-        mend = "Start a time service (chrony) on all machines: object stores refuse old requests."
-        return [Finding("warning", "clocks", found, mend)]
+        fix = "Start a time service (chrony) on all machines: object stores refuse old requests."
+        return [Finding("warning", "clocks", found, fix)]
     return [Finding("fine", "clocks", found)]
 
 
@@ -300,20 +300,20 @@ def _disks(config: RunConfig) -> Iterator[Finding]:
     run = Path(config.run_dir).absolute()
     there = next(path for path in (run, *run.parents) if path.exists())
     if not os.access(there, os.W_OK):
-        mend = "Choose another run_dir, or have its rights changed."
-        yield Finding("failure", "run_dir", f"{there} may not be written to", mend)
+        fix = "Choose another run_dir, or have its rights changed."
+        yield Finding("failure", "run_dir", f"{there} may not be written to", fix)
         return
     free = shutil.disk_usage(there).free / GIB
     checkpoints = config.checkpoints.keep_last + 2  # the best one, and the one being written
-    from dti_dist.training.checkpoint import complete_checkpoints
+    from dti_dist.runs.commits import complete_checkpoints
 
     complete = complete_checkpoints(run / "checkpoints")[0]
     if complete:
         need = checkpoints * complete[-1].size / GIB
         found = f"{free:.1f} GiB free in {there}; {checkpoints} checkpoints take {need:.1f} GiB"
         if free + len(complete) * complete[-1].size / GIB < need:
-            mend = "Free space, lower checkpoints.keep_last, or choose another run_dir."
-            yield Finding("failure", "run_dir", found, mend)
+            fix = "Free space, lower checkpoints.keep_last, or choose another run_dir."
+            yield Finding("failure", "run_dir", found, fix)
             return
         yield Finding("fine", "run_dir", found)
     else:
@@ -339,8 +339,8 @@ def _stores(config: RunConfig) -> Iterator[Finding]:
             found = f"{redact(config.data.path)} answers in {took:.0f} ms"
             yield Finding("fine", "data.path", found)
         else:
-            mend = "dti-dist prepare makes a data set; or mend data.path."
-            yield Finding("failure", "data.path", f"{redact(file)} does not exist", mend)
+            fix = "dti-dist prepare makes a data set; or fix data.path."
+            yield Finding("failure", "data.path", f"{redact(file)} does not exist", fix)
     copy_to = config.checkpoints.copy_to
     if copy_to is None:
         return

@@ -138,7 +138,7 @@ def _this_machine(ranks: int, threads: int | None) -> Gpu:
 
 
 def rank_threads(ranks: int) -> int:
-    """Threads of each of so many ranks on this machine, as `dti_dist.ranks.meet` gives them."""
+    """Threads of each of so many ranks on this machine; see ranks.join_process_group."""
     return max((os.cpu_count() or 1) // ranks, 1)
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dti_dist.config import RunConfig
 from dti_dist.data.storage import is_local
 from dti_dist.errors import UserError
-from dti_dist.training.run_folder import RunFolder
+from dti_dist.runs.folder import RunFolder
 
 Values = npt.NDArray[np.float64]
 Line = dict[str, Any]

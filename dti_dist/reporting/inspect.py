@@ -37,7 +37,7 @@ from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import layout_of
 from dti_dist.model.sources import load_model_config
-from dti_dist.training.run_folder import RunFolder
+from dti_dist.runs.folder import RunFolder
 
 MOST_TARGETS = 12  # the rows and columns of more can't be told apart on a page
 _MOST_CONTEXT = 24  # interactions before the shown targets that get a line each
@@ -341,7 +341,7 @@ class _OpenedPack:
             units,
             first,
             stands,
-            int(batch.weights[0].sum()),
+            int(batch.used[0].sum()),
         )
 
     @property

@@ -27,9 +27,9 @@ from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, LinearHead, click_loss
 from dti_dist.ranks import choose_device
-from dti_dist.scoring.trained import choose_checkpoint, trained_model
-from dti_dist.training import checkpoint
-from dti_dist.training.run_folder import RunFolder
+from dti_dist.runs import commits
+from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.trained import choose_checkpoint, trained_model
 
 # In float64 what is left is the rounding of rotary tables, where a family keeps them in float32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -190,7 +190,7 @@ class _Subject:
     def logits(self, batches: list[Batch]) -> Logits:
         found: Logits = {}
         for batch in batches:
-            used = batch.weights > 0
+            used = batch.used > 0
             keys = zip(
                 batch.target_row[used].tolist(), batch.target_position[used].tolist(), strict=True
             )
@@ -202,7 +202,7 @@ class _Subject:
         for batch in self.streaming:
             before = self.logits([batch])
             for b in range(len(batch.tokens)):
-                used = int(batch.weights[b].sum())
+                used = int(batch.used[b].sum())
                 for slot in np.linspace(0, used - 1, min(_EDITS_PER_PACK, used)).astype(int):
                     yield batch, before, b, int(slot)
 
@@ -264,11 +264,11 @@ class _Subject:
         compared, largest = 0, 0.0
         for batch in self.streaming:
             before = self.logits([batch])
-            unit, weights = batch.unit.clone(), batch.weights.clone()
+            unit, used = batch.unit.clone(), batch.used.clone()
             removed = slice(batch.length, None, 2)  # every other [SUM]
             unit[:, removed] = -1
-            weights[:, ::2] = 0
-            after = self.logits([replace(batch, unit=unit, weights=weights)])
+            used[:, ::2] = 0
+            after = self.logits([replace(batch, unit=unit, used=used)])
             compared += len(after)
             largest = max([largest, *(abs(after[key] - before[key]) for key in after)])
         return Check("removing a [SUM] changes no other prediction", compared, largest, self.close)
@@ -334,7 +334,7 @@ class _Subject:
 
 
 def _model(inputs: Inputs, run: RunFolder) -> CTRModel:
-    if checkpoint.complete_checkpoints(run.checkpoints)[0]:
+    if commits.complete_checkpoints(run.checkpoints)[0]:
         commit = choose_checkpoint(run, "best")
         say(f"model: {run.path}, {commit.folder.name}")
         return trained_model(inputs, commit)

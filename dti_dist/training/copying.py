@@ -17,8 +17,8 @@ from dti_dist.console import say
 from dti_dist.data import storage
 from dti_dist.data.retrying import reason_of
 from dti_dist.errors import UserError
-from dti_dist.training.checkpoint import COMMIT, complete_checkpoints, leads_out, tag
-from dti_dist.training.run_folder import RunFolder, refuse_other_settings
+from dti_dist.runs.commits import COMMIT, complete_checkpoints, leads_out, tag
+from dti_dist.runs.folder import RunFolder, refuse_other_settings
 
 _CONFIG = "config.yaml"
 

@@ -16,12 +16,14 @@ from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan, batches
 from dti_dist.errors import OtherRankFailed, RunFailed, UserError
+from dti_dist.evaluation.predict import Predictions, predict
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import click_loss
 from dti_dist.model.lora import base_fingerprint
-from dti_dist.ranks import Ranks, leave, meet
+from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.redaction import redact
-from dti_dist.scoring.predict import Predictions, predict
+from dti_dist.runs import commits
+from dti_dist.runs.folder import RunFolder
 from dti_dist.training import checkpoint
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import (
@@ -32,7 +34,6 @@ from dti_dist.training.engine import (
 )
 from dti_dist.training.memory import is_out_of_memory, out_of_memory
 from dti_dist.training.nonfinite import write_diagnosis
-from dti_dist.training.run_folder import RunFolder
 from dti_dist.training.signals import STOPPED_BY_SIGNAL, StopSignal
 from dti_dist.training.trackers import Trackers, check_packages
 from dti_dist.training.tracking import (
@@ -61,7 +62,9 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
     """
     settings = config.training
     stop = StopSignal()  # first of all: a signal while ranks meet is not lost
-    ranks = meet(settings.device, settings.collective_timeout_minutes, settings.cpu_threads)
+    ranks = join_process_group(
+        settings.device, settings.collective_timeout_minutes, settings.cpu_threads
+    )
     micro_steps_per_step(settings, ranks.world)  # refuse a bad batch before any work
     folder = RunFolder(config.run_dir)
     watchdog = Watchdog(ranks, settings.watchdog_minutes, folder.stacks)
@@ -83,7 +86,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         stop.restore()
         folder.release()
         if not waits_for_others:  # else the watchdog ends this process, should its end hang
-            leave()
+            leave_process_group()
             watchdog.close()
 
 
@@ -157,11 +160,9 @@ class _Trainer:
         config, ranks = self.config, self.ranks
         ranks.each(self._prepare_folder)
         inputs = ranks.first_on_node(lambda: Inputs.open(config, self.folder.tokenizer))
-        plan = inputs.stream_plan(
-            "train", epochs=config.training.epochs, shuffle=True, together=ranks
-        )
+        plan = inputs.stream_plan("train", epochs=config.training.epochs, shuffle=True, group=ranks)
         validation = inputs.stream_plan(
-            "valid", max_targets=config.validation.max_targets, together=ranks
+            "valid", max_targets=config.validation.max_targets, group=ranks
         )
         steps_per_epoch = plan.steps_per_epoch(config.training.global_batch_packs)
         ends = [sum(steps_per_epoch[: epoch + 1]) for epoch in range(len(steps_per_epoch))]
@@ -210,7 +211,7 @@ class _Trainer:
         commit = checkpoint.newest(self.folder.checkpoints, self.ranks)
         if commit is not None:
             state = dict(commit.state)
-            checkpoint.check_base(commit, self.base)
+            commits.check_base(commit, self.base)
             self._check_data(commit, state.pop("data")["fingerprint"])
             checkpoint.load(self.engine, commit, self.ranks)
             state.pop("base")
@@ -221,7 +222,7 @@ class _Trainer:
             if self.ranks.is_main:
                 say(f"resuming from {commit.folder.name}, {commit.folder}")
 
-    def _check_data(self, commit: checkpoint.Commit, trained_on: str) -> None:
+    def _check_data(self, commit: commits.Commit, trained_on: str) -> None:
         if trained_on != self.data:
             raise UserError(
                 f"Checkpoint {commit.folder} counts its steps in other data: expected the index "
@@ -306,7 +307,7 @@ class _Trainer:
         if not saved:
             raise RunFailed(
                 f"Training reached step {progress.step:,}, and its last checkpoint could not be "
-                "written, as said above. Mend that and start the same command again: it goes on "
+                "written, as said above. Fix that and start the same command again: it goes on "
                 "from the newest complete checkpoint."
             )
         return 0
@@ -379,7 +380,7 @@ class _Trainer:
             batches.append(on_device)
             loss = click_loss(engine(on_device), on_device)
             loss_sum += loss.detach()
-            tokens += batch.body_tokens + int(batch.weights.sum())
+            tokens += batch.body_tokens + int(batch.used.sum())
             # DeepSpeed averages over ranks and micro-steps; a mean over the step's targets is asked
             # for, however they are spread.
             scale = ranks.world * micro_steps / batch.step_targets
@@ -533,7 +534,7 @@ class _Trainer:
                 metrics.write({"step": step, "checkpoint": {"seconds": seconds, "bytes": size}})
         if self.ranks.is_main:
             if best is not None:
-                checkpoint.mark_best(folder, step, self.config.validation.metric, best)
+                commits.mark_best(folder, step, self.config.validation.metric, best)
             if self.copies:
                 self.copies.submit(step)
             in_use = self.copies.in_use() if self.copies else set()
@@ -542,16 +543,14 @@ class _Trainer:
 
     def _save_failed(self, error: checkpoint.SaveFailed, metrics: MetricsFile | None) -> None:
         step = self.save_failed_at = self.progress.step
-        before = (
-            f"{checkpoint.tag(self.saved_at)} is kept" if self.saved_at else "there is none yet"
-        )
+        before = f"{commits.tag(self.saved_at)} is kept" if self.saved_at else "there is none yet"
         message = (
             f"The checkpoint of step {step:,} could not be written: {error}. What was written of "
             f"it is removed; of the complete ones {before}."
         )
         if self.config.checkpoints.on_failed_save == "stop":
             raise RunFailed(
-                f"{message} Free space or mend the disk, and start the same command again; with "
+                f"{message} Free space or fix the disk, and start the same command again; with "
                 "checkpoints.on_failed_save=go_on it would have gone on."
             )
         if self.ranks.is_main:
@@ -562,7 +561,7 @@ class _Trainer:
 
 def _figures(found: Predictions) -> dict[str, Any]:
     # Scikit-learn and torchmetrics take seconds to import, and only one rank needs them.
-    from dti_dist.scoring.metrics import click_metrics
+    from dti_dist.evaluation.quick_metrics import click_metrics
 
     return click_metrics(found.label, found.probability, found.row)
 

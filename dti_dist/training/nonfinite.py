@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dti_dist.data.stream import Batch
+from dti_dist.files import write_atomically
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.training.checkpoint import write_atomically
 
 _LARGEST = 20  # parameters that are listed
 
@@ -51,7 +51,7 @@ def write_diagnosis(
 
 
 def _targets(batch: Batch, logits: torch.Tensor) -> list[dict[str, Any]]:
-    used = batch.weights.cpu() > 0
+    used = batch.used.cpu() > 0
     labels = batch.labels.cpu()[used].float()
     losses = nn.functional.binary_cross_entropy_with_logits(logits[used], labels, reduction="none")
     columns = {

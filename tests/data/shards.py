@@ -24,7 +24,7 @@ from dti_dist.model.tokenizer import add_sum_token, train_tokenizer
 
 
 class Threads:
-    """Ranks that are threads of this process: what Together asks for, without a process group."""
+    """Ranks that are threads of this process: a ProcessGroup without processes."""
 
     def __init__(self, world: int):
         self.world = world

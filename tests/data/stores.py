@@ -50,10 +50,10 @@ def rows(dataset: Dataset, split: str = "train") -> list[dict]:
     return [row for batch in iter_sequences(dataset, split) for row in batch.rows.to_pylist()]
 
 
-def interrupted(server, batches_of, at: int, fault, mend, after_s: float):
-    """All batches, with a fault after the first `at` that is mended some seconds later."""
+def interrupted(server, batches_of, at: int, fault, fix, after_s: float):
+    """All batches, with a fault after the first `at` that is fixed some seconds later."""
     found = []
-    timer = threading.Timer(after_s, mend)
+    timer = threading.Timer(after_s, fix)
     for number, batch in enumerate(batches_of):
         found.append(batch)
         if number + 1 == at:

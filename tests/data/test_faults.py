@@ -58,8 +58,8 @@ def targets(stream) -> list[tuple[int, int]]:
         (row, position)
         for batch in stream
         for row, position in zip(
-            batch.target_row[batch.weights > 0].tolist(),
-            batch.target_position[batch.weights > 0].tolist(),
+            batch.target_row[batch.used > 0].tolist(),
+            batch.target_position[batch.used > 0].tolist(),
             strict=True,
         )
     ]

@@ -126,7 +126,7 @@ def plain_pack(samples, block, tokens, shape):
         "prefix_end": list(unit_columns[3]),
         "readout_end": tail("readout_end", 0),
         "labels": tail("labels", 0.0),
-        "weights": padded([1.0] * len(slots), shape.slots, 0.0),
+        "used": padded([1.0] * len(slots), shape.slots, 0.0),
         "target_row": tail("target_row", -1),
         "target_position": tail("target_position", -1),
         "body_tokens": len(body),

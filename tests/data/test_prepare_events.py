@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from dti_dist.data import storage
 from dti_dist.data.dataset import SPLITS, Dataset, iter_sequences
-from dti_dist.data.prepare.build import BuildOptions, build_dataset, open_workspace
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.errors import UserError
+from dti_dist.sql import open_workspace
 
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title",))
 START = 1_700_000_000
@@ -451,7 +452,7 @@ def test_missing_mixed_and_broken_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("limit", "most"), [(None, 6.0), ("2GiB", 2.0)])
 def test_memory_is_bounded_on_any_machine(tmp_path, limit, most):
-    with open_workspace(str(tmp_path / "out"), BuildOptions(memory_limit=limit)) as workspace:
+    with open_workspace(str(tmp_path), memory_limit=limit) as workspace:
         found = workspace.connection.sql("SELECT current_setting('memory_limit')").fetchall()[0][0]
     number, unit = found.split()
     assert unit == "MiB" or float(number) <= most

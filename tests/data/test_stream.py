@@ -63,7 +63,7 @@ def packs_of(batch):
         for row, position, used, tokens in zip(
             batch.target_row,
             batch.target_position,
-            batch.weights > 0,
+            batch.used > 0,
             batch.tokens,
             strict=True,
         )
@@ -207,7 +207,7 @@ def test_every_target_comes_exactly_once_in_an_epoch_with_its_label(plan, datase
     expected = all_targets(dataset)
     found = [{} for _ in made.epochs]
     for batch in read(made, Share(G, G)):
-        used = batch.weights > 0
+        used = batch.used > 0
         keys = zip(
             batch.target_row[used].tolist(), batch.target_position[used].tolist(), strict=True
         )
@@ -230,7 +230,7 @@ def test_the_tail_of_an_epoch_is_packs_of_zero_weight(plan, G):
     assert made.steps_per_epoch(G) == [-(-count // G) for count in packs]
     whole = read(made, Share(G, 1))
     for epoch, count in enumerate(packs):
-        weights = [float(batch.weights.sum()) for batch in whole if batch.epoch == epoch]
+        weights = [float(batch.used.sum()) for batch in whole if batch.epoch == epoch]
         assert len(weights) % G == 0
         assert len(weights) - count < G
         assert all(weight > 0 for weight in weights[:count])
@@ -239,9 +239,9 @@ def test_the_tail_of_an_epoch_is_packs_of_zero_weight(plan, G):
 
 def test_an_epoch_may_be_smaller_than_one_step(plan):
     (batch,) = read(plan(), Share(1000, 1000))
-    assert batch.step_targets == int(batch.weights.sum())
+    assert batch.step_targets == int(batch.used.sum())
     others = [read(plan(), Share(1000, 10, rank, 100))[0] for rank in (0, 99)]
-    assert [int(other.weights.sum()) > 0 for other in others] == [True, False]
+    assert [int(other.used.sum()) > 0 for other in others] == [True, False]
     assert {other.step_targets for other in others} == {batch.step_targets}
 
 
@@ -410,7 +410,7 @@ def test_shapes_are_constants_of_the_run(plan):
     L, S = made.shape.length, made.shape.slots
     for batch in read(made, ONE_RANK):
         assert batch.tokens.shape == batch.positions.shape == batch.unit.shape == (4, L + S)
-        assert batch.labels.shape == batch.weights.shape == batch.readout_end.shape == (4, S)
+        assert batch.labels.shape == batch.used.shape == batch.readout_end.shape == (4, S)
         assert batch.unit_start.shape[1] == batch.unit_first.shape[1] + 1
         assert batch.unit_first.shape[1] % 64 == 0
     again = pack_shape(256, None, made.index.tokens, made.index.targets)

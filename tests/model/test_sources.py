@@ -139,8 +139,8 @@ class TestSmolLM2:
         from transformers import AutoModelForCausalLM
 
         from dti_dist.config import AttentionConfig
+        from dti_dist.export.export import hugging_face_model
         from dti_dist.model.ctr_model import CTRModel
-        from dti_dist.scoring.export import hugging_face_model
 
         ctr = CTRModel(model, "yes_no", (1, 2), 4, AttentionConfig())
         hugging_face_model(ctr).save_pretrained(tmp_path)

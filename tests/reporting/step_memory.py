@@ -25,7 +25,7 @@ from dti_dist.config import load_config
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import click_loss
-from dti_dist.ranks import end_process, leave, meet
+from dti_dist.ranks import end_process, join_process_group, leave_process_group
 from dti_dist.reporting.plan import plan
 from dti_dist.training.engine import start_engine
 
@@ -97,12 +97,12 @@ def measure(config, ranks, folder):
 
 def main(path, *overrides):
     config = load_config(path, list(overrides))
-    ranks = meet("cpu", 10, 1)
+    ranks = join_process_group("cpu", 10, 1)
     own = Path(config.run_dir) / "tokenizer"
     with tempfile.TemporaryDirectory() as scratch:
         folder = own if own.exists() else Path(scratch) / "tokenizer"
         found = measure(config, ranks, folder)
-    leave()
+    leave_process_group()
     if ranks.is_main:
         planned = plan(config, ranks.world, "cpu")["memory"]["config"]
         print(json.dumps({"measured": found, "planned": planned}), flush=True)

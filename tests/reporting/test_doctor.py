@@ -42,7 +42,7 @@ def test_a_package_of_another_version_is_a_failure(monkeypatch):
     finding = by_name(examine(None, None))["packages"]
     assert finding.verdict == "failure"
     assert "torch 1.0.1, expected" in finding.found
-    assert "pip install" in finding.mend
+    assert "pip install" in finding.fix
 
 
 @pytest.mark.parametrize("build", [None, "13.0"])
@@ -53,7 +53,7 @@ def test_a_driver_that_torch_can_not_use_is_a_failure(monkeypatch, build):
     finding = by_name(examine(None, None))["GPUs"]
     assert finding.verdict == "failure"
     assert "driver 580.65.06 is there" in finding.found
-    assert ("CUDA build" if build is None else "Update the driver") in finding.mend
+    assert ("CUDA build" if build is None else "Update the driver") in finding.fix
 
 
 def test_little_shared_memory_is_a_warning_with_the_flags_that_help(monkeypatch):
@@ -61,7 +61,7 @@ def test_little_shared_memory_is_a_warning_with_the_flags_that_help(monkeypatch)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(1 << 26, 0, 1 << 26))
     finding = by_name(examine(None, None))["shared memory"]
     assert finding.verdict == "warning"
-    assert "--shm-size" in finding.mend
+    assert "--shm-size" in finding.fix
 
 
 def test_a_config_has_its_data_disk_and_copies_examined(synthetic, tmp_path):

@@ -200,7 +200,7 @@ def items_of_units(batch, rows):
     """Unit of the pack → (item id, label), by the data set's row that its sample comes from."""
     found = {}
     first = batch.unit_first[0].tolist()
-    for slot in range(int(batch.weights.sum())):
+    for slot in range(int(batch.used.sum())):
         target = int(batch.unit[0, batch.length + slot])
         items, labels = rows[int(batch.target_row[0, slot])]
         for unit in range(first[target], target + 1):

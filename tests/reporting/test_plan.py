@@ -72,8 +72,8 @@ def test_counts_are_those_of_the_stream(config_of, tmp_path, overrides):
             break
         steps += 1
         targets += batch.step_targets
-        tokens += batch.body_tokens + int(batch.weights.sum())
-        real = batch.target_row[batch.weights > 0], batch.target_position[batch.weights > 0]
+        tokens += batch.body_tokens + int(batch.used.sum())
+        real = batch.target_row[batch.used > 0], batch.target_position[batch.used > 0]
         samples += len(np.unique(np.stack([x.numpy() for x in real]), axis=1)[0])
     assert (found.steps, found.targets, found.tokens) == (steps, targets, tokens)
     assert samples == targets  # each target once an epoch, as the stream promises

@@ -11,16 +11,16 @@ import torch
 
 from dti_dist.config import load_config
 from dti_dist.inputs import Inputs
-from dti_dist.ranks import end_process, leave, meet
+from dti_dist.ranks import end_process, join_process_group, leave_process_group
+from dti_dist.runs.folder import RunFolder
 from dti_dist.training.loop import _Trainer
-from dti_dist.training.run_folder import RunFolder
 from dti_dist.training.signals import StopSignal
 from dti_dist.training.watchdog import Watchdog
 
 
 def main() -> None:
     config = load_config(sys.argv[1])
-    ranks = meet("cpu", 5, None)
+    ranks = join_process_group("cpu", 5, None)
     folder = RunFolder(config.run_dir)
     watchdog = Watchdog(ranks, None, folder.stacks)
     trainer = _Trainer(config, ranks, StopSignal(), folder, watchdog, report=None)
@@ -37,7 +37,7 @@ def main() -> None:
     if ranks.is_main:
         trainable = [name for name, parameter in live.items() if parameter.requires_grad]
         Path(sys.argv[2]).write_text(json.dumps({"same": same, "trainable": trainable}))
-    leave()
+    leave_process_group()
     end_process(0)
 
 

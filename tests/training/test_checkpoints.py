@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dti_dist.training import checkpoint
+from dti_dist.runs import commits
 from tests.launching import (
     assert_same_losses,
     job,
@@ -36,7 +36,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """float32 weights of the newest complete checkpoint."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    newest = checkpoint.complete_checkpoints(folder / "checkpoints")[0][-1]
+    newest = commits.complete_checkpoints(folder / "checkpoints")[0][-1]
     return dict(
         get_fp32_state_dict_from_zero_checkpoint(str(newest.folder.parent), newest.folder.name)
     )
@@ -63,11 +63,11 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(uninterrupted, syn
         finally:
             kill(process)
         steps = {path.name for path in (run_dir(config) / "checkpoints").glob("step-*")}
-        complete = checkpoint.complete_checkpoints(run_dir(config) / "checkpoints")[0]
+        complete = commits.complete_checkpoints(run_dir(config) / "checkpoints")[0]
         in_save += len(steps) > len(complete)
         done = complete[-1].step if complete else 0
     printed = train(config, ranks=2)
-    assert f"resuming from {checkpoint.tag(done)}" in printed
+    assert f"resuming from {commits.tag(done)}" in printed
     print(f"{KILLS} kills, {in_save} of them while a checkpoint was written")
     assert losses(run_dir(config)) == losses(run_dir(uninterrupted[0]))
     assert_bit_identical(run_dir(config), run_dir(uninterrupted[0]))
@@ -154,7 +154,7 @@ def test_a_checkpoint_costs_time_that_is_on_record(uninterrupted):
     saved = [line for line in metrics(run_dir(uninterrupted[0])) if "checkpoint" in line]
     assert saved
     for line in saved:
-        folder = run_dir(uninterrupted[0]) / "checkpoints" / checkpoint.tag(line["step"])
+        folder = run_dir(uninterrupted[0]) / "checkpoints" / commits.tag(line["step"])
         written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".pt")
         assert line["checkpoint"]["bytes"] == written
         assert 0 < line["checkpoint"]["seconds"] < 60
@@ -165,7 +165,7 @@ def small_disk(tmp_path, uninterrupted):
     """A file system with room for one and a half checkpoints."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    one = checkpoint.complete_checkpoints(run_dir(uninterrupted[0]) / "checkpoints")[0][-1].size
+    one = commits.complete_checkpoints(run_dir(uninterrupted[0]) / "checkpoints")[0][-1].size
     options = f"size={one * 3 // 2}"
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True

@@ -100,10 +100,10 @@ def test_settings_of_another_run_in_the_same_folder_are_refused(capsys, config, 
 
 def test_a_folder_that_another_job_trains_in_is_refused(capsys, config, tmp_path, monkeypatch):
     from dti_dist.config import load_config
-    from dti_dist.training import run_folder
+    from dti_dist.runs.folder import RunFolder
 
-    monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.2)
-    other = run_folder.RunFolder(tmp_path / "run")
+    monkeypatch.setattr("dti_dist.runs.folder._LOCK_PATIENCE_S", 0.2)
+    other = RunFolder(tmp_path / "run")
     other.prepare(load_config(config))
     assert "Another job is training in" in refused(capsys, config)
     assert (tmp_path / "run" / "config.yaml").exists()

@@ -48,15 +48,11 @@ from dti_dist.data.prepare.build import (
     RowStream,
     Source,
     Summary,
-    Workspace,
     histories,
     item_batches,
-    literal,
     load_events,
     load_items,
-    open_workspace,
-    sql_errors,
-    stream,
+    workspace_beside,
 )
 from dti_dist.data.prepare.split import Histories, cut_sequences, positions
 from dti_dist.data.prepare.statistics import add_days, add_text_sizes, distribution
@@ -76,6 +72,7 @@ from dti_dist.data.prepare.writer import (
     write_manifest,
 )
 from dti_dist.errors import UserError
+from dti_dist.sql import Workspace, literal, sql_errors, stream
 
 AppendTo = Literal["roll", "train", "valid", "test"]
 _PART = re.compile(r"(items|train|valid|test)/part-(\d+)(-[0-9a-f]+)?\.parquet")
@@ -102,7 +99,7 @@ def append_to_dataset(
             f"{uri}: expected a data set split by time; found {dataset.manifest.split.rule}, where "
             "newer interactions would change what is in each split. Prepare all of them again."
         )
-    with open_workspace(uri, options) as workspace:
+    with workspace_beside(uri, options) as workspace:
         source = read_source(workspace)
         _check_texts(dataset, source)
         source = replace(source, text_columns=dataset.manifest.item_text_columns)

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -43,19 +40,15 @@ from dti_dist.data.prepare.tables import (
     date_and_time,
     item_sizes_select,
     listed,
-    quote,
     read_statistics,
     refuse_empty_split,
 )
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.errors import UserError
+from dti_dist.sql import Workspace, literal, open_workspace, quote, sql_errors, stream
 
 # About 30 bytes each in Python: enough to make numpy's overhead vanish, little to hold in memory.
 _INTERACTIONS_AT_A_TIME = 1 << 20
-# With it 100 million interactions took a process of 6.3 GiB; what stays free caches the spill.
-_MOST_MEMORY = 6 << 30
-_MORE_ROOM = "Raise --memory-limit, lower --threads, or free disk space beside the output."
-SET_UTC = "SET TimeZone = 'UTC'"  # for dates without a zone
 
 
 @dataclass(frozen=True)
@@ -89,14 +82,6 @@ class BuildOptions:
         for name in ("context_limit", "shard_interactions", "row_group_interactions"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}.")
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """A DuckDB connection, and a scratch folder that is removed at the end."""
-
-    connection: duckdb.DuckDBPyConnection
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -186,7 +171,7 @@ def build_dataset(
     started = time.monotonic()
     with (
         storage.publish_folder(out_uri, options.force) as staging,
-        open_workspace(out_uri, options) as workspace,
+        workspace_beside(out_uri, options) as workspace,
     ):
         source = read_source(workspace)
         tables = DuckTables(workspace, source)
@@ -246,77 +231,13 @@ def summary_notes(
     return notes
 
 
-@contextmanager
-def sql_errors(doing: str, advice: str = _MORE_ROOM) -> Iterator[None]:
-    """Turn DuckDB's errors into UserErrors: what failed, and DuckDB's own short reason.
-
-    Args:
-        advice: what to do where memory or disk ran out, as far as the command has options for it.
-    """
-    try:
-        yield
-    except duckdb.OutOfMemoryException as error:
-        raise UserError(
-            f"{doing} ran out of memory or disk: {short_reason(error)}. {advice}"
-        ) from error
-    except duckdb.Error as error:
-        raise UserError(f"{doing} failed: {short_reason(error)}") from error
-
-
-def short_reason(error: Exception) -> str:
-    """The first line of DuckDB's message, without the name of its kind; of CSV the reason too."""
-    first, *others = str(error).strip().split("\n")
-    first = re.sub(r"^[A-Z][A-Za-z ]*Error: ", "", first)
-    if first.startswith("CSV Error"):
-        reasons = [line for line in others if line and not line.startswith("Original Line")]
-        return ": ".join([first, *reasons[:1]]).rstrip(".")
-    return first
-
-
-def literal(text: str) -> str:
-    """An SQL string."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-@contextmanager
-def open_workspace(out_uri: str, options: BuildOptions) -> Iterator[Workspace]:
-    beside = options.temp_directory
-    if beside is None and storage.is_local(out_uri):
-        beside = storage.parent_and_name(out_uri)[0]
-    if beside is not None:
-        Path(beside).mkdir(parents=True, exist_ok=True)
-    name = storage.parent_and_name(out_uri)[1]
-    with tempfile.TemporaryDirectory(prefix=f".{name}.work-", dir=beside) as folder:
-        config: dict[str, Any] = {"temp_directory": f"{folder}/spill"}
-        if options.memory_limit:
-            config["memory_limit"] = options.memory_limit
-        if options.threads:
-            config["threads"] = options.threads
-        with sql_errors("starting DuckDB with --memory-limit and --threads as given"):
-            connection = duckdb.connect(f"{folder}/work.duckdb", config=config)
-            if not options.memory_limit:
-                _limit_memory(connection)
-            connection.execute(SET_UTC)
-        try:
-            yield Workspace(connection, Path(folder))
-        finally:
-            connection.close()
-
-
-def _limit_memory(connection: duckdb.DuckDBPyConnection) -> None:
-    """At most 70 % of what DuckDB takes the machine, or its container, to have.
-
-    Its own limit is 80 % of that; percentages are known to its newer releases only.
-    """
-    mebibytes = min(_bytes(connection) * 7 // 8, _MOST_MEMORY) >> 20
-    connection.execute(f"SET memory_limit = '{mebibytes}MiB'")
-
-
-def _bytes(connection: duckdb.DuckDBPyConnection) -> int:
-    """DuckDB's limit, which it writes as "6.0 GiB"."""
-    setting = connection.sql("SELECT current_setting('memory_limit')").fetchall()[0][0]
-    number, unit = setting.split()
-    return round(float(number) * 1024 ** ("bytes", "KiB", "MiB", "GiB", "TiB").index(unit))
+def workspace_beside(out_uri: str, options: BuildOptions) -> AbstractContextManager[Workspace]:
+    """A workspace that spills beside a local output, or where the options say."""
+    parent, name = storage.parent_and_name(out_uri)
+    beside = parent if storage.is_local(out_uri) else None
+    return open_workspace(
+        options.temp_directory or beside, name, options.memory_limit, options.threads
+    )
 
 
 class DuckTables:
@@ -337,14 +258,6 @@ class DuckTables:
 
     def input_number(self, input_order: int) -> int:
         return input_order + 1
-
-
-def stream(connection: duckdb.DuckDBPyConnection, query: str, rows: int) -> pa.RecordBatchReader:
-    """The result as record batches of at most so many rows, on a cursor of its own: DuckDB allows
-    one unfinished result per cursor. Older releases call it fetch_record_batch."""
-    relation = connection.cursor().sql(query)
-    read = getattr(relation, "to_arrow_reader", None) or relation.fetch_record_batch
-    return read(rows)
 
 
 def load_items(tables: DuckTables, source: Source, known: str | None = None) -> None:

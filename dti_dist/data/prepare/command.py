@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 from dti_dist.data.prepare import movielens, synthetic
 from dti_dist.data.prepare.append import AppendTo, append_to_dataset
-from dti_dist.data.prepare.build import BuildOptions, Source, Workspace, build_dataset
+from dti_dist.data.prepare.build import BuildOptions, Source, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.errors import UserError
+from dti_dist.sql import Workspace
 
 
 def register(subparsers: Any) -> None:

@@ -13,10 +13,10 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from dti_dist.data import storage
-from dti_dist.data.prepare.build import FileScan, Source, Workspace, literal, sql_errors
+from dti_dist.data.prepare.build import FileScan, Source
 from dti_dist.data.prepare.label import label_expression
-from dti_dist.data.prepare.tables import quote
 from dti_dist.errors import UserError, nearest
+from dti_dist.sql import Workspace, literal, quote, sql_errors
 
 _FORMATS = {
     ".parquet": "parquet",

@@ -19,9 +19,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from dti_dist.console import progress, say
-from dti_dist.data.prepare.build import Source, Workspace
+from dti_dist.data.prepare.build import Source
 from dti_dist.data.prepare.label import label_expression
 from dti_dist.errors import UserError
+from dti_dist.sql import Workspace
 
 DOWNLOADS = {
     "100k": "ml-100k.zip",

@@ -42,7 +42,6 @@ from dti_dist.console import say
 from dti_dist.data import storage
 from dti_dist.data.dataset import SEQUENCE_SCHEMA, SPLITS, FileEntry, SplitCounts, SplitRule
 from dti_dist.data.prepare.build import (
-    SET_UTC,
     BuildOptions,
     DuckTables,
     FileScan,
@@ -52,10 +51,8 @@ from dti_dist.data.prepare.build import (
     item_batches,
     load_items,
     manifest_fields,
-    open_workspace,
-    sql_errors,
-    stream,
     summary_notes,
+    workspace_beside,
 )
 from dti_dist.data.prepare.events import READING_TIMES
 from dti_dist.data.prepare.split import (
@@ -86,6 +83,7 @@ from dti_dist.data.prepare.writer import (
     write_manifest,
 )
 from dti_dist.errors import UserError
+from dti_dist.sql import SET_UTC, sql_errors, stream
 
 # An interaction's place in the input: its file's number, and its row in a file of fewer than 2^40.
 _ROW_BITS = 40
@@ -149,7 +147,7 @@ def build_with_spark(
     with (
         _session(master) as spark,
         storage.publish_folder(out_uri, options.force) as staging,
-        open_workspace(out_uri, options) as workspace,
+        workspace_beside(out_uri, options) as workspace,
         ExitStack() as stack,
     ):
         source = read_source(workspace, extreme=_SparkExtreme(spark))

@@ -30,8 +30,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dti_dist.console import progress
-from dti_dist.data.prepare.build import Source, Workspace
+from dti_dist.data.prepare.build import Source
 from dti_dist.errors import UserError
+from dti_dist.sql import Workspace
 
 CATEGORIES = ("boots", "lamp", "guitar", "kettle", "novel", "tent", "watch", "chair")
 COLOURS = ("red", "blue", "green", "black", "white", "grey")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from dti_dist.data.dataset import DayCounts, SplitRule, Statistics
 from dti_dist.data.prepare.statistics import date_of_day, distribution, text_size
 from dti_dist.errors import UserError
+from dti_dist.sql import quote
 
 FEWEST_INTERACTIONS = 2
 _DAY = 86_400  # seconds
@@ -53,11 +54,6 @@ def item_sizes_select(text_columns: list[str]) -> str:
         f"length(trim({text}))::BIGINT AS characters, "
         f"len(regexp_extract_all({text}, '\\S+'))::BIGINT AS words"
     )
-
-
-def quote(name: str) -> str:
-    """An SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def check_events(tables: Tables) -> None:

@@ -1,0 +1,220 @@
+"""Confidence intervals by a bootstrap over users, in memory that does not grow with the targets.
+
+Users are dealt at random into at most `MOST_GROUPS` groups. Of each group, sums are kept from which
+the metrics of any sample of groups follow; for AUC these are counts of clicks and others in at most
+`SCORE_BINS` bins of the probability with about equally many targets. One resample draws as many
+groups as there are, with replacement, so all resamples are a few matrix products: of how often each
+group was drawn, and of what it holds.
+
+A metric's interval lies around its exact value: the resamples give the deviations, from the same
+sums with each group once. docs/evaluation.md says how precise that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+
+from dti_dist.console import progress
+from dti_dist.evaluation.metrics import gauc_query, rows, sql_errors
+from dti_dist.sql import stream
+
+MOST_GROUPS = 2_000
+SCORE_BINS = 4_096
+CONFIDENCE = 0.95
+METRICS = ("auc", "log_loss", "gauc", "ne", "calibration_ratio")
+_RESAMPLES_AT_A_TIME = 128
+_TARGETS_AT_A_TIME = 1 << 20
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sums over each group of users.
+
+    Attributes:
+        targets, clicks, predicted, loss: [groups], as in metrics.Sums.
+        gauc_sum, gauc_targets: [groups], as in metrics.gauc_query.
+        counts: [groups, 2, bins] float32, targets by label and bin of the probability, rising.
+        predicted_in_bin: [bins] sum of the probabilities.
+    """
+
+    targets: Floats
+    clicks: Floats
+    predicted: Floats
+    loss: Floats
+    gauc_sum: Floats
+    gauc_targets: Floats
+    counts: npt.NDArray[np.float32]
+    predicted_in_bin: Floats
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def resample(self, drawn: npt.NDArray[np.integer]) -> dict[str, Floats]:
+        """METRICS of samples of groups; not a number where a sample leaves one undefined.
+
+        Args:
+            drawn: [resamples, groups] how often each group was drawn.
+        """
+        weights = drawn.astype(np.float64)
+        targets, clicks, predicted, loss, gauc_sum, gauc_targets = (
+            weights @ getattr(self, field.name) for field in fields(self)[:6]
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate, log_loss = clicks / targets, loss / targets
+            entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+            return {
+                "auc": self._auc(drawn),
+                "log_loss": log_loss,
+                "gauc": gauc_sum / gauc_targets,
+                "ne": log_loss / entropy,
+                "calibration_ratio": predicted / clicks,
+            }
+
+    def _auc(self, drawn: npt.NDArray[np.integer]) -> Floats:
+        found = [np.empty(0)]
+        for start in range(0, len(drawn), _RESAMPLES_AT_A_TIME):
+            others, clicks = self.in_bins(drawn[start : start + _RESAMPLES_AT_A_TIME])
+            below = np.cumsum(others, axis=1) - others
+            won = np.sum(clicks * (below + others / 2), axis=1)
+            found.append(won / (clicks.sum(axis=1) * others.sum(axis=1)))
+        return np.concatenate(found)
+
+    def in_bins(self, drawn: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+        """[2, resamples, bins] targets of label 0, and of label 1, in samples of groups."""
+        groups, _, bins = self.counts.shape
+        counts = drawn.astype(np.float32) @ self.counts.reshape(groups, 2 * bins)
+        return counts.astype(np.float64).reshape(-1, 2, bins).transpose(1, 0, 2)
+
+
+def read_groups(
+    connection: duckdb.DuckDBPyConnection, targets: str, users: int, most: int = MOST_GROUPS
+) -> Groups:
+    """The groups of a relation of targets that was just measured: of the tables curve, per_user.
+
+    Users have the numbers from 0 in random order, so that a number's remainder is a group drawn at
+    random, and groups have equally many users, to one.
+    """
+    number = min(users, most)
+    with sql_errors("summing up groups of users"):
+        sums = (
+            f"(SELECT user % {number} AS number, sum(targets) AS targets, sum(clicks) AS clicks, "
+            "fsum(predicted) AS predicted, fsum(loss) AS loss FROM per_user GROUP BY number)"
+        )
+        keyed = f"(SELECT *, user % {number} AS number FROM per_user)"
+        found = connection.sql(
+            f"SELECT targets::DOUBLE AS targets, clicks::DOUBLE AS clicks, predicted, loss, "
+            f"gauc_sum, gauc_targets::DOUBLE AS gauc_targets FROM {sums} JOIN "
+            f"({gauc_query(keyed, ['number'])}) USING (number) ORDER BY number"
+        ).fetchnumpy()
+        highest = _bins(connection)
+        counts = np.zeros((number, 2, len(highest)), dtype=np.float32)
+        predicted_in_bin = np.zeros(len(highest))
+        read = stream(
+            connection,
+            f"SELECT (user % {number})::INTEGER AS number, label::INTEGER AS label, probability "
+            f"FROM {targets}",
+            _TARGETS_AT_A_TIME,
+        )
+        total = int(found["targets"].sum())
+        with progress("counting predictions", total, "targets") as bar:
+            for batch in read:
+                group, label, probability = (batch[at].to_numpy() for at in range(3))
+                at = np.searchsorted(highest, probability)
+                np.add.at(
+                    counts.reshape(-1), (2 * group + label) * len(highest) + at, np.float32(1)
+                )
+                predicted_in_bin += np.bincount(at, probability, len(highest))
+                bar.advance(len(batch))
+    return Groups(
+        **{name: np.asarray(values) for name, values in found.items()},
+        counts=counts,
+        predicted_in_bin=predicted_in_bin,
+    )
+
+
+def _bins(connection: duckdb.DuckDBPyConnection) -> npt.NDArray[np.float32]:
+    """[bins] the highest probability in each; equal ones are never parted."""
+    found = rows(
+        connection,
+        "SELECT max(probability) AS highest FROM (SELECT probability, "
+        f"(before * {SCORE_BINS} // total)::INTEGER AS bin FROM (SELECT probability, "
+        "sum(clicks + others) OVER (ORDER BY probability ROWS UNBOUNDED PRECEDING) - clicks - "
+        "others AS before, sum(clicks + others) OVER () AS total FROM curve)) GROUP BY bin "
+        "ORDER BY bin",
+    )
+    return np.array([row["highest"] for row in found], dtype=np.float32)
+
+
+def draw(groups: int, resamples: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """[resamples, groups] how often each group is drawn when as many are drawn as there are."""
+    random = np.random.default_rng(seed)
+    return random.multinomial(groups, np.full(groups, 1 / groups), size=resamples)
+
+
+def intervals(
+    exact: Mapping[str, Any], groups: Groups, drawn: npt.NDArray[np.integer]
+) -> dict[str, list[float] | None]:
+    """The bounds of METRICS; None where a metric is undefined, or in most of the resamples."""
+    deviations = _deviations(groups, drawn)
+    return {
+        name: None if exact[name] is None else _bounds(exact[name] + deviations[name])
+        for name in METRICS
+    }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a metric between two models; the fields that are None are undefined."""
+
+    difference: float | None
+    interval: list[float] | None
+    p_value: float | None
+
+
+def differences(
+    first: tuple[Mapping[str, Any], Groups],
+    second: tuple[Mapping[str, Any], Groups],
+    drawn: npt.NDArray[np.integer],
+) -> dict[str, Difference]:
+    """METRICS of the second minus the first, on the same targets: both are given, exactly and by
+    groups, and resampled alike.
+
+    p_value: how often, twice, the resampled difference lies on the other side of 0, or on it.
+    """
+    found = {}
+    of_first, of_second = _deviations(first[1], drawn), _deviations(second[1], drawn)
+    for name in METRICS:
+        if first[0][name] is None or second[0][name] is None:
+            found[name] = Difference(None, None, None)
+            continue
+        difference = second[0][name] - first[0][name]
+        around = difference + of_second[name] - of_first[name]
+        bounds = _bounds(around)
+        p_value = None
+        if bounds is not None:
+            around = around[np.isfinite(around)]
+            rarer = min(np.sum(around <= 0), np.sum(around >= 0))
+            p_value = min(1.0, float(2 * (1 + rarer) / (1 + len(around))))
+        found[name] = Difference(difference, bounds, p_value)
+    return found
+
+
+def _deviations(groups: Groups, drawn: npt.NDArray[np.integer]) -> dict[str, Floats]:
+    base = groups.resample(np.ones((1, len(groups)), dtype=np.int64))
+    return {name: values - base[name] for name, values in groups.resample(drawn).items()}
+
+
+def _bounds(values: Floats) -> list[float] | None:
+    defined = values[np.isfinite(values)]
+    if 2 * len(defined) < len(values) or len(values) < 2:
+        return None
+    tail = (1 - CONFIDENCE) / 2
+    return np.quantile(defined, [tail, 1 - tail]).tolist()

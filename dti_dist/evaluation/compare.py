@@ -1,0 +1,153 @@
+"""`dti-dist compare`: two runs on the same targets, from the predictions that evaluate keeps."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from dti_dist.console import say
+from dti_dist.errors import UserError
+from dti_dist.evaluation.bootstrap import (
+    CONFIDENCE,
+    METRICS,
+    Groups,
+    differences,
+    draw,
+    read_groups,
+)
+from dti_dist.evaluation.metrics import measure, rows, sql_errors
+from dti_dist.evaluation.predictions_file import About, kept_file, number_users, read_about
+from dti_dist.runs.folder import RunFolder
+from dti_dist.sql import literal, open_workspace
+
+
+def compare(
+    first: str,
+    second: str,
+    split: str = "test",
+    prompt: str = "sliding_window",
+    resamples: int = 1_000,
+    memory_limit: str | None = None,
+) -> dict[str, Any]:
+    """The metrics of two runs, and of each the second minus the first, by a paired bootstrap.
+
+    Targets are the same where user, item, time and label are.
+
+    Raises:
+        UserError: where a run was not evaluated so, or the targets differ.
+    """
+    files = [_predictions(run, split, prompt) for run in (first, second)]
+    about = [read_about(file) for file in files]
+    with (
+        tempfile.TemporaryDirectory(prefix="dti-dist-compare-") as scratch,
+        open_workspace(scratch, memory_limit=memory_limit) as workspace,
+    ):
+        connection = workspace.connection
+        say("pairing the targets")
+        _pair(connection, files, [first, second], about)
+        measured: list[tuple[dict[str, Any], Groups]] = []
+        for side, file in zip("ab", files, strict=True):
+            say(f"measuring {file}")
+            targets = f"(SELECT user, label, probability_{side} AS probability FROM pairs)"
+            figures = measure(connection, targets)
+            measured.append((figures, read_groups(connection, targets, figures["users"])))
+    drawn = draw(len(measured[0][1]), resamples)
+    found = differences(measured[0], measured[1], drawn)
+    return {
+        "split": split,
+        "prompt": prompt,
+        "targets": measured[0][0]["targets"],
+        "users": measured[0][0]["users"],
+        **{
+            side: {
+                "run": run,
+                "checkpoint": of_run.checkpoint,
+                **{name: figures[name] for name in METRICS},
+            }
+            for side, run, of_run, (figures, _) in zip(
+                "ab", (first, second), about, measured, strict=True
+            )
+        },
+        "differences": {name: asdict(difference) for name, difference in found.items()},
+        "bootstrap": {
+            "resamples": resamples,
+            "groups": len(measured[0][1]),
+            "confidence": CONFIDENCE,
+        },
+    }
+
+
+def _predictions(run_dir: str, split: str, prompt: str) -> Path:
+    run = RunFolder(run_dir)
+    run.read_config()
+    file = kept_file(run, split, prompt)
+    if not file.exists():
+        raise UserError(
+            f"{run_dir} has no predictions of {split} by {prompt} prompts: expected {file}. Make "
+            f"them with: dti-dist evaluate {shlex.quote(run_dir)} --split {split} --prompt {prompt}"
+        )
+    return file
+
+
+def _pair(
+    connection: duckdb.DuckDBPyConnection, files: list[Path], runs: list[str], about: list[About]
+) -> None:
+    """Make the table ``pairs`` (user, label, probability_a, probability_b) and ``users``."""
+    with sql_errors("pairing the targets"):
+        for side, file in zip("ab", files, strict=True):
+            # The same user may have had the same item twice in one second.
+            connection.execute(
+                f"CREATE TABLE of_{side} AS SELECT user_id, item_id, timestamp, label, "
+                "probability, row_number() OVER (PARTITION BY user_id, item_id, timestamp "
+                f"ORDER BY row, position) AS time FROM read_parquet({literal(str(file))})"
+            )
+        key = "user_id, item_id, timestamp, time"
+        connection.execute(
+            f"CREATE TABLE matched AS SELECT {key}, of_a.label AS label, of_b.label AS label_b, "
+            "of_a.probability AS probability_a, of_b.probability AS probability_b "
+            f"FROM of_a FULL JOIN of_b USING ({key})"
+        )
+        (counts,) = rows(
+            connection,
+            "SELECT count(*) FILTER (label_b IS NULL) AS only_a, count(*) FILTER (label IS NULL) "
+            "AS only_b, count(*) FILTER (label <> label_b) AS other_label, count(*) FILTER "
+            "(label = label_b) AS same FROM matched",
+        )
+        _refuse_others(counts, runs, about)
+        number_users(connection, "SELECT user_id FROM matched")
+        connection.execute(
+            "CREATE TABLE pairs AS SELECT users.user, label, probability_a, probability_b "
+            "FROM matched JOIN users USING (user_id)"
+        )
+        for table in ("of_a", "of_b", "matched"):
+            connection.execute(f"DROP TABLE {table}")
+
+
+def _refuse_others(counts: dict[str, int], runs: list[str], about: list[About]) -> None:
+    if not counts["only_a"] + counts["only_b"] + counts["other_label"]:
+        return
+    first, second = about
+    reasons = []
+    if first.max_targets != second.max_targets:
+        reasons.append(
+            f"--max-targets was {first.max_targets or 'not given'} for A and "
+            f"{second.max_targets or 'not given'} for B"
+        )
+    if first.data != second.data:
+        reasons.append(f"A was evaluated on {first.data}, B on {second.data}")
+    if not reasons:
+        reasons.append(
+            "perhaps the data set has grown since one was evaluated (prepare --append), "
+            "sample.min_context differs, or shards were left out"
+        )
+    raise UserError(
+        f"The targets of A ({runs[0]}) and B ({runs[1]}) differ: {counts['same']:,} are in both, "
+        f"{counts['only_a']:,} only in A, {counts['only_b']:,} only in B, "
+        f"{counts['other_label']:,} have another label. A comparison needs the same: "
+        f"{'; '.join(reasons)}. Evaluate both runs again on the same data set, alike."
+    )

@@ -1,0 +1,302 @@
+"""`dti-dist evaluate`: metrics of a trained run on a split, by either kind of prompt.
+
+Every rank spools its predictions to a file. Rank 0 sorts them, adds what the data says of each
+target, and keeps them as one Parquet file; all figures are computed from it, in bounded memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import torch
+
+from dti_dist.config import RunConfig
+from dti_dist.console import progress, say
+from dti_dist.data.stream import PackStream, Share, StreamPlan, batches
+from dti_dist.evaluation import pictures, predictions_file, summary
+from dti_dist.evaluation.bootstrap import CONFIDENCE, draw, intervals, read_groups
+from dti_dist.evaluation.curves import histogram, is_skewed, reliability, roc
+from dti_dist.evaluation.metrics import best_threshold, measure, rows, sql_errors
+from dti_dist.evaluation.slices import check_slices, measure_slices, slice_columns
+from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
+from dti_dist.files import write_atomically
+from dti_dist.inputs import Inputs
+from dti_dist.model.ctr_model import CTRModel
+from dti_dist.ranks import Ranks, join_process_group, leave_process_group
+from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.trained import choose_checkpoint, trained_model
+from dti_dist.sql import literal, open_workspace
+
+PROMPTS = ("sliding_window", "streaming")
+RESAMPLES = 1_000
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an evaluation gives beside the metrics.
+
+    Attributes:
+        valid_threshold: also predict valid, when test is evaluated, and choose a threshold there.
+        slices: names as of slices.check_slices.
+        resamples: of the bootstrap; 0 for none.
+        predictions: where a copy of the predictions goes, a local path or URL.
+        pictures: None means if matplotlib is there.
+        memory_limit: of DuckDB, such as "8GB"; None means 70 % of the memory, at most 6 GiB.
+    """
+
+    valid_threshold: bool = True
+    slices: tuple[str, ...] = ()
+    resamples: int = RESAMPLES
+    predictions: str | None = None
+    pictures: bool | None = None
+    memory_limit: str | None = None
+
+
+def evaluate(
+    run_dir: str,
+    split: str = "test",
+    prompt: str | None = None,
+    which: str = "best",
+    overrides: dict[str, Any] | None = None,
+    wanted: Wanted | None = None,
+) -> dict[str, Any] | None:
+    """Evaluate a run's checkpoint and write eval/{split}.json, the predictions and pictures.
+
+    Args:
+        prompt: sliding_window (what inference does) or streaming; default from the config.
+        which: best, last, or a step.
+        overrides: evaluation settings that replace the run's.
+
+    Returns:
+        The figures on rank 0, None on the others. With synthetic data they include the ceiling:
+        the AUC of the true click probabilities.
+    """
+    run = RunFolder(run_dir)
+    config = run.read_config()
+    evaluation = {**(overrides or {}), **({"prompt": prompt} if prompt else {})}
+    config = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update=evaluation)}
+    )
+    settings = config.training
+    ranks = join_process_group(
+        settings.device, settings.collective_timeout_minutes, settings.cpu_threads
+    )
+    try:
+        return _Evaluation(run, config, split, which, wanted or Wanted(), ranks).figures()
+    finally:
+        leave_process_group()
+
+
+class _Evaluation:
+    """One evaluation, on this rank."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: RunConfig,
+        split: str,
+        which: str,
+        wanted: Wanted,
+        ranks: Ranks,
+    ):
+        self.run, self.config, self.split, self.ranks = run, config, split, ranks
+        self.wanted, self.prompt = wanted, config.evaluation.prompt
+        self.commit = choose_checkpoint(run, which)
+        self.inputs = ranks.first_on_node(lambda: Inputs.open(config, run.tokenizer))
+        self.drawn = ranks.each(self._check_wanted)[0]
+
+    def _check_wanted(self) -> bool:
+        """Whether to draw pictures. Bad wishes are refused before any work, by rank 0 alone."""
+        if not self.ranks.is_main:
+            return False
+        check_slices(self.wanted.slices, self.inputs.dataset)
+        if self.wanted.predictions:
+            predictions_file.check_destination(self.wanted.predictions)
+        return pictures.check_pictures(self.wanted.pictures)
+
+    def figures(self) -> dict[str, Any] | None:
+        plans = {split: self._plan(split) for split in self._splits()}
+        model = trained_model(self.inputs, self.commit).to(self.ranks.device)
+        if self.ranks.device.type == "cuda" and self.config.training.precision == "bf16":
+            model = _in_bf16(model)
+        with scratch_folder(self.run.evaluations, self.ranks) as scratch:
+            for split, plan in plans.items():
+                self._spool(model, split, plan, scratch)
+            if not self.ranks.is_main:
+                return None
+            with _workspace(scratch, self.wanted.memory_limit) as connection:
+                return self._measure(connection, plans, scratch)
+
+    def _splits(self) -> list[str]:
+        """What to predict: valid too where a threshold is to be chosen on it."""
+        valid = self.inputs.dataset.manifest.counts.splits.get("valid")
+        also = self.split == "test" and self.wanted.valid_threshold and valid and valid.targets
+        return [self.split, *(["valid"] if also else [])]
+
+    def _plan(self, split: str) -> StreamPlan:
+        return self.inputs.stream_plan(
+            split,
+            k=1 if self.prompt == "sliding_window" else self.config.sample.targets,
+            max_targets=self.config.evaluation.max_targets,
+            group=self.ranks,
+        )
+
+    def _spool(self, model: CTRModel, split: str, plan: StreamPlan, scratch: Path) -> None:
+        """Predict this rank's share of a split into a file of its own."""
+        ranks, packs = self.ranks, self.config.evaluation.batch_packs
+        share = Share(ranks.world * packs, packs, ranks.rank, ranks.world)
+        targets = plan.index.total_targets
+        if ranks.is_main:
+            say(
+                f"evaluating {self.commit.folder.name} on {split}: {targets:,} targets by "
+                f"{self.prompt} prompts"
+            )
+        data = self.config.data
+        cuda = ranks.device.type == "cuda"
+        loader = batches(PackStream(plan, share), data.workers, data.prefetch, cuda)
+        with progress(f"evaluating {split}", targets, "targets", ranks.is_main) as bar:
+            left_out = ranks.each(
+                lambda: spool(
+                    model,
+                    loader,
+                    ranks.device,
+                    spool_of(scratch, split, ranks.rank),
+                    lambda batch: bar.advance(batch.step_targets),
+                )
+            )
+        if ranks.is_main:
+            for reason in dict.fromkeys(reason for of_rank in left_out for reason in of_rank):
+                say(f"left out: {reason}")
+
+    def _measure(
+        self, connection: duckdb.DuckDBPyConnection, plans: dict[str, StreamPlan], scratch: Path
+    ) -> dict[str, Any]:
+        """Everything after the predictions, on rank 0."""
+        dataset, wanted = self.inputs.dataset, self.wanted
+        for split, plan in plans.items():
+            self._load_spools(connection, split, plan, scratch)
+        items = dataset.items_table()
+        file = scratch / "predictions.parquet"
+        self._keep(connection, plans[self.split], items["source_id"], file)
+        say("computing the metrics")
+        threshold = best_threshold(connection, "spooled_valid") if "valid" in plans else None
+        skip_bad = self.config.data.on_bad_shard == "skip"
+        columns = slice_columns(connection, wanted.slices, dataset, items, skip_bad)
+        predictions_file.load_targets(connection, file, columns.more, columns.joins)
+        figures = measure(connection, "targets", threshold)
+        groups = read_groups(connection, "targets", figures["users"])
+        drawn = draw(len(groups), wanted.resamples) if wanted.resamples else None
+        ceiling = dataset.ceiling or {}
+        figures |= {
+            "split": self.split,
+            "prompt": self.prompt,
+            "checkpoint": self.commit.folder.name,
+            "max_targets": self.config.evaluation.max_targets,
+            **({"ceiling": ceiling[self.split]} if self.split in ceiling else {}),
+            "intervals": None if drawn is None else intervals(figures, groups, drawn),
+            "bootstrap": {
+                "resamples": wanted.resamples,
+                "groups": len(groups),
+                "confidence": CONFIDENCE,
+            },
+            "reliability": reliability(groups, drawn),
+            "slices": measure_slices(connection, wanted.slices),
+        }
+        self._publish(figures, file)
+        if self.drawn:
+            targets = histogram(connection, is_skewed(figures["reliability"]))
+            self._draw(figures | {"roc": roc(groups), "histogram": targets}, scratch)
+        return figures
+
+    def _load_spools(
+        self, connection: duckdb.DuckDBPyConnection, split: str, plan: StreamPlan, scratch: Path
+    ) -> None:
+        """Make the table ``spooled_{split}`` of all ranks' files; none may be missing."""
+        files = [spool_of(scratch, split, rank) for rank in range(self.ranks.world)]
+        listed = ", ".join(literal(str(file)) for file in files)
+        with sql_errors(f"reading the predictions of {split}"):
+            # `user` is for the threshold, which does not depend on users.
+            connection.execute(
+                f"CREATE TABLE spooled_{split} AS SELECT *, 0 AS user FROM read_parquet([{listed}])"
+            )
+            (found,) = rows(connection, f"SELECT count(*) AS targets FROM spooled_{split}")
+        if found["targets"] != plan.index.total_targets and not plan.skip_bad:
+            raise RuntimeError(
+                f"{split} has {plan.index.total_targets:,} targets, but {found['targets']:,} were "
+                "predicted"
+            )
+
+    def _keep(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        plan: StreamPlan,
+        source_ids: pa.ChunkedArray,
+        file: Path,
+    ) -> None:
+        """Write the predictions with what the data says of their targets."""
+
+        def spooled(first_row: int, end: int) -> pa.Table:
+            with sql_errors("sorting the predictions"):
+                return connection.sql(
+                    f"SELECT row, position, label, probability FROM spooled_{self.split} "
+                    f"WHERE row >= {first_row} AND row < {end} ORDER BY row, position"
+                ).to_arrow_table()
+
+        about = predictions_file.About(
+            checkpoint=self.commit.folder.name,
+            split=self.split,
+            prompt=self.prompt,
+            data=self.config.data.path,
+            max_targets=self.config.evaluation.max_targets,
+        )
+        dataset = self.inputs.dataset
+        found = predictions_file.with_targets(spooled, dataset, self.split, plan.index, source_ids)
+        total = plan.index.total_targets
+        with progress("sorting predictions", total, "targets") as bar:
+            predictions_file.write(_counted(found, bar.advance), file, about)
+
+    def _publish(self, figures: dict[str, Any], file: Path) -> None:
+        """The copy that was asked for, then the predictions, and the figures last."""
+        if self.wanted.predictions:
+            predictions_file.copy_to(file, self.wanted.predictions, self.config.data.storage)
+        os.replace(file, predictions_file.kept_file(self.run, self.split, self.prompt))
+        content = summary.as_json(figures)
+        write_atomically(self.run.evaluations / f"{self.split}.json", content)
+        write_atomically(self.run.evaluations / f"{self.split}.{self.prompt}.json", content)
+
+    def _draw(self, figures: dict[str, Any], scratch: Path) -> None:
+        drawings = {"reliability": pictures.draw_reliability}
+        if figures["auc"] is not None:
+            drawings["roc"] = pictures.draw_roc
+        for name, draw_picture in drawings.items():
+            staging = scratch / f"{name}.png"
+            draw_picture(figures, staging)
+            picture = self.run.evaluations / f"{self.split}.{self.prompt}.{name}.png"
+            os.replace(staging, picture)
+            say(f"wrote {picture}")
+
+
+def _counted(found: Iterator[pa.RecordBatch], advance: Any) -> Iterator[pa.RecordBatch]:
+    for batch in found:
+        yield batch
+        advance(len(batch))
+
+
+@contextmanager
+def _workspace(scratch: Path, memory_limit: str | None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB, with its files in the scratch folder."""
+    with open_workspace(str(scratch), memory_limit=memory_limit) as workspace:
+        yield workspace.connection
+
+
+def _in_bf16(model: CTRModel) -> CTRModel:
+    for parameter in model.parameters():  # buffers stay float32: rotary frequencies
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model

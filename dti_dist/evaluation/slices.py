@@ -1,0 +1,259 @@
+"""Metrics of parts of the targets: by user activity, item popularity, day, or a column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from dti_dist.console import progress, say
+from dti_dist.data.dataset import BadShard, Dataset, SequenceBatch, iter_sequences
+from dti_dist.data.prepare.statistics import date_of_day
+from dti_dist.errors import UserError, nearest
+from dti_dist.evaluation.metrics import (
+    Sums,
+    curve_query,
+    gauc_query,
+    quotient,
+    rows,
+    sql_errors,
+    sums_query,
+)
+from dti_dist.sql import quote
+
+MOST_VALUES = 20
+COUNT_BINS = 5  # beside a bin for none at all
+_COUNTED = ("activity", "popularity")
+_OF_TARGETS = ("day", "user_id", "item_id")
+_DAY = 86_400  # seconds
+
+
+def check_slices(names: Sequence[str], dataset: Dataset) -> None:
+    """Raises UserError for a name that is no slice of this data set."""
+    known = [*_COUNTED, *_OF_TARGETS, *dataset.manifest.item_text_columns]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--slice: expected one of {', '.join(known)}; found {name!r}."
+                f"{nearest(name, known)}"
+            )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """SQL that adds a column for each slice to predictions_file.load_targets."""
+
+    more: str
+    joins: str
+
+
+def slice_columns(
+    connection: duckdb.DuckDBPyConnection,
+    names: Sequence[str],
+    dataset: Dataset,
+    items: pa.Table,
+    skip_bad: bool,
+) -> Columns:
+    """Make the tables that slices are joined from, and say how. Slice i is the column ``slice_i``.
+
+    Args:
+        items: the data set's item table.
+        skip_bad: pass over parts of train that can't be read.
+    """
+    joins = ""
+    if set(names) & set(_COUNTED):
+        _count_train(connection, dataset, items["source_id"], skip_bad)
+        joins += "LEFT JOIN train_users USING (user_id) LEFT JOIN train_items USING (item_id) "
+    texts = [name for name in names if name not in (*_COUNTED, *_OF_TARGETS)]
+    if texts:
+        connection.register("item_table", items.select(["source_id", *texts]))
+        columns = ", ".join(f"coalesce({quote(name)}, '') AS {quote(name)}" for name in texts)
+        connection.execute(
+            f"CREATE OR REPLACE TABLE item_texts AS SELECT source_id, {columns} FROM item_table"
+        )
+        connection.unregister("item_table")
+        joins += "LEFT JOIN item_texts ON kept.item_id = item_texts.source_id"
+    values = {
+        "activity": "coalesce(train_users.interactions, 0)",
+        "popularity": "coalesce(train_items.interactions, 0)",
+        "day": f"floor(timestamp / {_DAY})::BIGINT",
+        "user_id": "kept.user_id",
+        "item_id": "kept.item_id",
+    }
+    more = "".join(
+        f", {values.get(name, f'item_texts.{quote(name)}')} AS slice_{number}"
+        for number, name in enumerate(names)
+    )
+    return Columns(more, joins)
+
+
+def _count_train(
+    connection: duckdb.DuckDBPyConnection,
+    dataset: Dataset,
+    source_ids: pa.ChunkedArray,
+    skip_bad: bool,
+) -> None:
+    """Make ``train_users`` and ``train_items``: interactions in train, each counted once."""
+    connection.execute("CREATE OR REPLACE TABLE counted (user_id VARCHAR, interactions BIGINT)")
+    of_items = np.zeros(len(source_ids), dtype=np.int64)
+    total = sum(part.rows for part in dataset.parts("train"))
+    with progress("counting train", total, "users") as bar:
+        for batch in _train(dataset, skip_bad):
+            lengths = batch.rows["item_ids"].value_lengths().to_numpy()
+            start = batch.rows["target_start"].to_numpy()
+            ends = np.cumsum(lengths)
+            place = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+            items = batch.rows["item_ids"].flatten().to_numpy()
+            of_items += np.bincount(
+                items[place >= np.repeat(start, lengths)], minlength=len(of_items)
+            )
+            users = pa.table({"user_id": batch.rows["user_id"], "interactions": lengths - start})
+            connection.register("batch_of_users", users)
+            connection.execute(
+                "INSERT INTO counted SELECT user_id, interactions FROM batch_of_users"
+            )
+            connection.unregister("batch_of_users")
+            bar.advance(len(batch.rows))
+    connection.execute(
+        "CREATE OR REPLACE TABLE train_users AS SELECT user_id, sum(interactions)::BIGINT AS "
+        "interactions FROM counted GROUP BY user_id"
+    )
+    connection.register("counts_of_items", pa.table({"id": source_ids, "interactions": of_items}))
+    connection.execute(
+        "CREATE OR REPLACE TABLE train_items AS SELECT id AS item_id, interactions FROM "
+        "counts_of_items"
+    )
+    connection.unregister("counts_of_items")
+
+
+def _train(dataset: Dataset, skip_bad: bool) -> Iterator[SequenceBatch]:
+    for part in dataset.parts("train"):
+        try:
+            with dataset.open_part(part) as file:
+                groups = [(part.path, number) for number in range(file.num_row_groups)]
+        except BadShard as error:
+            _pass_over(error, skip_bad)
+            continue
+        for group in groups:
+            try:
+                yield from iter_sequences(
+                    dataset, "train", ["user_id", "item_ids", "target_start"], [group]
+                )
+            except BadShard as error:
+                _pass_over(error, skip_bad)
+
+
+def _pass_over(error: BadShard, skip_bad: bool) -> None:
+    if not skip_bad:
+        raise error
+    say(f"left out of the counts of train: {error}")
+
+
+def measure_slices(
+    connection: duckdb.DuckDBPyConnection, names: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """For each slice its values, each with ``value`` and metrics.
+
+    Counts of interactions are bins of about equally many targets. Of others the most frequent
+    values stand alone, the rest together. Bins and days come in order, others by their targets.
+    """
+    found = {}
+    with progress("slices", len(names), "slices") as bar:
+        for number, name in enumerate(names):
+            with sql_errors(f"computing the slice {name}"):
+                found[name] = _measure(connection, name, f"slice_{number}")
+            bar.advance()
+    return found
+
+
+def _measure(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> list[dict[str, Any]]:
+    shown, rest = (_count_bins if name in _COUNTED else _most_frequent)(connection, name, column)
+    values = [value for value, _, _ in shown]
+    kind = pa.int64() if values and isinstance(values[0], int) else pa.string()
+    names = pa.table(
+        {
+            "original": pa.array(values, kind),
+            "place": pa.array([place for _, place, _ in shown], pa.int32()),
+        }
+    )
+    connection.register("shown", names)
+    named = {place: text for _, place, text in shown}
+    last = len(named)
+    targets = (
+        f"(SELECT user, label, probability, coalesce(shown.place, {last}) AS place "
+        f"FROM targets LEFT JOIN shown ON targets.{column} = shown.original)"
+    )
+    try:
+        by_value, by_user = (
+            sums_query(f"({curve_query(targets, keys)})", keys)
+            for keys in (["place"], ["place", "user"])
+        )
+        whole = rows(connection, by_value)
+        users = {
+            row.pop("place"): row for row in rows(connection, gauc_query(f"({by_user})", ["place"]))
+        }
+    finally:
+        connection.unregister("shown")
+    result = []
+    for sums in sorted(whole, key=lambda row: row["place"]):
+        place = sums.pop("place")
+        figures, of_users = Sums(**sums).figures(), users[place]
+        result.append(
+            {
+                "value": named.get(place, rest),
+                "targets": figures["targets"],
+                "users": of_users["users"],
+                "label_rate": figures["label_rate"],
+                "mean_prediction": figures["mean_prediction"],
+                "calibration_ratio": figures["calibration_ratio"],
+                "auc": figures["auc"],
+                "log_loss": figures["log_loss"],
+                "ne": figures["ne"],
+                "gauc": quotient(of_users["gauc_sum"], of_users["gauc_targets"]),
+            }
+        )
+    return result
+
+
+_Shown = tuple[list[tuple[Any, int, str]], str]  # (value, its place, what it is called); the rest
+
+
+def _most_frequent(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> _Shown:
+    found = rows(
+        connection,
+        f"SELECT {column} AS value, count(*) AS targets, count(*) OVER () AS values FROM targets "
+        f"GROUP BY value ORDER BY targets DESC, value LIMIT {MOST_VALUES}",
+    )
+    values = [row["value"] for row in found]
+    if name == "day":
+        values.sort()
+        called = [date_of_day(value) for value in values]
+    else:
+        called = [value or "(none)" for value in values]
+    others = found[0]["values"] - len(values)
+    shown = [
+        (value, place, text) for place, (value, text) in enumerate(zip(values, called, strict=True))
+    ]
+    return shown, f"other ({others:,} values)"
+
+
+def _count_bins(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> _Shown:
+    """Every count that occurs, in a bin that is named by its range."""
+    found = rows(
+        connection,
+        f"SELECT {column} AS value, count(*) AS targets FROM targets GROUP BY value ORDER BY value",
+    )
+    counts = np.array([row["value"] for row in found])
+    targets = np.array([row["targets"] for row in found]) * (counts > 0)
+    before = np.cumsum(targets) - targets
+    bins = np.where(counts > 0, 1 + before * COUNT_BINS // max(targets.sum(), 1), 0)
+    shown = []
+    for place, number in enumerate(np.unique(bins).tolist()):
+        inside = counts[bins == number].tolist()
+        text = f"{inside[0]:,}" + (f" to {inside[-1]:,}" if len(inside) > 1 else "")
+        shown += [(count, place, text) for count in inside]
+    return shown, ""

@@ -1,0 +1,256 @@
+"""`dti-dist export`: a trained run as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dti_dist
+from dti_dist.config import RunConfig, StorageConfig
+from dti_dist.console import progress, without_library_chatter
+from dti_dist.data import storage
+from dti_dist.data.template import LONGEST_TIME_GAP, TIME_GAPS
+from dti_dist.errors import UserError
+from dti_dist.export.model_card import Exported, model_card
+from dti_dist.inputs import Inputs
+from dti_dist.model import sources
+from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.lora import SumEmbedding, merge_adapters
+from dti_dist.model.tokenizer import SUM_TOKEN
+from dti_dist.redaction import redact
+from dti_dist.runs.commits import refuse_altered
+from dti_dist.runs.folder import DTI_CONFIG, RunFolder
+from dti_dist.runs.trained import choose_checkpoint, trained_model
+
+MODEL_CARD = "README.md"
+
+
+def export(
+    run_dir: str,
+    out: str,
+    which: str = "best",
+    dtype: str | None = None,
+    adapter_only: bool = False,
+    licence: str | None = None,
+) -> None:
+    """Write safetensors, tokenizer, model card and dti_config.json to a new folder or URL.
+
+    With the head yes_no the folder holds a causal LM; with linear, a sequence classifier with one
+    label (its `score` is the head). Both load with transformers' Auto classes. Adapters are merged
+    into the weights, or with `adapter_only` they are all that is written, for peft.
+
+    Args:
+        out: a folder or any fsspec URL. It appears whole; in an object store dti_config.json comes
+            last, so a folder without it is not finished.
+        licence: an identifier for the model card, where the base model's is not to stand there.
+
+    Raises:
+        UserError: when the folder exists and is not empty, the run has no complete checkpoint, the
+            checkpoint was altered, or adapters are asked for and it has none.
+    """
+    run = RunFolder(run_dir)
+    config = run.read_config()
+    if set(storage.list_files(out, config.data.storage)) - {"."}:  # what some stores call a folder
+        raise UserError(f"{redact(out)} is not empty. Export to a new folder.")
+    if adapter_only and not config.model.lora.rank:
+        raise UserError(
+            f"{run.path} has no adapters: all of its weights were trained (model.lora.rank is 0). "
+            "Leave --adapter-only out."
+        )
+    commit = choose_checkpoint(run, which)
+    refuse_altered(commit)
+    inputs = Inputs.open(config, run.tokenizer)
+    model = trained_model(inputs, commit)
+    precision = dtype or config.training.precision
+    chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    settings = dti_settings(inputs, model, commit.step)
+    with _new_folder(out, config.data.storage) as folder:
+        if adapter_only:
+            save_adapter(model, chosen, sources.public_name(config.model.name), folder)
+        else:
+            merge_adapters(model)
+            save_model(model, inputs.tokenizer, chosen, folder)
+        inputs.tokenizer.save_pretrained(folder)
+        card = model_card(
+            run,
+            inputs,
+            Exported(commit, settings, precision, adapter_only, _parameters(model)),
+            {"license": licence} if licence else sources.licence_of(config.model),
+        )
+        (folder / MODEL_CARD).write_text(card, encoding="utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / DTI_CONFIG).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _new_folder(out: str, settings: StorageConfig) -> Iterator[Path]:
+    """A folder on this machine whose files appear at `out` when the block ends well."""
+    if storage.is_local(out):
+        with storage.publish_folder(out, commit_file=DTI_CONFIG) as staging:
+            yield Path(staging)
+        return
+    with tempfile.TemporaryDirectory(prefix="dti-dist-export-") as staging:
+        yield Path(staging)
+        try:
+            _upload(Path(staging), out, settings)
+        except BaseException:
+            with suppress(Exception):  # once: the store has just failed
+                storage.remove(out, settings.model_copy(update={"retry_s": 0.0}))
+            raise
+
+
+def _upload(folder: Path, url: str, settings: StorageConfig) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files.sort(key=lambda path: path.name == DTI_CONFIG)
+    size = sum(path.stat().st_size for path in files)
+    with progress(f"uploading to {redact(url)}", size, "bytes") as bar:
+        for path in files:
+            name = path.relative_to(folder).as_posix()
+            storage.upload(str(path), storage.join(url, name), settings)
+            bar.advance(path.stat().st_size)
+
+
+def _parameters(model: CTRModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_model(model: CTRModel, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
+    """model.safetensors (or shards) and config.json, as transformers' Auto classes load them."""
+    with without_library_chatter():
+        exported = hugging_face_model(model).to(dtype)
+        if exported.config.pad_token_id is None:  # a classifier's batches need one
+            exported.config.pad_token_id = tokenizer.pad_token_id
+        exported.save_pretrained(folder)
+
+
+def save_adapter(model: CTRModel, dtype: torch.dtype, base_model: str, folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json as peft reads them.
+
+    Beside the adapters they hold [SUM]'s embedding, as peft's trainable token, and the head
+    `linear`, as a module to save.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    embeddings = model.backbone.get_input_embeddings()
+    assert isinstance(embeddings, SumEmbedding), "the model has no adapters"
+    adapters = get_peft_model_state_dict(model.backbone, save_embedding_layers=False)
+    weights = {f"model.{name}": value for name, value in adapters.items()}
+    weights["model.embed_tokens.token_adapter.trainable_tokens_delta"] = embeddings.row[None]
+    settings = copy.deepcopy(model.backbone.peft_config["default"])
+    settings.base_model_name_or_path = base_model
+    settings.inference_mode = True
+    settings.trainable_token_indices = {"embed_tokens": [embeddings.sum_id]}
+    settings.task_type = "CAUSAL_LM"
+    if model.head_kind == "linear":
+        settings.task_type = "SEQ_CLS"
+        settings.modules_to_save = ["score"]
+        weights["score.weight"] = model.head.weight
+    settings.save_pretrained(folder)
+    save_file(
+        {
+            f"base_model.model.{name}": value.detach().to(dtype).contiguous()
+            for name, value in weights.items()
+        },
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def hugging_face_model(model: CTRModel) -> Any:
+    """The same weights as a transformers model of the family, freshly made.
+
+    A fresh model, because one that was read from GGUF can't be saved as safetensors.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    family = copy.deepcopy(model.config)
+    family.vocab_size = model.backbone.get_input_embeddings().num_embeddings
+    if hasattr(family, "quantization_config"):
+        del family.quantization_config
+    weights = {f"model.{name}": value for name, value in model.backbone.state_dict().items()}
+    if model.head_kind == "yes_no":
+        fresh = AutoModelForCausalLM.from_config(family)
+        weights["lm_head.weight"] = model.head.weight.detach()
+    else:
+        family.num_labels = 1
+        fresh = AutoModelForSequenceClassification.from_config(family)
+        weights["score.weight"] = model.head.weight.detach()
+    fresh.load_state_dict(weights, strict=True)
+    return fresh
+
+
+def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
+    """What a program needs beside the weights to build prompts and read predictions."""
+    config = inputs.config
+    why_not = why_not_plain(model, config.sample.context)
+    return {
+        "dti_dist_version": dti_dist.__version__,
+        "base_model": sources.public_name(config.model.name),
+        "head": config.model.head,
+        "sample": config.sample.model_dump(mode="json"),
+        "template": config.template.model_dump(mode="json"),
+        "time_gaps": _time_gaps(config),
+        "attention": config.attention.model_dump(mode="json", exclude={"backend"}),
+        "sum_token": SUM_TOKEN,
+        "sum_token_id": inputs.tokens.sum_id,
+        "label_token_ids": list(inputs.tokens.label_ids),
+        "step": step,
+        "plain_transformers": why_not is None,
+        "plain_transformers_why": why_not or _WHY_PLAIN.format(n=config.sample.context),
+    }
+
+
+def _time_gaps(config: RunConfig) -> list[dict[str, Any]]:
+    """Words before an interaction, by the seconds since the user's one before; shortest first."""
+    if not config.template.time_gaps:
+        return []
+    bounded = [{"below_seconds": bound, "words": words} for bound, words in TIME_GAPS]
+    return [*bounded, {"below_seconds": None, "words": LONGEST_TIME_GAP}]
+
+
+_WHY_PLAIN = (
+    "In a sliding-window prompt of up to n = {n} context interactions each token sees all tokens "
+    "before it, by the model's own positions, as in a plain causal forward pass."
+)
+
+
+def why_not_plain(model: CTRModel, n: int) -> str | None:
+    """Why a plain causal forward pass over a sliding-window prompt isn't the trained function.
+
+    None where it is: where every state that [SUM] is made of has seen all tokens before it, by the
+    model's own positions, and nothing else.
+    """
+    scheme = model.scheme
+    body, readout = scheme.windows.body, scheme.windows.readout
+    if scheme.positions == "alibi":
+        return (
+            "attention.positions is alibi: [SUM] has no position, and its attention falls with the "
+            "distance, which a plain causal forward pass doesn't know of."
+        )
+    # Nobody reads the body behind the last layer, so its window does not count.
+    if min((*body[:-1], *readout)) < n:
+        return (
+            f"The leakage policy has layers in which a token sees fewer than n = {n} interactions "
+            f"back (body {list(body)}, [SUM] {list(readout)}); in a plain causal forward pass all "
+            "layers see the whole prompt."
+        )
+    # One layer reads initial embeddings: there is nothing to forget toward.
+    if scheme.forgetting is not None and scheme.forgetting.any() and len(readout) > 1:
+        return (
+            "attention.policy is reset: [SUM] forgets what is far back toward its initial "
+            "embedding, which a plain causal forward pass doesn't know of."
+        )
+    if scheme.prefix_length and not scheme.readout_sees_prefix:
+        return (
+            "attention.policy is isolated and template.prefix is not empty: [SUM] reads the "
+            "prefix from other tokens alone, and in a plain causal forward pass by itself too."
+        )
+    return None

@@ -1,0 +1,162 @@
+"""A run's folder: its resolved config, tokenizer, metrics and checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from dti_dist.config import RunConfig, load_config
+from dti_dist.console import say
+from dti_dist.errors import UserError
+
+DTI_CONFIG = "dti_config.json"  # in an exported folder: how its model is to be used
+_LOCK_PATIENCE_S = 15
+
+# A run that goes on may change how it runs and reports, and not what it computes.
+_MAY_CHANGE = (
+    "run_dir",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.storage",
+    "data.on_bad_shard",
+    "attention.backend",
+    "attention.share_interactions",
+    "training.micro_batch_packs",
+    "training.activation_checkpointing",
+    "training.device",
+    "training.cpu_threads",
+    "training.log_every",
+    "training.collective_timeout_minutes",
+    "training.watchdog_minutes",
+    "training.max_skipped_steps",
+    "validation",
+    "checkpoints",
+    "tracking",
+    "evaluation",
+)
+
+
+class RunFolder:
+    """Paths of a run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._made_here = False
+        self._held: TextIO | None = None
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def stacks(self) -> Path:
+        """Where the watchdog writes."""
+        return self.path / "stacks"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Steps whose loss or gradients were not finite."""
+        return self.path / "nonfinite"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
+    def read_config(self) -> RunConfig:
+        """The config of a run that was started. Raises UserError where there is none."""
+        if not self.config_file.exists():
+            raise UserError(
+                f"{self.path} is not a run's folder: it has no config.yaml. Give the run_dir of a "
+                "training run."
+            )
+        return load_config(self.config_file)
+
+    def prepare(self, config: RunConfig) -> None:
+        """Make the folder and keep the config; refuse a folder of a run that computes otherwise."""
+        if self.config_file.exists() and any(self.checkpoints.glob("step-*")):
+            refuse_other_settings(str(self.path), self.read_config(), config, "run_dir")
+        self._made_here = not self.path.exists()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self.config_file.write_text(config.to_yaml(), encoding="utf-8")
+
+    def _lock(self) -> None:
+        """Refuse a folder that a running job writes to; the lock goes with this process.
+
+        A job that is started again may find its predecessor still ending, so it waits a little.
+        """
+        self._held = (self.path / ".lock").open("a")
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"Another job is training in {self.path}: it has held "
+                        f"{self.path / '.lock'} for {_LOCK_PATIENCE_S} s. Wait for its end or stop "
+                        "it (`fuser` on that file names the process; ranks may outlive a launcher "
+                        "that was killed), or choose another run_dir."
+                    ) from error
+                time.sleep(0.5)
+            except OSError as error:  # a file system without locks
+                say(f"{self.path} can't be locked against a second job: {error.strerror or error}.")
+                return
+
+    def release(self) -> None:
+        """Let another job have the folder."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def discard(self) -> None:
+        """Remove the folder if this object made it and no training has begun in it."""
+        if self._made_here and not self.metrics.exists():
+            shutil.rmtree(self.path)
+
+
+def refuse_other_settings(place: str, old: RunConfig, new: RunConfig, key: str) -> None:
+    """Raise UserError where checkpoints are of a run that computes otherwise; `key` names them."""
+    changed = [
+        f"  {name}: {before!r} there, {after!r} now"
+        for name, before, after in _differences(
+            old.model_dump(mode="json"), new.model_dump(mode="json")
+        )
+        if not name.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{place} has checkpoints of a run with other settings:\n"
+            + "\n".join(changed)
+            + f"\nGo on with the settings of config.yaml there, or choose another {key}."
+        )
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for name in {**old, **new}
+            for difference in _differences(
+                old.get(name), new.get(name), f"{key}.{name}" if key else name
+            )
+        ]
+    return [] if old == new else [(key, old, new)]

@@ -1,0 +1,143 @@
+"""Histories of users whom requests name, from a prepared data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dti_dist.console import progress
+from dti_dist.data.dataset import SPLITS, Dataset, iter_sequences
+from dti_dist.data.samples import IntArray
+from dti_dist.serving.request_files import Lists, RequestRows
+from dti_dist.sql import Workspace, sql_errors
+
+_MORE_ROOM = "Free disk space beside --out, or for a URL where TMPDIR points, or take more ranks."
+_COLUMNS = ["user_id", "item_ids", "labels", "timestamps", "target_start"]
+
+
+@dataclass(frozen=True)
+class FoundHistories:
+    """Of some requests, in their order.
+
+    Attributes:
+        rows: numbers of the requests whose users are known.
+        items: Lists of dense item ids; labels, timestamps: of the same interactions.
+    """
+
+    rows: IntArray
+    items: Lists
+    labels: npt.NDArray[np.int8]
+    timestamps: IntArray
+
+
+class Histories:
+    """Looks up users once for many requests: one pass over the data set, out of core.
+
+    Of each user the last `most` interactions before the request's time are found. An interaction
+    is taken from the row in which it is a target, so that the context that rows of valid and test
+    repeat is not counted twice.
+
+    Args:
+        wanted: requests; those that bring a history, or name no user, are passed over.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        dataset: Dataset,
+        wanted: Iterable[RequestRows],
+        most: int,
+        visible: bool = True,
+    ):
+        self._connection = workspace.connection
+        with sql_errors("looking up users", _MORE_ROOM):
+            self._gather(wanted)
+            self._read(dataset, visible)
+            self._look_up(most)
+
+    def _gather(self, wanted: Iterable[RequestRows]) -> None:
+        self._connection.execute("CREATE TABLE wanted (row BIGINT, user_id VARCHAR, time BIGINT)")
+        for rows in wanted:
+            if rows.user_ids is None:
+                continue
+            numbers = rows.first + np.arange(len(rows.has_history))
+            times = rows.times
+            named = pa.table(
+                {
+                    "row": numbers,
+                    "user_id": rows.user_ids,
+                    "time": np.full(len(numbers), np.iinfo(np.int64).max)
+                    if times is None
+                    else times,
+                }
+            ).filter(pa.array(~rows.has_history))
+            self._insert("wanted", "SELECT * FROM batch WHERE user_id IS NOT NULL", named)
+
+    def _read(self, dataset: Dataset, visible: bool) -> None:
+        self._connection.execute("CREATE TABLE users AS SELECT DISTINCT user_id FROM wanted")
+        self._connection.execute(
+            "CREATE TABLE rows (user_id VARCHAR, place BIGINT, items INTEGER[], labels TINYINT[], "
+            "timestamps BIGINT[])"
+        )
+        (users,) = self._connection.execute("SELECT count(*) FROM users").fetchall()[0]
+        total = sum(part.rows for split in SPLITS for part in dataset.parts(split)) if users else 0
+        place = 0
+        with progress("looking up users", total, "sequences", visible) as bar:
+            for split in SPLITS if users else ():
+                for batch in iter_sequences(dataset, split, _COLUMNS):
+                    self._insert(
+                        "rows",
+                        f"SELECT user_id, {place}, item_ids[target_start + 1:], "
+                        "labels[target_start + 1:], timestamps[target_start + 1:] "
+                        "FROM batch SEMI JOIN users USING (user_id) "
+                        "WHERE len(item_ids) > target_start",
+                        pa.Table.from_batches([batch.rows]),
+                    )
+                    place += 1
+                    bar.advance(batch.rows.num_rows)
+
+    def _insert(self, table: str, query: str, batch: pa.Table) -> None:
+        self._connection.register("batch", batch)
+        self._connection.execute(f"INSERT INTO {table} {query}")
+        self._connection.unregister("batch")
+
+    def _look_up(self, most: int) -> None:
+        order = "ORDER BY timestamps[1], place"
+        columns = ("items", "labels", "timestamps")
+        joined = ", ".join(f"flatten(list({name} {order})) AS {name}" for name in columns)
+        slices = ", ".join(
+            f"{name}[greatest(past - {most} + 1, 1):past] AS {name}" for name in columns
+        )
+        self._connection.execute(
+            f"CREATE TABLE found AS SELECT row, {slices} FROM ("
+            "SELECT row, history.*, len([t FOR t IN timestamps IF t < time]) AS past "
+            f"FROM wanted JOIN (SELECT user_id, {joined} FROM rows GROUP BY user_id) AS history "
+            "USING (user_id)) ORDER BY row"
+        )
+        for table in ("rows", "users", "wanted"):
+            self._connection.execute(f"DROP TABLE {table}")
+
+    def of(self, first: int, end: int) -> FoundHistories:
+        """Of requests first … end - 1."""
+        with sql_errors("looking up users", _MORE_ROOM):
+            found: pa.Table = self._connection.sql(
+                f"SELECT * FROM found WHERE row >= {first} AND row < {end} ORDER BY row"
+            ).to_arrow_table()
+        found = found.combine_chunks()
+
+        def flat(name: str) -> np.ndarray:
+            return pc.list_flatten(found[name]).to_numpy()
+
+        lengths = pc.list_value_length(found["items"]).to_numpy()
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return FoundHistories(
+            rows=found["row"].to_numpy(),
+            items=Lists(flat("items").astype(np.int64), offsets),
+            labels=flat("labels").astype(np.int8),
+            timestamps=flat("timestamps").astype(np.int64),
+        )

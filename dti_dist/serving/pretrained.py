@@ -1,0 +1,169 @@
+"""A trained model ready to score, from an exported folder or from a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dti_dist.config import AttentionConfig, SampleConfig, StorageConfig, TemplateConfig
+from dti_dist.console import without_library_chatter
+from dti_dist.data import item_tokens
+from dti_dist.data.dataset import Dataset
+from dti_dist.data.template import Template
+from dti_dist.errors import UserError
+from dti_dist.inputs import Inputs, cache_dir_of
+from dti_dist.model import sources
+from dti_dist.model.ctr_model import CTRModel
+from dti_dist.runs.folder import DTI_CONFIG, RunFolder
+from dti_dist.runs.trained import choose_checkpoint, trained_model
+from dti_dist.serving.item_texts import ItemTexts
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with what builds its prompts.
+
+    Attributes:
+        n: context interactions.
+        dataset: whose items are the first rows of `items`; None without one.
+    """
+
+    model: CTRModel
+    items: ItemTexts
+    n: int
+    dataset: Dataset | None
+
+
+def is_run(folder: str | Path) -> bool:
+    return (Path(folder) / "config.yaml").exists() and not (Path(folder) / DTI_CONFIG).exists()
+
+
+def load_run(folder: str | Path, which: str = "best", data: str | None = None) -> Pretrained:
+    """A run's checkpoint, in float32, with the data set that it was trained on, or another.
+
+    Raises:
+        UserError: the run has no such checkpoint, or its data set can't be opened.
+    """
+    run = RunFolder(str(folder))
+    config = run.read_config()
+    if data is not None:
+        read_from = config.data.model_copy(update={"path": data})
+        config = config.model_copy(update={"data": read_from})
+    commit = choose_checkpoint(run, which)
+    inputs = Inputs.open(config, run.tokenizer)
+    template = Template.for_items(config.template, inputs.dataset.manifest.item_text_columns)
+    items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
+    return Pretrained(trained_model(inputs, commit), items, config.sample.context, inputs.dataset)
+
+
+def load_exported(
+    folder: str | Path,
+    data: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    storage: StorageConfig | None = None,
+) -> Pretrained:
+    """What `dti-dist export` wrote. Weights are read from safetensors alone, never from pickles.
+
+    Args:
+        data: a prepared data set, whose items are then known by their ids.
+
+    Raises:
+        UserError: the folder is not one of export, or the data set does not fit it.
+    """
+    folder = Path(folder)
+    settings = _settings(folder)
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds adapters alone. Export the run without --adapter-only, which merges "
+            "them into the weights."
+        )
+    sources.check_folder(folder)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        sample = SampleConfig.model_validate(settings["sample"])
+        config = TemplateConfig.model_validate(settings["template"])
+        attention = AttentionConfig.model_validate(settings["attention"])
+        head, sum_id = str(settings["head"]), int(settings["sum_token_id"])
+        label_ids = settings["label_token_ids"]
+        no, yes = int(label_ids[0]), int(label_ids[1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{folder}: expected what dti-dist export writes, found something else: {error}. "
+            "Export the run again."
+        ) from error
+    dataset = None
+    if data is None:
+        items = ItemTexts.none_yet(Template.alone(config), tokenizer, sum_id)
+    else:
+        dataset = Dataset.open(data, storage=storage)
+        template = Template.for_items(config, dataset.manifest.item_text_columns)
+        cache = cache_dir_of(dataset)
+        tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache)
+        items = ItemTexts(tokens, template, tokenizer)
+    causal_lm = _read_model(folder, head, dtype)
+    prefix = len(items.tokens.prefix)
+    model = CTRModel(
+        causal_lm,
+        head=head,
+        label_ids=(no, yes),
+        n=sample.context,
+        attention=attention,
+        prefix_length=prefix,
+        longest_span=prefix + (sample.context + 1) * items.longest_interaction,
+    )
+    if head == "linear":
+        model.head.weight = causal_lm.score.weight
+    return Pretrained(model.to(dtype).eval(), items, sample.context, dataset)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / DTI_CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        problem = f"found {type(found).__name__} in it"
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "there is none"
+        if (folder / "config.yaml").exists():
+            problem += f". It is a run: export it first, with dti-dist export {folder} --out DIR"
+    except (OSError, ValueError) as error:
+        problem = f"found one that can't be read: {error}"
+    raise UserError(
+        f"{folder}: expected a folder that dti-dist export wrote, with {DTI_CONFIG}; {problem}."
+    )
+
+
+def _read_model(folder: Path, head: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForCausalLM if head == "yes_no" else AutoModelForSequenceClassification
+    try:
+        with without_library_chatter():
+            model, loading = kind.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"{folder}: the model could not be read: {reason} Export the run again."
+        ) from error
+    wrong = {name: keys for name, keys in loading.items() if keys and name != "error_msgs"}
+    if wrong:
+        raise UserError(
+            f"{folder}: the weights don't fit config.json: {wrong}. Export the run again."
+        )
+    return model

@@ -1,0 +1,467 @@
+"""`dti-dist score`: the candidates of many requests, on any number of ranks, part by part.
+
+Requests are cut into parts of a fixed number, in order. Each part becomes one file that depends on
+its requests and the model alone, written whole or not at all. A run that was killed goes on with
+the parts that are missing, and the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import dti_dist
+from dti_dist.config import StorageConfig
+from dti_dist.console import progress, say
+from dti_dist.data import storage
+from dti_dist.data.dataset import MANIFEST, Dataset
+from dti_dist.data.prepare.events import read_item_table
+from dti_dist.data.samples import IntArray
+from dti_dist.errors import UserError
+from dti_dist.ranks import Ranks, choose_device, join_process_group, leave_process_group
+from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.trained import choose_checkpoint
+from dti_dist.serving.histories import Histories
+from dti_dist.serving.item_texts import ItemTexts
+from dti_dist.serving.pretrained import is_run
+from dti_dist.serving.request_files import RequestFiles, RequestRows
+from dti_dist.serving.requests import CutRequests, RawRequests, cut_requests
+from dti_dist.serving.scorer import Scorer
+from dti_dist.sql import open_workspace
+
+PLAN, SUMMARY = "_plan.json", "_scores.json"  # readers of Parquet pass over such names
+_COUNTS = b"dti_dist.counts"
+_EXAMPLES = 3
+_LONGEST_WAIT_MINUTES = 24 * 60
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How requests are scored; see ``dti-dist score --help``."""
+
+    data: str | None = None
+    items: Sequence[str] = ()  # files
+    item_key: str = "item_id"
+    checkpoint: str = "best"
+    device: str = "auto"
+    dtype: str | None = None
+    part_requests: int = 4096
+    pack_tokens: int | None = None
+    state_cache_gib: float = 2.0
+    force: bool = False
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+def score(model: str, requests: str, out: str, options: ScoreOptions) -> dict[str, Any] | None:
+    """Score requests and write part-*.parquet to `out`, then _scores.json.
+
+    Args:
+        model: an exported folder, or a run's.
+        requests, out: a file or folder, and a folder: local, or fsspec URLs.
+
+    Returns:
+        What _scores.json holds, on rank 0; None on the others.
+
+    Raises:
+        UserError: the model, the requests or what they need can't be read, or `out` holds something
+            else.
+    """
+    # A rank that is done waits for those that are not.
+    ranks = join_process_group(
+        options.device, timeout_minutes=_LONGEST_WAIT_MINUTES, cpu_threads=None
+    )
+    try:
+        return _score(model, requests, out, options, ranks)
+    finally:
+        leave_process_group()
+
+
+def _score(
+    model: str, requests: str, out: str, options: ScoreOptions, ranks: Ranks
+) -> dict[str, Any] | None:
+    files = ranks.each(lambda: RequestFiles.open(requests, options.storage))[ranks.rank]
+    done = ranks.each(lambda: _prepare(model, files, out, options) if ranks.is_main else set())[0]
+    parts = range(-(-files.total // options.part_requests))
+    mine = [part for part in parts if part not in done][ranks.rank :: ranks.world]
+    if ranks.is_main and done:
+        say(f"going on: {len(done):,} of {len(parts):,} parts of {out} are there.")
+    if len(done) < len(parts):
+        with ExitStack() as stack:
+            scorer = ranks.first_on_node(lambda: _scorer(model, options))
+            opened: list[_PartScorer] = []
+            ranks.each(
+                lambda: opened.append(
+                    _PartScorer.open(scorer, files, options, mine, out, stack, ranks)
+                )
+            )
+            _score_parts(opened[0], mine, out, options, ranks)
+        ranks.barrier()  # all parts are there
+    summaries = ranks.each(
+        lambda: _summarise(out, parts, files, options) if ranks.is_main else None
+    )
+    return summaries[0] if ranks.is_main else None
+
+
+def _prepare(model: str, files: RequestFiles, out: str, options: ScoreOptions) -> set[int]:
+    return _prepare_out(out, _plan(model, files, options), options)
+
+
+def _plan(model: str, files: RequestFiles, options: ScoreOptions) -> dict[str, Any]:
+    """What the scores depend on: a folder goes on only with the same."""
+    data = options.data
+    if data is None and is_run(model):
+        data = RunFolder(model).read_config().data.path
+    return {
+        "requests": [[file.uri, file.size, file.rows] for file in files.files],
+        "model": _fingerprint(model, options.checkpoint),
+        "data": data and [data, storage.sha256(storage.join(data, MANIFEST), options.storage)],
+        "items": [[path, storage.list_files(path, options.storage)] for path in options.items],
+        "device": choose_device(options.device).type,
+        "dtype": options.dtype,
+        "part_requests": options.part_requests,
+        "pack_tokens": options.pack_tokens,
+    }
+
+
+def _fingerprint(model: str, which: str) -> str:
+    digest = hashlib.sha256()
+    folder = Path(model)
+    if is_run(folder):
+        names = [choose_checkpoint(RunFolder(model), which).folder / "commit.json"]
+    else:
+        names = sorted(path for path in folder.glob("*") if path.is_file())
+        if not names:
+            raise UserError(
+                f"{model}: expected a folder that dti-dist export wrote, or a run's; found "
+                f"{'no files in it' if folder.is_dir() else 'no such folder'}."
+            )
+    for path in names:
+        digest.update(f"{path.name}\0{storage.sha256(str(path))}\0".encode())
+    return digest.hexdigest()
+
+
+def _prepare_out(out: str, plan: dict[str, Any], options: ScoreOptions) -> set[int]:
+    """The parts that are there of the same scores. Removes others only where forced."""
+    found = storage.list_files(out, options.storage)
+    if list(found) == ["."]:
+        raise UserError(f"{out} is a file; expected the path of a folder to write. Choose another.")
+    text = json.dumps(plan, indent=2, ensure_ascii=False)
+    if found and PLAN not in found:
+        raise UserError(
+            f"{out} is not empty and holds no {PLAN}, so it was not written by this command and is "
+            "left alone. Choose another folder, or remove this one by hand."
+        )
+    if found:
+        before = storage.read_bytes(storage.join(out, PLAN), options.storage).decode()
+        if before == text:
+            return {
+                int(name[5:-8])
+                for name in found
+                if name.startswith("part-") and name.endswith(".parquet")
+            }
+        if not options.force:
+            raise UserError(
+                f"{out} holds scores of something else: {_differing(before, plan)} differ. Choose "
+                "another folder, or use --force to replace them."
+            )
+        storage.remove(out, options.storage)
+    storage.write_atomic(storage.join(out, PLAN), text.encode(), options.storage)
+    return set()
+
+
+def _differing(before: str, plan: dict[str, Any]) -> str:
+    try:
+        old = json.loads(before)
+        names = [name for name in plan if old.get(name) != json.loads(json.dumps(plan[name]))]
+    except (ValueError, AttributeError):
+        names = []
+    return ", ".join(names) or "the settings"
+
+
+def _scorer(model: str, options: ScoreOptions) -> Scorer:
+    return Scorer.from_pretrained(
+        model,
+        device=options.device,
+        dtype=options.dtype,
+        data=options.data,
+        checkpoint=options.checkpoint,
+        pack_tokens=options.pack_tokens,
+        state_cache_gib=options.state_cache_gib,
+        storage=options.storage,
+    )
+
+
+@dataclass(frozen=True)
+class _Catalogue:
+    """Which item an id names: those of --items first, then the data set's.
+
+    Attributes:
+        ids: [ids] strings; rows: [ids] of the item tokens, -1 without a text.
+        row_of_dense: [data set's items] the row of each, which --items may have replaced.
+    """
+
+    ids: pa.Array
+    rows: IntArray
+    row_of_dense: IntArray
+
+    @staticmethod
+    def open(dataset: Dataset | None, items: ItemTexts, options: ScoreOptions) -> _Catalogue:
+        if dataset is None and not options.items:
+            raise UserError(
+                "Expected the items' texts: the model was exported without them. Give a prepared "
+                "data set with --data, an item table with --items, or both."
+            )
+        known = (
+            dataset.items_table()["source_id"].combine_chunks()
+            if dataset
+            else pa.array([], pa.string())
+        )
+        rows = np.arange(len(known))
+        if not options.items:
+            return _Catalogue(known, rows, rows)
+        columns = items.template.columns
+        with open_workspace() as workspace:
+            table = read_item_table(workspace.connection, options.items, options.item_key, columns)
+        given = table["source_id"].combine_chunks()
+        new_rows = items.keep(table.select(list(columns)).to_pylist())
+        replaced = pc.index_in(known, value_set=given)
+        row_of_dense = rows.copy()
+        found = replaced.is_valid().to_numpy(zero_copy_only=False)
+        row_of_dense[found] = new_rows[replaced.drop_null().to_numpy()]
+        kept = ~found
+        return _Catalogue(
+            pa.concat_arrays([given, known.filter(pa.array(kept))]),
+            np.concatenate([new_rows, rows[kept]]),
+            row_of_dense,
+        )
+
+    def rows_of(self, ids: pa.Array) -> IntArray:
+        """[ids] rows of the item tokens; -1 for unknown ids and items without a text."""
+        at = pc.fill_null(pc.index_in(ids, value_set=self.ids), -1).to_numpy(zero_copy_only=False)
+        return np.where(at >= 0, self.rows[at] if len(self.rows) else -1, -1)
+
+
+@dataclass(frozen=True)
+class _PartScorer:
+    """Requests in, a table of scores out."""
+
+    scorer: Scorer
+    files: RequestFiles
+    catalogue: _Catalogue
+    histories: Histories | None
+
+    @staticmethod
+    def open(
+        scorer: Scorer,
+        files: RequestFiles,
+        options: ScoreOptions,
+        mine: list[int],
+        out: str,
+        stack: ExitStack,
+        ranks: Ranks,
+    ) -> _PartScorer:
+        dataset = scorer.dataset
+        catalogue = _Catalogue.open(dataset, scorer.items, options)
+        if scorer.items.tokens.gaps and "timestamp" not in files.schema.names:
+            raise UserError(
+                f"{files.files[0].uri}: expected the column 'timestamp', when each request is "
+                "made: template.time_gaps puts the time since the last interaction into the prompt."
+            )
+        histories = None
+        if files.names_users and dataset is not None:
+            workspace = stack.enter_context(open_workspace())
+            rows = _rows_of_parts(files, mine, options.part_requests)
+            # The time gap of the oldest interaction is counted from the one before it.
+            most = scorer.n + bool(scorer.items.tokens.gaps)
+            histories = Histories(workspace, dataset, rows, most, ranks.is_main)
+        elif files.names_users and not files.brings_histories:
+            raise UserError(
+                f"{files.files[0].uri}: expected 'history_items' and 'history_labels', or a data "
+                "set to look the users up in. Give it with --data."
+            )
+        return _PartScorer(scorer, files, catalogue, histories)
+
+    def part(
+        self, first: int, end: int, on_scored: Callable[[int], None]
+    ) -> tuple[pa.Table, Counter[str], list[str]]:
+        """Scores of requests first … end - 1, what was counted, and ids without a text."""
+        rows = self.files.read(first, end)
+        raw, unknown = self._raw(rows)
+        cut = cut_requests(raw, self.scorer.n, bool(self.scorer.items.tokens.gaps))
+        if self.scorer.states is not None:
+            self.scorer.states.clear()  # so that a part does not depend on those before it
+        scores = np.full(len(raw.candidates), np.nan, dtype=np.float32)
+        scores[cut.scored] = self.scorer.score_requests(cut.requests, on_scored)
+        without = pc.unique(rows.candidates.values.filter(pa.array(raw.candidates < 0)))
+        return (
+            _table(rows, cut, scores, raw.candidates < 0),
+            _counts(rows, raw, cut, unknown),
+            [str(one) for one in without[:_EXAMPLES].to_pylist()],
+        )
+
+    def _raw(self, rows: RequestRows) -> tuple[RawRequests, int]:
+        """Requests as arrays, with the histories that were looked up; and users not found."""
+        R = len(rows.has_history)
+        items = self.catalogue.rows_of(rows.items.values)
+        labels, timestamps, offsets = rows.labels, rows.timestamps, rows.items.offsets
+        if timestamps is None and not len(items):
+            timestamps = np.empty(0, dtype=np.int64)
+        unknown = int((~rows.has_history).sum())
+        if self.histories is not None and unknown:
+            found = self.histories.of(rows.first, rows.first + R)
+            unknown -= len(found.rows)
+            given = np.arange(R).repeat(rows.items.lengths)
+            looked_up = (found.rows - rows.first).repeat(found.items.lengths)
+            of = np.concatenate([given, looked_up])
+            order = np.argsort(of, kind="stable")
+            items = np.concatenate([items, self.catalogue.row_of_dense[found.items.values]])[order]
+            labels = np.concatenate([labels, found.labels])[order]
+            if timestamps is not None:
+                timestamps = np.concatenate([timestamps, found.timestamps])[order]
+            offsets = np.concatenate([[0], np.cumsum(np.bincount(of, minlength=R))])
+        gaps = bool(self.scorer.items.tokens.gaps)
+        if timestamps is None and (gaps or rows.times is not None):
+            raise UserError(
+                f"{self.files.where(rows.first)} and later rows: expected 'history_timestamps' "
+                "beside 'history_items': requests have a 'timestamp', and only what was before it "
+                "may be seen."
+            )
+        return (
+            RawRequests(
+                items=items,
+                labels=labels,
+                timestamps=timestamps,
+                offsets=offsets,
+                candidates=self.catalogue.rows_of(rows.candidates.values),
+                candidate_offsets=rows.candidates.offsets,
+                times=rows.times,
+            ),
+            unknown,
+        )
+
+
+def _rows_of_parts(
+    files: RequestFiles, parts: Sequence[int], part_requests: int
+) -> Iterator[RequestRows]:
+    for part in parts:
+        yield files.read(part * part_requests, min((part + 1) * part_requests, files.total))
+
+
+def _table(
+    rows: RequestRows, cut: CutRequests, scores: np.ndarray, without_text: np.ndarray
+) -> pa.Table:
+    """The requests' own columns but for their histories, then context and scores."""
+    lists = pa.ListArray.from_arrays(
+        pa.array(rows.candidates.offsets, pa.int32()),
+        pa.array(scores, pa.float32(), mask=without_text),
+    )
+    table = rows.kept
+    for name, column in (("context", pa.array(cut.context, pa.int32())), ("scores", lists)):
+        if name in table.schema.names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, column)
+    return table
+
+
+def _counts(rows: RequestRows, raw: RawRequests, cut: CutRequests, unknown: int) -> Counter[str]:
+    return Counter(
+        {
+            "requests": len(rows.has_history),
+            "candidates": len(raw.candidates),
+            "candidates_without_text": int((raw.candidates < 0).sum()),
+            "requests_without_candidates": int((rows.candidates.lengths == 0).sum()),
+            "requests_without_context": int((cut.context == 0).sum()),
+            "unknown_users": unknown,
+            "history_without_text": cut.without_text,
+            "history_not_before_request": cut.future,
+            "history_older_than_n": cut.older,
+            "histories_sorted": cut.sorted,
+        }
+    )
+
+
+def _score_parts(
+    scorer: _PartScorer, mine: list[int], out: str, options: ScoreOptions, ranks: Ranks
+) -> None:
+    size, total = options.part_requests, scorer.files.total
+    spans = {part: (part * size, min((part + 1) * size, total)) for part in mine}
+    label = "scoring" if ranks.world == 1 else f"scoring, rank 0 of {ranks.world}"
+    requests = sum(end - first for first, end in spans.values())
+    with progress(label, requests, "requests", ranks.is_main) as bar:
+        for part, (first, end) in spans.items():
+            before = bar.count
+            table, counts, examples = scorer.part(first, end, bar.advance)
+            about = json.dumps({"counts": counts, "examples": examples}, ensure_ascii=False)
+            content = io.BytesIO()
+            metadata = {**(table.schema.metadata or {}), _COUNTS: about.encode()}
+            pq.write_table(table.replace_schema_metadata(metadata), content, compression="zstd")
+            path = storage.join(out, _part_name(part))
+            storage.write_atomic(path, content.getvalue(), options.storage)
+            bar.advance(end - first - (bar.count - before))  # requests without candidates
+
+
+def _part_name(part: int) -> str:
+    return f"part-{part:05d}.parquet"
+
+
+def _summarise(
+    out: str, parts: range, files: RequestFiles, options: ScoreOptions
+) -> dict[str, Any]:
+    """Count what all parts say of themselves, see that none is missing, and write the summary."""
+    found = storage.list_files(out, options.storage)
+    counts: Counter[str] = Counter()
+    examples: list[str] = []
+    for part in parts:
+        name = _part_name(part)
+        if name not in found:
+            raise UserError(f"{out}: {name} is missing. Run the same command again.")
+        path = storage.join(out, name)
+        source = (
+            pa.OSFile(storage.filesystem(path)[1])
+            if storage.is_local(path)
+            else pa.PythonFile(storage.RangeFile(path, found[name], options.storage), mode="r")
+        )
+        about = json.loads(pq.read_schema(source).metadata[_COUNTS])
+        counts.update(about["counts"])
+        examples += about["examples"]
+    summary = {
+        "dti_dist_version": dti_dist.__version__,
+        "parts": len(parts),
+        **{name: counts[name] for name in counts},
+    }
+    if counts["requests"] != files.total:
+        raise UserError(
+            f"{out}: expected scores of {files.total:,} requests, found {counts['requests']:,}. "
+            "Remove the folder and score again."
+        )
+    content = json.dumps(summary, indent=2, ensure_ascii=False)
+    storage.write_atomic(storage.join(out, SUMMARY), content.encode(), options.storage)
+    for line in _remarks(counts, list(dict.fromkeys(examples))[:_EXAMPLES]):
+        say(line)
+    return summary
+
+
+def _remarks(counts: Counter[str], examples: list[str]) -> list[str]:
+    texts = {
+        "candidates_without_text": "candidates have no text and a null score, e.g. "
+        + ", ".join(map(repr, examples)),
+        "requests_without_candidates": "requests have no candidates and an empty list of scores",
+        "unknown_users": "requests name no known user and bring no history; scored without context",
+        "history_without_text": "interactions of histories have no text and were left out",
+        "history_not_before_request": "interactions of histories are not before their request and "
+        "were left out",
+        "histories_sorted": "histories were not in time order and were sorted",
+    }
+    return [f"{counts[name]:,} {text}." for name, text in texts.items() if counts[name]]

@@ -1,0 +1,255 @@
+"""Scores of candidates after a history, from Python: `dti_dist.Scorer`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dti_dist.config import StorageConfig
+from dti_dist.data.packing import multiple_of_128
+from dti_dist.data.stream import Batch
+from dti_dist.errors import UserError
+from dti_dist.model.ctr_model import KeptStates
+from dti_dist.ranks import choose_device
+from dti_dist.serving.item_states import ItemStates
+from dti_dist.serving.item_texts import Item, ItemTexts
+from dti_dist.serving.pretrained import Pretrained, is_run, load_exported, load_run
+from dti_dist.serving.requests import (
+    RawRequests,
+    RequestPack,
+    Requests,
+    build_request_pack,
+    cut_requests,
+    pack_requests,
+)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """What a user did before: an item, whether it was clicked, and when (seconds, optional).
+
+    An item is a mapping with the columns that the template names, or, where it names one, a text.
+    """
+
+    item: Item
+    label: int
+    timestamp: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A user's history, oldest first, and the candidates to score after it.
+
+    Of the history the last n interactions count that are before `timestamp` (seconds, optional).
+    """
+
+    history: Sequence[Interaction]
+    candidates: Sequence[Item]
+    timestamp: int | None = None
+
+
+class Scorer:
+    """Probabilities of label 1 for candidates, all of a request after one pass of its context.
+
+    A candidate's score does not depend on the others, nor on their order or number: it is what the
+    model says of it alone, as the target of a sliding-window prompt.
+    """
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        device: torch.device | str = "cpu",
+        pack_tokens: int | None = None,
+        state_cache_gib: float = 2.0,
+    ):
+        """Use `from_pretrained`; this is for a model in memory."""
+        self.device = torch.device(device)
+        self.model = pretrained.model.to(self.device).eval()
+        self.items: ItemTexts = pretrained.items
+        self.dataset = pretrained.dataset
+        self.n = pretrained.n
+        self.pack_tokens = pack_tokens or _PACK_TOKENS[self.device.type]
+        self.states: ItemStates | None = None
+        if self.model.scheme.isolated:
+            limit = int(state_cache_gib * 2**30)
+            self.states = ItemStates(self.model, limit, self.pack_tokens, self._filled_up)
+        self._generation = self.items.generation
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str | None = None,
+        data: str | None = None,
+        checkpoint: str = "best",
+        pack_tokens: int | None = None,
+        state_cache_gib: float = 2.0,
+        storage: StorageConfig | None = None,
+    ) -> Scorer:
+        """Read what `dti-dist export` wrote, or a run's folder.
+
+        Args:
+            device: auto, cpu or cuda.
+            dtype: fp32 or bf16; default: fp32 on a CPU, bf16 on a GPU.
+            data: a prepared data set, for `dti-dist score`, which knows items by id.
+            checkpoint: of a run: best, last, or a step.
+            pack_tokens: tokens of one pass of the model, about. Default: 4096, on a GPU 16384.
+            state_cache_gib: memory for the states of items, which are kept under `isolated`.
+            storage: how `data` is reached.
+
+        Raises:
+            UserError: the folder is neither, or there is no such device.
+        """
+        chosen = choose_device(device)
+        precision = _DTYPES.get(dtype or ("bf16" if chosen.type == "cuda" else "fp32"))
+        if precision is None:
+            raise UserError(f"dtype: expected fp32 or bf16, found {dtype!r}.")
+        if is_run(folder):
+            found = load_run(folder, checkpoint, data)
+            for parameter in found.model.parameters():  # buffers stay float32: rotary frequencies
+                parameter.data = parameter.data.to(precision)
+        else:
+            found = load_exported(folder, data, precision, storage)
+        return cls(found, chosen, pack_tokens, state_cache_gib)
+
+    def score(
+        self,
+        history: Sequence[Interaction],
+        candidates: Sequence[Item],
+        timestamp: int | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """[candidates] the probability of label 1 for each, in the order given.
+
+        A history may be empty. Interactions at or after `timestamp` are left out with a warning.
+
+        Raises:
+            UserError: a label is not 0 or 1, an item lacks a column, has no text or none that is
+                UTF-8, or timestamps are missing that the template's time gaps need.
+        """
+        return self.score_batch([Request(history, candidates, timestamp)])[0]
+
+    def score_batch(self, requests: Sequence[Request]) -> list[npt.NDArray[np.float32]]:
+        """The scores of each request, as of `score`; requests share passes of the model."""
+        raw = self._raw(requests)
+        cut = cut_requests(raw, self.n, bool(self.items.tokens.gaps))
+        if cut.future:
+            warnings.warn(
+                f"{cut.future} interactions of histories are not before their request's timestamp "
+                "and were left out.",
+                stacklevel=2,
+            )
+        scores = self.score_requests(cut.requests)
+        return [scores[first:end] for first, end in pairwise(raw.candidate_offsets)]
+
+    def score_requests(
+        self, requests: Requests, on_scored: Callable[[int], None] = lambda requests: None
+    ) -> npt.NDArray[np.float32]:
+        """[C] the score of each candidate, from arrays: see dti_dist.serving.requests.
+
+        Args:
+            on_scored: called after each pass with the number of requests that are done by it.
+        """
+        tokens = self.items.tokens
+        if self.states is not None and self._generation != self.items.generation:
+            self.states.clear()
+            self._generation = self.items.generation
+        scores = np.full(len(requests.candidate_items), np.nan, dtype=np.float32)
+        for pieces in pack_requests(requests, tokens, self.pack_tokens):
+            built = build_request_pack(requests, pieces, tokens, self._filled_up)
+            kept = self.states.of(built, tokens) if self.states is not None else None
+            used = built.pack.used > 0
+            scores[built.pack.target_position[used]] = self._probabilities(built, kept)[used]
+            on_scored(int((pieces.end == requests.candidate_offsets[pieces.request + 1]).sum()))
+        return scores
+
+    @torch.inference_mode()
+    def _probabilities(self, built: RequestPack, kept: KeptStates | None) -> np.ndarray:
+        batch = Batch.collate(
+            [built.pack], built.shape, step=0, epoch=0, step_targets=0, last_of_step=True
+        )
+        logits = self.model(batch.to(self.device), kept)[0]
+        return torch.sigmoid(logits.float()).cpu().numpy()
+
+    def _filled_up(self, size: int) -> int:
+        """On a GPU few lengths occur, each of which is compiled for once; on a CPU any may."""
+        if self.device.type == "cpu":
+            return size
+        return max(1 << (multiple_of_128(size) - 1).bit_length(), 128)
+
+    def _raw(self, requests: Sequence[Request]) -> RawRequests:
+        histories = [request.history for request in requests]
+        interactions = list(chain.from_iterable(histories))
+        candidates = list(chain.from_iterable(request.candidates for request in requests))
+        for number, interaction in enumerate(interactions):
+            if interaction.label not in (0, 1):
+                raise UserError(
+                    f"History, interaction {number}: expected a label of 0 or 1, found "
+                    f"{interaction.label!r}."
+                )
+        rows = self.items.rows_of([*(past.item for past in interactions), *candidates])
+        without = np.flatnonzero(rows < 0)
+        if len(without):
+            number = int(without[0])
+            where = (
+                f"history, interaction {number}"
+                if number < len(interactions)
+                else f"candidate {number - len(interactions)}"
+            )
+            raise UserError(
+                f"{len(without)} items have no text, the first is {where}: expected a text of at "
+                "least one token. Leave them out."
+            )
+        return RawRequests(
+            items=rows[: len(interactions)],
+            labels=np.array([past.label for past in interactions], dtype=np.int8),
+            timestamps=self._timestamps(interactions, requests),
+            offsets=_offsets(histories),
+            candidates=rows[len(interactions) :],
+            candidate_offsets=_offsets([request.candidates for request in requests]),
+            times=_times(requests),
+        )
+
+    def _timestamps(
+        self, interactions: Sequence[Interaction], requests: Sequence[Request]
+    ) -> npt.NDArray[np.int64] | None:
+        stamps = [past.timestamp for past in interactions]
+        timed = [request for request in requests if request.timestamp is not None]
+        if self.items.tokens.gaps and len(timed) < len(requests):
+            raise UserError(
+                "Expected a timestamp of each request: template.time_gaps puts the time since the "
+                "last interaction into the prompt."
+            )
+        missing = [number for number, stamp in enumerate(stamps) if stamp is None]
+        if not missing:
+            return np.array(stamps, dtype=np.int64)
+        if timed or len(missing) < len(stamps):
+            raise UserError(
+                f"{len(missing)} of {len(stamps)} interactions have no timestamp, the first is "
+                f"interaction {missing[0]}: expected one in each, or none in requests and "
+                "histories."
+            )
+        return None
+
+
+def _offsets(lists: Sequence[Sequence[Any]]) -> npt.NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum([len(entries) for entries in lists], dtype=np.int64)])
+
+
+def _times(requests: Sequence[Request]) -> npt.NDArray[np.int64] | None:
+    latest = np.iinfo(np.int64).max
+    if all(request.timestamp is None for request in requests):
+        return None
+    return np.array([latest if r.timestamp is None else r.timestamp for r in requests])

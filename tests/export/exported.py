@@ -1,0 +1,51 @@
+"""An exported folder of a tiny model with random weights, made without a training run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dti_dist.config import load_config
+from dti_dist.data.stream import PackStream, Share
+from dti_dist.export.export import DTI_CONFIG, dti_settings, hugging_face_model
+from dti_dist.inputs import Inputs
+from dti_dist.ranks import Ranks
+from tests.launching import write_config
+
+ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+def export_random_weights(folder: Path, data: Path, **sections: Any) -> tuple[Path, Inputs]:
+    """The folder, and the inputs of the same config."""
+    config = load_config(write_config(folder / "config.yaml", data, **sections))
+    inputs = Inputs.open(config, folder / "tokenizer")
+    model = inputs.untrained_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # wider than the default, so that scores differ
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.3, generator=generator)
+    exported = folder / "exported"
+    hugging_face_model(model).save_pretrained(exported)
+    inputs.tokenizer.save_pretrained(exported)
+    (exported / DTI_CONFIG).write_text(json.dumps(dti_settings(inputs, model, step=0)))
+    return exported, inputs
+
+
+def target_scores(model: Any, inputs: Inputs, split: str = "test") -> dict[tuple[int, int], float]:
+    """(row, position) → what evaluation by sliding-window prompts predicts."""
+    plan = inputs.stream_plan(split, k=1)
+    found = {}
+    with torch.no_grad():
+        for batch in PackStream(plan, Share(1, 1)):
+            used = batch.used > 0
+            probabilities = torch.sigmoid(model(batch)[used].float()).numpy()
+            keys = zip(
+                batch.target_row[used].tolist(), batch.target_position[used].tolist(), strict=True
+            )
+            found.update(zip(keys, probabilities.astype(np.float64).tolist(), strict=True))
+    return found

@@ -1,0 +1,278 @@
+"""dti_dist.Scorer: what a program calls; and training data as iterators."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import dti_dist
+from dti_dist import Interaction, Request, Scorer
+from dti_dist.cli import main
+from dti_dist.data.dataset import Dataset, iter_sequences
+from dti_dist.errors import UserError
+from dti_dist.serving.item_texts import ItemTexts
+from dti_dist.serving.pretrained import load_exported
+from tests.export.exported import export_random_weights, target_scores
+from tests.launching import write_config
+
+
+@pytest.fixture(scope="module", params=["yes_no", "linear"])
+def exported(request, synthetic, tmp_path_factory):
+    """A folder whose template names two columns, and its inputs."""
+    return export_random_weights(
+        tmp_path_factory.mktemp(request.param),
+        synthetic,
+        template={"item": "{title} ({details})"},
+        model={"head": request.param},
+    )
+
+
+@pytest.fixture(scope="module")
+def isolated(synthetic, tmp_path_factory):
+    """A folder with time gaps, whose item states are kept."""
+    return export_random_weights(
+        tmp_path_factory.mktemp("isolated"),
+        synthetic,
+        template={"item": "{title}", "time_gaps": True},
+        attention={"policy": "isolated"},
+    )
+
+
+@pytest.fixture(scope="module")
+def items(synthetic):
+    return Dataset.open(str(synthetic)).items_table().select(["title", "details"]).to_pylist()
+
+
+def some_targets(synthetic, items, count=40):
+    """(row, position), and the request for it."""
+    found = []
+    dataset = Dataset.open(str(synthetic))
+    rows = itertools.chain.from_iterable(
+        batch.rows.to_pylist() for batch in iter_sequences(dataset, "test")
+    )
+    for number, row in enumerate(rows):
+        past = [
+            Interaction(items[item], label, time)
+            for item, label, time in zip(
+                row["item_ids"], row["labels"], row["timestamps"], strict=True
+            )
+        ]
+        for at in range(max(row["target_start"], 1), len(past)):
+            request = Request(past[:at], [past[at].item, items[3], items[4]], past[at].timestamp)
+            found.append(((number, at), request))
+    return found[:count]
+
+
+def assert_scores_are_those_of_evaluation(folder, inputs, synthetic, items):
+    keys, requests = zip(*some_targets(synthetic, items), strict=True)
+    scores = Scorer.from_pretrained(folder, device="cpu").score_batch(requests)
+    expected = target_scores(load_exported(folder, str(synthetic)).model, inputs)
+    assert [score.shape for score in scores] == [(3,)] * len(requests)
+    assert scores[0].dtype == np.float32
+    first = np.array([score[0] for score in scores])
+    assert np.abs(first - [expected[key] for key in keys]).max() < 1e-5
+    assert np.std(first) > 0.01
+
+
+def test_scores_are_those_of_evaluation(exported, synthetic, items):
+    assert_scores_are_those_of_evaluation(*exported, synthetic, items)
+
+
+def test_scores_from_kept_states_are_those_of_evaluation(isolated, synthetic, items):
+    assert_scores_are_those_of_evaluation(*isolated, synthetic, items)
+
+
+def test_requests_do_not_depend_on_each_other_nor_on_calls_before(isolated, synthetic, items):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu")
+    _, requests = zip(*some_targets(synthetic, items), strict=True)
+    together = scorer.score_batch(requests)
+    computed = scorer.states.misses
+    for request, scores in zip(requests, together, strict=True):
+        alone = scorer.score(request.history, request.candidates, request.timestamp)
+        assert np.abs(alone - scores).max() < 1e-5
+    assert scorer.states.misses == computed, "states of items are kept from call to call"
+    assert scorer.states.hits > computed
+
+
+def test_new_texts_and_an_empty_history_are_scored(exported):
+    scorer = Scorer.from_pretrained(exported[0], device="cpu")
+    new = {"title": "a thing nobody saw", "details": "ünïcödé ☃"}
+    scores = scorer.score([], [new, {**new, "title": "another"}, new])
+    assert scores[0] == pytest.approx(scores[2], abs=1e-6)
+    assert abs(scores[0] - scores[1]) > 1e-6
+    assert scorer.score([Interaction(new, 1)], []).shape == (0,)
+    assert scorer.score_batch([]) == []
+
+
+def test_texts_that_are_too_many_are_forgotten_with_their_states(isolated, items):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu")
+    texts = [item["title"] for item in items]
+    history = [Interaction(texts[0], 1, 5), Interaction(texts[1], 0, 7)]
+    before = scorer.score(history, texts[:20], 10)
+    few = ItemTexts(
+        scorer.items._base, scorer.items.template, scorer.items._tokenizer, remembered=25
+    )
+    scorer.items = few
+    for _ in range(2):
+        assert np.abs(scorer.score(history, texts[:20], 10) - before).max() < 1e-6
+        scorer.score(history, [f"new {n}" for n in range(20)], 10)
+    assert few.generation >= 2
+
+
+def test_what_is_not_before_the_request_is_left_out_with_a_warning(isolated):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu")
+    past = [Interaction("red guitar", 1, 10), Interaction("blue chair", 0, 20)]
+    with pytest.warns(UserWarning, match="1 interactions of histories are not before"):
+        scores = scorer.score([*past, Interaction("later", 1, 99)], ["red chair"], timestamp=99)
+    assert np.array_equal(scores, scorer.score(past[::-1], ["red chair"], timestamp=99))
+
+
+@pytest.mark.parametrize(
+    ("history", "candidates", "message"),
+    [
+        ([Interaction("a", 2, 1)], ["b"], "interaction 0: expected a label of 0 or 1, found 2"),
+        ([], [{"titel": "b"}], "'title' is missing. Did you mean 'titel'?"),
+        ([], [{"title": 5}], "Item 0, title: expected a text, found 5"),
+        ([], ["b", " "], "1 items have no text, the first is candidate 1"),
+        ([Interaction("", 1, 1)], ["b"], "the first is history, interaction 0"),
+        ([], ["b \ud800"], "expected UTF-8 text, found bytes that are none"),
+        ([], [b"caf\xe9"], "expected a text or a mapping of columns to texts, found bytes"),
+        ([], [{"title": b"caf\xe9"}], "expected UTF-8 text"),
+        ([Interaction("a", 1)], ["b"], "1 of 1 interactions have no timestamp"),
+    ],
+)
+def test_what_is_no_request_is_refused(isolated, history, candidates, message):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu")
+    with pytest.raises(UserError) as refused:
+        scorer.score(history, candidates, timestamp=50)
+    assert message in str(refused.value)
+
+
+def test_time_gaps_need_timestamps_and_two_columns_a_mapping(isolated, exported):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu")
+    with pytest.raises(UserError, match="Expected a timestamp of each request"):
+        scorer.score([Interaction("a", 1, 1)], ["b"])
+    scorer = Scorer.from_pretrained(exported[0], device="cpu")
+    with pytest.raises(UserError, match="expected a mapping with the columns title, details"):
+        scorer.score([], ["only a title"])
+
+
+def test_bf16_is_near_float32(exported, items):
+    history = [Interaction(items[0], 1), Interaction(items[1], 0)]
+    scores = [
+        Scorer.from_pretrained(exported[0], device="cpu", dtype=dtype).score(history, items)
+        for dtype in ("fp32", "bf16")
+    ]
+    assert 1e-6 < np.abs(scores[0] - scores[1]).max() < 0.1
+
+
+@pytest.mark.parametrize("file", ["dti_config.json", "config.json", "model.safetensors"])
+def test_a_folder_that_is_not_whole_is_refused(exported, tmp_path, file):
+    import shutil
+
+    folder = tmp_path / "folder"
+    shutil.copytree(exported[0], folder)
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=str(folder)):
+        Scorer.from_pretrained(folder, device="cpu")
+
+
+def test_weights_of_another_shape_or_a_missing_one_are_refused(exported, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "folder"
+    shutil.copytree(exported[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"don't fit config.json: .*up_proj"):
+        Scorer.from_pretrained(folder, device="cpu")
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, dti_dist; dti_dist.__version__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"Scorer", "read_users", "read_prompts"} <= set(dti_dist.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Scorers'"):
+        _ = dti_dist.Scorers
+
+
+def test_training_data_can_be_read_user_by_user_and_prompt_by_prompt(synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    users = list(dti_dist.read_users(str(synthetic)))
+    assert len(users) == 60
+    user = users[0]
+    prompts = [prompt for prompt in dti_dist.read_prompts(config) if prompt.row == 0]
+    targets = np.concatenate([prompt.positions for prompt in prompts])
+    assert targets.tolist() == list(range(1, len(user.labels)))
+    assert np.concatenate([p.labels for p in prompts]).tolist() == user.labels[1:].tolist()
+    for prompt in prompts:
+        words = {0: " No", 1: " Yes"}
+        first = max(int(prompt.positions[0]) - 5, 0)
+        expected = "".join(
+            user.items[at]["title"]
+            + ("[SUM]" if at in prompt.positions else "")
+            + words[int(user.labels[at])]
+            for at in range(first, int(prompt.positions[-1]) + 1)
+        )
+        assert prompt.text == expected
+        assert len(prompt.sum_at) == len(prompt.labels)
+    (single, *_) = dti_dist.read_prompts(config, "test", k=1)
+    assert len(single.positions) == 1
+    packs = list(dti_dist.read_packs(config))
+    assert sum(int(pack.used.sum()) for pack in packs) == sum(len(u.labels) - 1 for u in users)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_benchmark_compares_shared_contexts_with_one_prompt_each(synthetic, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    arguments = ["--rounds", "1", "--candidates", "20", "--requests", "6", "--json"]
+    assert main(["benchmark", "scoring", str(config), *arguments]) == 0
+    torch.set_num_threads(threads)
+    found = json.loads(capsys.readouterr().out)
+    assert found["candidates"] == 20
+    assert found["variants"]["one prompt per candidate"]["speedup"]["median"] == 1
+    assert all(v["requests_per_s"]["median"] > 0 for v in found["variants"].values())
+    assert len(found["variants"]) == 5
+
+
+def test_an_exported_folder_that_leads_elsewhere_is_refused(exported, tmp_path):
+    import shutil
+
+    def changed(name):
+        folder = tmp_path / name
+        shutil.copytree(exported[0], folder)
+        return folder
+
+    folder = changed("link")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(UserError, match="is a link that leads out of its folder"):
+        Scorer.from_pretrained(folder, device="cpu")
+    folder = changed("shards")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"\.\./elsewhere"):
+        Scorer.from_pretrained(folder, device="cpu")
+    folder = changed("adapters")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds adapters alone"):
+        Scorer.from_pretrained(folder, device="cpu")
+    folder = changed("pickle")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match="holds its weights as a pickle"):
+        Scorer.from_pretrained(folder, device="cpu")
+    folder = changed("template")
+    settings = json.loads((folder / "dti_config.json").read_text())
+    settings["template"]["item"] = "{title.__class__}"
+    (folder / "dti_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="is not a format string of item columns"):
+        Scorer.from_pretrained(folder, device="cpu")
