@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from dti_dist import __version__
 from dti_dist.console import say
 from dti_dist.errors import OtherRankFailed, UserError, message_of
+from dti_dist.files import write_atomically
 from dti_dist.redaction import redact
 from dti_dist.training.signals import listen
 
@@ -46,10 +47,7 @@ def _report(code: int) -> None:
     """Write the exit code where a launch script asks for it: torchrun turns each into 1."""
     path = os.environ.get("DTI_DIST_STATUS_FILE")
     if path and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        staging = f"{path}.partial"
-        with open(staging, "w") as file:
-            file.write(f"{code}\n")
-        os.replace(staging, path)
+        write_atomically(Path(path), f"{code}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

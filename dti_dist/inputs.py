@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import SampleSettings, StreamPlan
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
+from dti_dist.files import replacing
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.lora import add_adapters, require_peft
@@ -195,14 +194,8 @@ class Inputs:
 
 def _keep(tokenizer: Any, folder: Path) -> None:
     """Save it whole or not at all: the first ranks of several nodes may do so at once."""
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    tokenizer.save_pretrained(str(staging))
-    try:
-        os.rename(staging, folder)
-    except OSError:
-        shutil.rmtree(staging)
-        if not (folder / "tokenizer.json").exists():
-            raise
+    with replacing(folder, keep=lambda: (folder / "tokenizer.json").exists()) as staging:
+        tokenizer.save_pretrained(str(staging))
 
 
 def cache_dir_of(dataset: Dataset, given: str | None = None) -> Path:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dti_dist.files import replacing
 
 _ABOUT = "about.json"
 
@@ -37,35 +35,19 @@ def holds(folder: Path, about: Any = None) -> bool:
 def save(folder: Path, arrays: dict[str, np.ndarray], about: Any = None) -> None:
     """Write the folder unless it `holds` what is to be stored.
 
-    Safe when several processes save equal content at once: the first rename wins. A folder that
-    was cut short, or holds something else, steps aside.
+    Several processes may save equal content at once. A folder that was cut short, or holds
+    something else, is replaced.
 
     Args:
         about: what else is to be stored, as JSON.
     """
     if holds(folder, about):
         return
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    staging.mkdir(parents=True)
-    try:
+    with replacing(folder, keep=lambda: holds(folder, about)) as staging:
+        staging.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(staging / f"{name}.npy", array)
         (staging / _ABOUT).write_text(json.dumps({"arrays": list(arrays), "about": about}))
-        try:
-            os.rename(staging, folder)
-        except OSError:
-            if not holds(folder, about):
-                _step_aside(folder)
-                os.rename(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _step_aside(folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    with suppress(FileNotFoundError):  # another process was faster
-        os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def smallest(values: np.ndarray) -> np.ndarray:

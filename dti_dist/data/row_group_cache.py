@@ -15,7 +15,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from dti_dist.console import say
+from dti_dist.files import replacing
 
 _FORMAT = "1"  # raise when what a file holds changes
 _SUFFIX = ".rows"
@@ -72,12 +72,8 @@ class RowGroupCache:
         try:
             with self._lock():
                 self._make_room(len(content))
-                staging = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}")
-                try:
+                with replacing(path) as staging:
                     staging.write_bytes(content)
-                    os.replace(staging, path)
-                finally:
-                    staging.unlink(missing_ok=True)
         except OSError as error:
             self._writes = False
             problem = "the disk is full" if error.errno in _FULL else error.strerror or str(error)

@@ -17,8 +17,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -38,6 +39,7 @@ from dti_dist.data.retrying import (
     with_retries,
 )
 from dti_dist.errors import UserError
+from dti_dist.files import replacing, write_atomically
 from dti_dist.redaction import redact
 
 T = TypeVar("T")
@@ -251,14 +253,6 @@ def parent_and_name(uri: str) -> tuple[str, str]:
     return parent, name
 
 
-def open_file(uri: str, mode: str = "rb") -> IO[Any]:
-    """Open one file; in a writing mode its missing parent folders are made first."""
-    fs, path = filesystem(uri)
-    if "w" in mode:
-        _make_folder(fs, posixpath.dirname(path))
-    return fs.open(path, mode)
-
-
 def _make_folder(fs: Any, path: str) -> None:
     """A store of objects has no folders, and s3fs would make a bucket that was misspelt."""
     if _protocol(fs) not in _OBJECT_STORES:
@@ -425,34 +419,30 @@ def write_atomic(uri: str, content: bytes, settings: StorageConfig = _DEFAULTS) 
 
         request(uri, settings, put, len(content))
         return
-    parent, name = parent_and_name(uri)
-    os.makedirs(parent, exist_ok=True)
-    temporary = join(parent, f".{name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, join(parent, name))
-    finally:
-        remove(temporary)
+    path = Path(filesystem(uri)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
 
 
 class HashingWriter:
     """A file open for writing that knows the size and SHA-256 of what it was given.
 
-    A remote one is written to this machine's temporary folder first and uploaded by `close`, so
-    that an upload that fails can be made again.
+    It appears when it is closed. A remote one is written to this machine's temporary folder first
+    and uploaded by `close`, so that an upload that fails can be made again.
     """
 
     def __init__(self, uri: str):
         self._uri = uri
         self._remote = not is_local(uri)
-        self._file: IO[bytes] = (
-            tempfile.NamedTemporaryFile(prefix="dti-dist-")  # noqa: SIM115
-            if self._remote
-            else open_file(uri, "wb")
-        )
+        self._open = ExitStack()
+        file: Any
+        if self._remote:
+            file = tempfile.NamedTemporaryFile(prefix="dti-dist-")  # noqa: SIM115
+        else:
+            path = Path(filesystem(uri)[1])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._open.enter_context(replacing(path)).open("wb")
+        self._file: IO[bytes] = self._open.enter_context(file)
         self._digest = hashlib.sha256()
         self.bytes = 0
         self.closed = False
@@ -472,7 +462,7 @@ class HashingWriter:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            with self._file:
+            with self._open:
                 if self._remote:
                     self._file.flush()
                     upload(self._file.name, self._uri)
@@ -519,15 +509,18 @@ def publish_folder(
     """
     refuse_existing(uri, force, commit_file)
     parent, name = parent_and_name(uri)
+    if is_local(uri):
+        with replacing(Path(parent, name), durable=True) as folder:
+            folder.mkdir(parents=True)
+            yield str(folder)
+            refuse_existing(uri, force, commit_file)  # another process may have been faster
+        return
     staging = join(parent, f".{name}.partial-{uuid.uuid4().hex[:8]}")
     _make_folder(*filesystem(staging))
     try:
         yield staging
-        refuse_existing(uri, force, commit_file)  # another process may have been faster
-        if is_local(uri):
-            _publish_by_rename(staging, join(parent, name))
-        else:
-            _publish_by_copy(staging, uri, commit_file)
+        refuse_existing(uri, force, commit_file)
+        _publish_by_copy(staging, uri, commit_file)
     except BaseException:
         try:  # once: a store that has just failed would take its time again
             remove(staging, _DEFAULTS.model_copy(update={"retry_s": 0.0}))
@@ -535,32 +528,6 @@ def publish_folder(
             say(f"{staging} could not be removed and may be: {reason_of(error)}.")
         raise
     remove(staging)
-
-
-def _publish_by_rename(staging: str, target: str) -> None:
-    for folder, _, names in os.walk(staging):
-        for path in [*(os.path.join(folder, name) for name in names), folder]:
-            _sync(path)
-    # Only an empty folder can be replaced by a rename, so the old one steps aside first.
-    old = f"{staging}.replaced"
-    if os.path.exists(target):
-        os.rename(target, old)
-    try:
-        os.rename(staging, target)
-    except BaseException:
-        if os.path.exists(old):
-            os.rename(old, target)
-        raise
-    _sync(os.path.dirname(target))
-    remove(old)
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _publish_by_copy(staging: str, target: str, commit_file: str) -> None:

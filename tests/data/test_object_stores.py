@@ -20,7 +20,7 @@ from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
 from dti_dist.data.retrying import StorageError
 from dti_dist.data.stream import batches
-from dti_dist.errors import told
+from dti_dist.errors import message_of
 from tests.data.shards import build_shards
 from tests.data.stores import SLACK_S, build, interrupted, rows, same, settings, stream
 from tests.s3_server import SECRET, s3_server
@@ -230,7 +230,7 @@ def test_the_settings_hold_in_data_workers_and_their_error_has_no_traceback(serv
     with pytest.raises(StorageError) as raised:
         list(loader)
     assert time.monotonic() - started < 2 + 1 + SLACK_S
-    message = told(raised.value)
+    message = message_of(raised.value)
     assert message.startswith(server.uri("shop"))
     assert "data.storage.retry_s (2 s)" in message
     assert "Traceback" not in message

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import posixpath
 import re
 import time
@@ -72,10 +71,13 @@ from dti_dist.data.prepare.writer import (
     write_manifest,
 )
 from dti_dist.errors import UserError
+from dti_dist.files import flush_to_disk
 from dti_dist.sql import Workspace, literal, sql_errors, stream
 
 AppendTo = Literal["roll", "train", "valid", "test"]
-_PART = re.compile(r"(items|train|valid|test)/part-(\d+)(-[0-9a-f]+)?\.parquet")
+_PART = re.compile(
+    r"(items|train|valid|test)/\.?part-(\d+)(-[0-9a-f]+)?\.parquet(\.partial-[0-9a-f]+)?"
+)
 
 
 def append_to_dataset(
@@ -93,7 +95,7 @@ def append_to_dataset(
     """
     started = time.monotonic()
     dataset = Dataset.open(uri)
-    before = _manifest_bytes(uri)
+    before = storage.read_bytes(storage.join(uri, MANIFEST))
     if dataset.manifest.split.rule != "time":
         raise UserError(
             f"{uri}: expected a data set split by time; found {dataset.manifest.split.rule}, where "
@@ -152,7 +154,7 @@ def append_to_dataset(
     )
     manifest = _manifest(dataset.manifest, record, added, entries, statistics)
     files.sync()
-    if _manifest_bytes(uri) != before:
+    if storage.read_bytes(storage.join(uri, MANIFEST)) != before:
         raise UserError(
             f"{uri}: expected {MANIFEST} as it was when this append began; another command has "
             "changed it since. Run this one again."
@@ -160,11 +162,6 @@ def append_to_dataset(
     write_manifest(uri, manifest)
     summary = _notes(source, dataset.manifest, record)
     return Summary(uri, manifest, summary, time.monotonic() - started, list(files.new))
-
-
-def _manifest_bytes(uri: str) -> bytes:
-    with storage.open_file(storage.join(uri, MANIFEST)) as file:
-        return file.read()
 
 
 def _check_texts(dataset: Dataset, source: Source) -> None:
@@ -355,11 +352,7 @@ class _Files:
             folder = storage.filesystem(uri)[1]
             paths = [f"{folder}/{path}" for path in self.new]
             for path in [*paths, *{posixpath.dirname(path) for path in paths}]:
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                flush_to_disk(path)
 
     def _writer(self, folder: str, schema: pa.Schema, options: BuildOptions) -> FolderWriter:
         cutter = Cutter(options.shard_interactions, options.row_group_interactions)

@@ -9,7 +9,6 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from dti_dist.console import progress, say
 from dti_dist.data.prepare.build import Source
 from dti_dist.data.prepare.label import label_expression
 from dti_dist.errors import UserError
+from dti_dist.files import replacing
 from dti_dist.sql import Workspace
 
 DOWNLOADS = {
@@ -209,28 +209,25 @@ def download(name: str, cache_dir: Path, base_url: str = DOWNLOAD_URL) -> Path:
         say(f"using {target}, downloaded before")
         return target
     cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = cache_dir / f".{file_name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         with urllib.request.urlopen(f"{url}.md5", timeout=_TIMEOUT_S) as answer:
             published = re.search(rb"\b[0-9a-f]{32}\b", answer.read(_BLOCK))
         if published is None:
             raise UserError(f"{url}.md5: expected an MD5 sum, found none. Try again later.")
-        found = _fetch(url, partial)
         expected = published.group().decode()
-        if found != expected:
-            raise UserError(
-                f"{url}: expected the MD5 {expected}, as {file_name}.md5 says; the file that came "
-                f"has {found}. It was not kept. Try again."
-            )
-        os.replace(partial, target)
+        with replacing(target) as partial:
+            found = _fetch(url, partial)
+            if found != expected:
+                raise UserError(
+                    f"{url}: expected the MD5 {expected}, as {file_name}.md5 says; the file that "
+                    f"came has {found}. It was not kept. Try again."
+                )
     except OSError as error:  # URLError and time-outs are OSErrors
         raise UserError(
             f"{url}: expected to download it, but {getattr(error, 'reason', error)}. On a machine "
             f"with internet access fetch it by hand, copy it here, and run: dti-dist prepare "
             f"movielens {file_name} --out …"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -22,11 +22,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import posixpath
 import re
 import shutil
 import sys
 import time
-import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -475,19 +475,15 @@ class _Write:
 
 
 class _Part:
-    """One part under way. Another attempt at the same task may write it too: on a local disk each
-    has a file of its own, renamed when whole; an object appears only when whole."""
+    """One part under way. Another attempt at the same task may write it too: it appears when it is
+    whole."""
 
     def __init__(self, uri: str, place: tuple[str, int], limits: tuple[int, int]):
         self.place = place
-        self._uri = uri
-        self._attempt = (
-            storage.join(uri, _ATTEMPTS, uuid.uuid4().hex) if storage.is_local(uri) else uri
-        )
         self._files: dict[str, FileEntry] = {}
         split, number = place
         self._writer = FolderWriter(
-            self._attempt, split, SEQUENCE_SCHEMA, Cutter(*limits), self._files, number
+            uri, split, SEQUENCE_SCHEMA, Cutter(*limits), self._files, number
         )
         self._counts, self._out_of_order = SplitCounts(), 0
 
@@ -501,10 +497,6 @@ class _Part:
     def finish(self) -> pa.RecordBatch:
         self._writer.close()
         ((path, entry),) = self._files.items()
-        if self._attempt != self._uri:
-            target = storage.join(self._uri, path)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.replace(storage.join(self._attempt, path), target)
         report = {
             "path": path,
             "split": self.place[0],
@@ -513,9 +505,6 @@ class _Part:
             "out_of_order": self._out_of_order,
         }
         return pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
-
-
-_ATTEMPTS = ".attempts"
 
 
 # --- the sorts ------------------------------------------------------------------------------
@@ -613,9 +602,11 @@ def _write_parts(
     )
     with _task_errors():
         reports = [json.loads(row.report) for row in written.collect()]
-    storage.remove(storage.join(staging, _ATTEMPTS))
     splits = {split: SplitCounts() for split in SPLITS}
     found = storage.list_files(staging)
+    for path in found:
+        if posixpath.basename(path).startswith("."):  # of an attempt that was killed
+            storage.remove(storage.join(staging, path))
     for report in reports:
         entry = FileEntry(**report["entry"])
         if found.get(report["path"]) != entry.bytes:
