@@ -232,8 +232,8 @@ def test_unknown_items_leave_last_and_other_folders_are_refused(prepared, tmp_pa
 def test_another_append_in_between_is_noticed(prepared, tmp_path, monkeypatch):
     out, _, (day, *_) = prepared
     manifest = out / "dataset.json"
-    sync = "dti_dist.data.prepare.append._Files.sync"
-    monkeypatch.setattr(sync, lambda files: manifest.write_text(manifest.read_text() + "\n"))
+    check = "dti_dist.data.prepare.append._check_written"
+    monkeypatch.setattr(check, lambda *_: manifest.write_text(manifest.read_text() + "\n"))
     with pytest.raises(UserError, match="another command has changed it since"):
         append(tmp_path, day, out)
 

@@ -514,7 +514,7 @@ from dti_dist.data.prepare import synthetic, writer
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 
 def hang(self, **fields):
-    self._close()
+    self.close()
     print("all parts are written", flush=True)
     time.sleep(600)
 

@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 from dti_dist.data.dataset import SPLITS, Dataset, SplitRule
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
-from dti_dist.data.prepare.spark import _Cut, build_with_spark
+from dti_dist.data.prepare.spark import _cut, build_with_spark
 from dti_dist.errors import UserError
 
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title", "kind"))
@@ -169,7 +169,7 @@ def test_histories_that_reach_over_batches_are_cut_as_one(at_a_time):
 
     def cut(rows_of_a_batch, at_a_time):
         batches = rows.to_batches(max_chunksize=rows_of_a_batch)
-        found = pa.Table.from_batches(_Cut(rule, 4, plan, at_a_time)(batches))
+        found = pa.Table.from_batches(_cut(rule, 4, plan, at_a_time, batches))
         disorder = sum(found["out_of_order"].to_pylist())
         return disorder, found.drop(["out_of_order"]).sort_by(
             [("split", "ascending"), ("user_id", "ascending")]

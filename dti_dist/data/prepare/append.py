@@ -21,7 +21,8 @@ import posixpath
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -31,7 +32,6 @@ from dti_dist.console import progress, say
 from dti_dist.data import storage
 from dti_dist.data.dataset import (
     MANIFEST,
-    SEQUENCE_SCHEMA,
     SPLITS,
     AppendRecord,
     Dataset,
@@ -39,7 +39,6 @@ from dti_dist.data.dataset import (
     Manifest,
     SplitCounts,
     Statistics,
-    item_schema,
 )
 from dti_dist.data.prepare.build import (
     BuildOptions,
@@ -54,7 +53,7 @@ from dti_dist.data.prepare.build import (
     workspace_beside,
 )
 from dti_dist.data.prepare.split import Histories, cut_sequences, positions
-from dti_dist.data.prepare.statistics import add_days, add_text_sizes, distribution
+from dti_dist.data.prepare.statistics import add_statistics
 from dti_dist.data.prepare.tables import (
     check_events,
     count_days,
@@ -62,14 +61,7 @@ from dti_dist.data.prepare.tables import (
     date_and_time,
     read_statistics,
 )
-from dti_dist.data.prepare.writer import (
-    Cutter,
-    FolderWriter,
-    add_counts,
-    count_targets,
-    sequence_lengths,
-    write_manifest,
-)
+from dti_dist.data.prepare.writer import DatasetWriter, add_counts, write_manifest
 from dti_dist.errors import UserError
 from dti_dist.files import flush_to_disk
 from dti_dist.sql import Workspace, literal, sql_errors, stream
@@ -114,32 +106,39 @@ def append_to_dataset(
         _check_newer(tables, dataset.manifest)
         users = count_users(tables, fewest=1)
         old.find_contexts()
+        _remove_unlisted(dataset)
         tag = hashlib.sha256(before + json.dumps(source.description).encode()).hexdigest()[:8]
-        files = _Files(dataset, tag)
-        files.remove_unlisted()
-        new_items = files.write_items(tables, options)
+        numbers = _next_numbers(dataset.manifest)
         split = "test" if append_to == "roll" else append_to
-        added = SplitCounts()
         say(f"sorting {users.interactions:,} interactions")
         with (
+            DatasetWriter(
+                uri, options.shard_interactions, options.row_group_interactions, numbers, f"-{tag}"
+            ) as writer,
             sql_errors("sorting the interactions"),
             progress("writing", users.interactions, "interactions") as bar,
-            files.sequences(split, options) as write,
         ):
-            for batch in old.sequences():
-                counts = count_targets(batch)
-                added = add_counts(added, counts)
-                write(batch)
-                bar.advance(counts.targets)
-        entries = files.listed(append_to)
+            writer.write_items(
+                item_batches(tables, first=dataset.manifest.counts.items), source.text_columns
+            )
+            for histories, begin in old.histories():
+                ends = histories.lengths
+                writer.write_sequences(
+                    split,
+                    cut_sequences(histories, begin, ends, dataset.manifest.context_limit),
+                )
+                bar.advance(int((ends - begin).sum()))
+        new = writer.files
+        replaced = _copy_rolled(dataset, numbers, tag, new) if append_to == "roll" else set()
         known_users = old.known_users()
         statistics = dataset.manifest.statistics
         if statistics is not None:
-            statistics = _joined(
+            statistics = add_statistics(
                 statistics,
                 read_statistics(tables, users.per_user, days),
                 old.users_by_interactions(),
             )
+    added = writer.splits[split]
     assert added.first_timestamp is not None
     assert added.last_timestamp is not None
     record = AppendRecord(
@@ -147,21 +146,22 @@ def append_to_dataset(
         interactions=added.targets,
         users=users.users,
         new_users=users.users - known_users,
-        new_items=new_items,
+        new_items=writer.items,
         first_timestamp=added.first_timestamp,
         last_timestamp=added.last_timestamp,
         source=source.description,
     )
-    manifest = _manifest(dataset.manifest, record, added, entries, statistics)
-    files.sync()
+    old_files = {p: entry for p, entry in dataset.manifest.files.items() if p not in replaced}
+    manifest = _manifest(dataset.manifest, record, added, old_files | new, statistics)
+    _check_written(uri, new)
     if storage.read_bytes(storage.join(uri, MANIFEST)) != before:
         raise UserError(
             f"{uri}: expected {MANIFEST} as it was when this append began; another command has "
             "changed it since. Run this one again."
         )
     write_manifest(uri, manifest)
-    summary = _notes(source, dataset.manifest, record)
-    return Summary(uri, manifest, summary, time.monotonic() - started, list(files.new))
+    notes = _notes(source, dataset.manifest, record)
+    return Summary(uri, manifest, notes, time.monotonic() - started, list(new))
 
 
 def _check_texts(dataset: Dataset, source: Source) -> None:
@@ -255,8 +255,8 @@ class _OldTables:
         )
         return {row["total"]: row["users"] for row in found}
 
-    def sequences(self) -> Iterator[pa.RecordBatch]:
-        """Batches of SEQUENCE_SCHEMA: each user's context and new targets."""
+    def histories(self) -> Iterator[tuple[Histories, np.ndarray]]:
+        """Each user's context and new interactions; [users] the place of the first new one."""
         contexts: RowStream | None = None
         for new in histories(self._tables):
             # The ranks that order both are made with the first histories.
@@ -270,8 +270,7 @@ class _OldTables:
             )
             context = contexts.take(len(new.lengths))
             before = context["item_ids"].combine_chunks().value_lengths().fill_null(0).to_numpy()
-            joined = _joined_histories(new, before, context)
-            yield cut_sequences(joined, before, joined.lengths, self._limit)
+            yield _joined_histories(new, before, context), before
 
 
 def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> Histories:
@@ -287,100 +286,51 @@ def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> 
     return Histories(new.user_ids, lengths, columns)
 
 
-@dataclass(frozen=True)
-class _Write:
-    writer: FolderWriter
-
-    def __enter__(self) -> Callable[[pa.RecordBatch], None]:
-        return lambda batch: self.writer.write(batch, sequence_lengths(batch))
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None:
-            self.writer.close()
+def _remove_unlisted(dataset: Dataset) -> None:
+    """Remove parts that a killed append left or an earlier one replaced."""
+    for path in storage.list_files(dataset.uri):
+        if _PART.fullmatch(path) and path not in dataset.manifest.files:
+            storage.remove(storage.join(dataset.uri, path))
 
 
-class _Files:
-    """The files that an append adds, under names that no other has."""
-
-    def __init__(self, dataset: Dataset, tag: str):
-        self._dataset, self._tag = dataset, tag
-        self.new: dict[str, FileEntry] = {}
-
-    def remove_unlisted(self) -> None:
-        """Remove parts that a killed append left or an earlier one replaced."""
-        for path in storage.list_files(self._dataset.uri):
-            if _PART.fullmatch(path) and path not in self._dataset.manifest.files:
-                storage.remove(storage.join(self._dataset.uri, path))
-
-    def write_items(self, tables: DuckTables, options: BuildOptions) -> int:
-        """Write the items that the data set does not have, and give their number."""
-        writer = self._writer("items", item_schema(tables.text_columns), options)
-        items = 0
-        for batch in item_batches(tables, first=self._dataset.manifest.counts.items):
-            writer.write(batch, np.ones(len(batch), dtype=np.int64))
-            items += len(batch)
-        writer.close()
-        return items
-
-    def sequences(self, split: str, options: BuildOptions) -> _Write:
-        return _Write(self._writer(split, SEQUENCE_SCHEMA, options))
-
-    def listed(self, append_to: AppendTo) -> dict[str, FileEntry]:
-        """The files of the data set as it will be. For a roll valid and test are copied."""
-        old = dict(self._dataset.manifest.files)
-        if append_to == "roll":
-            for split, target in [("valid", "train"), ("test", "valid")]:
-                number = self._next(target)
-                for path in sorted(path for path in old if posixpath.dirname(path) == split):
-                    copy = f"{target}/part-{number:05d}-{self._tag}.parquet"
-                    self._copy(path, copy)
-                    self.new[copy] = old.pop(path)
-                    number += 1
-        return old | self.new
-
-    def sync(self) -> None:
-        """Check that the new files are there, and make them outlive a crash of the machine."""
-        uri = self._dataset.uri
-        found = storage.list_files(uri)
-        gone = [path for path, entry in self.new.items() if found.get(path) != entry.bytes]
-        if gone:
-            raise UserError(
-                f"{uri}: expected {len(self.new)} new files; {', '.join(gone[:3])} changed while "
-                "they were written. Another command works on this data set: run them in turn."
-            )
-        if storage.is_local(uri):
-            folder = storage.filesystem(uri)[1]
-            paths = [f"{folder}/{path}" for path in self.new]
-            for path in [*paths, *{posixpath.dirname(path) for path in paths}]:
-                flush_to_disk(path)
-
-    def _writer(self, folder: str, schema: pa.Schema, options: BuildOptions) -> FolderWriter:
-        cutter = Cutter(options.shard_interactions, options.row_group_interactions)
-        uri, number = self._dataset.uri, self._next(folder)
-        return FolderWriter(uri, folder, schema, cutter, self.new, number, f"-{self._tag}")
-
-    def _next(self, folder: str) -> int:
-        """The number after the folder's last part."""
-        matches = map(_PART.fullmatch, self._dataset.manifest.files)
-        numbers = [int(found[2]) for found in matches if found and found[1] == folder]
-        return max(numbers, default=-1) + 1
-
-    def _copy(self, path: str, target: str) -> None:
-        fs, source = storage.filesystem(storage.join(self._dataset.uri, path))
-        destination = storage.filesystem(storage.join(self._dataset.uri, target))[1]
-        fs.makedirs(posixpath.dirname(destination), exist_ok=True)
-        fs.cp_file(source, destination)
+def _next_numbers(manifest: Manifest) -> dict[str, int]:
+    """By folder, the number after its last part."""
+    numbers: dict[str, int] = {}
+    for found in filter(None, map(_PART.fullmatch, manifest.files)):
+        numbers[found[1]] = max(numbers.get(found[1], 0), int(found[2]) + 1)
+    return numbers
 
 
-def _joined(old: Statistics, new: Statistics, users: dict[int, int]) -> Statistics:
-    return Statistics(
-        interactions_per_user=distribution(users),
-        characters_per_interaction=add_text_sizes(
-            old.characters_per_interaction, new.characters_per_interaction
-        ),
-        words_per_interaction=add_text_sizes(old.words_per_interaction, new.words_per_interaction),
-        days=add_days(old.days, new.days),
-    )
+def _copy_rolled(
+    dataset: Dataset, numbers: dict[str, int], tag: str, new: dict[str, FileEntry]
+) -> set[str]:
+    """Copy valid to train and test to valid. Enters the copies in ``new``; gives the originals."""
+    replaced = set()
+    for split, target in [("valid", "train"), ("test", "valid")]:
+        for number, part in enumerate(dataset.parts(split), numbers.get(target, 0)):
+            copy = f"{target}/part-{number:05d}-{tag}.parquet"
+            fs, source = storage.filesystem(part.uri)
+            destination = storage.filesystem(storage.join(dataset.uri, copy))[1]
+            fs.makedirs(posixpath.dirname(destination), exist_ok=True)
+            fs.cp_file(source, destination)
+            new[copy] = dataset.manifest.files[part.path]
+            replaced.add(part.path)
+    return replaced
+
+
+def _check_written(uri: str, new: dict[str, FileEntry]) -> None:
+    """Check that the new files are there, and make them outlive a crash of the machine."""
+    found = storage.list_files(uri)
+    gone = [path for path, entry in new.items() if found.get(path) != entry.bytes]
+    if gone:
+        raise UserError(
+            f"{uri}: expected {len(new)} new files; {', '.join(gone[:3])} changed while they were "
+            "written. Another command works on this data set: run them in turn."
+        )
+    if storage.is_local(uri):
+        paths = [Path(storage.filesystem(uri)[1], path) for path in new]
+        for path in {*paths, *(path.parent for path in paths)}:
+            flush_to_disk(path)
 
 
 def _manifest(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from dti_dist.data.prepare.split import (
 )
 from dti_dist.data.prepare.tables import (
     FEWEST_INTERACTIONS,
+    Tables,
     UserCounts,
     check_events,
     choose_split,
@@ -160,10 +161,29 @@ class Summary:
         return "\n".join(lines)
 
 
+class Engine(Tables, Protocol):
+    """Tables of an engine that also sorts and writes."""
+
+    def write_sequences(
+        self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
+    ) -> tuple[int, dict[str, float]]:
+        """Cut every history into the splits' sequences and write them.
+
+        Gives the number of interactions that are out of time order in the input, and the AUC of
+        the true click probabilities on valid and test where they are known.
+        """
+
+
 def build_dataset(
-    read_source: Callable[[Workspace], Source], out_uri: str, options: BuildOptions
+    read_source: Callable[[Workspace], Source],
+    out_uri: str,
+    options: BuildOptions,
+    engine: Callable[[DuckTables, Source, DatasetWriter], Engine] | None = None,
 ) -> Summary:
     """Build a prepared data set and publish it at ``out_uri`` when it is complete.
+
+    ``engine`` reads the interactions, given the tables of items and the writer that has written
+    them; by default DuckDB does.
 
     Raises UserError, and publishes nothing, for an existing target without ``force``, for input
     that breaks what Source promises, and for an empty split.
@@ -172,51 +192,35 @@ def build_dataset(
     with (
         storage.publish_folder(out_uri, options.force) as staging,
         workspace_beside(out_uri, options) as workspace,
+        DatasetWriter(
+            staging, options.shard_interactions, options.row_group_interactions
+        ) as writer,
     ):
         source = read_source(workspace)
-        tables = DuckTables(workspace, source)
-        load_items(tables, source)
-        load_events(tables, source)
+        duck = DuckTables(workspace, source)
+        load_items(duck, source)
+        writer.write_items(item_batches(duck), source.text_columns)
+        if engine is None:
+            load_events(duck, source)
+        tables = engine(duck, source, writer) if engine else duck
         check_events(tables)
         users = count_users(tables)
         days = count_days(tables, users.kept_events)
         rule = choose_split(tables, options.split, options.fractions, days, users.kept_events)
-        with DatasetWriter(
-            staging, options.shard_interactions, options.row_group_interactions
-        ) as writer:
-            writer.write_items(item_batches(tables), source.text_columns)
-            out_of_order, ceiling = _write_sequences(
-                tables, writer, users, rule, options.context_limit
-            )
-            empty = [split for split, counts in writer.splits.items() if not counts.rows]
-            refuse_empty_split(empty, rule, days)
-            manifest = writer.finish(
-                users=users.users,
-                split=rule,
-                statistics=read_statistics(tables, users.per_user, days),
-                **manifest_fields(source, options, users, ceiling),
-            )
-    notes = summary_notes(source, users, out_of_order, ceiling)
-    return Summary(out_uri, manifest, notes, time.monotonic() - started)
-
-
-def manifest_fields(
-    source: Source, options: BuildOptions, users: UserCounts, ceiling: dict[str, float]
-) -> dict[str, Any]:
-    """Fields of Manifest and Counts that every engine fills alike."""
-    return {
-        "name": source.name,
-        "users_left_out": users.users_left_out,
-        "interactions_left_out": users.interactions_left_out,
-        "context_limit": options.context_limit,
-        "item_text_columns": source.text_columns,
-        "source": source.description | ({"ceiling": ceiling} if ceiling else {}),
-    }
-
-
-def summary_notes(
-    source: Source, users: UserCounts, out_of_order: int, ceiling: dict[str, float]
-) -> list[str]:
+        refuse_empty_split(rule, users, days)
+        say(f"sorting {users.interactions:,} interactions")
+        out_of_order, ceiling = tables.write_sequences(writer, users, rule, options)
+        manifest = writer.finish(
+            name=source.name,
+            users=users.users,
+            users_left_out=users.users_left_out,
+            interactions_left_out=users.interactions_left_out,
+            context_limit=options.context_limit,
+            split=rule,
+            item_text_columns=source.text_columns,
+            source=source.description | ({"ceiling": ceiling} if ceiling else {}),
+            statistics=read_statistics(tables, users.per_user, days),
+        )
     notes = list(source.notes)
     if out_of_order:
         notes.append(f"interactions out of time order in the input, now sorted: {out_of_order:,}")
@@ -228,7 +232,7 @@ def summary_notes(
     if ceiling:
         known = ", ".join(f"{split} {auc:.4f}" for split, auc in ceiling.items())
         notes.append(f"AUC of the true click probabilities, which no model can beat: {known}")
-    return notes
+    return Summary(out_uri, manifest, notes, time.monotonic() - started)
 
 
 def workspace_beside(out_uri: str, options: BuildOptions) -> AbstractContextManager[Workspace]:
@@ -241,7 +245,7 @@ def workspace_beside(out_uri: str, options: BuildOptions) -> AbstractContextMana
 
 
 class DuckTables:
-    """The raw interactions as tables of DuckDB; see Tables."""
+    """The raw interactions as tables of DuckDB; see Engine."""
 
     def __init__(self, workspace: Workspace, source: Source):
         self.connection = workspace.connection
@@ -258,6 +262,29 @@ class DuckTables:
 
     def input_number(self, input_order: int) -> int:
         return input_order + 1
+
+    def write_sequences(
+        self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
+    ) -> tuple[int, dict[str, float]]:
+        out_of_order = 0
+        ceilings = {"valid": Ceiling(), "test": Ceiling()}
+        with (
+            sql_errors("sorting the interactions"),
+            progress("writing", users.interactions, "interactions") as bar,
+        ):
+            for some in histories(self):
+                out_of_order += disorder(some)
+                for split, begin, end in target_ranges(some, rule):
+                    batch = cut_sequences(some, begin, end, options.context_limit)
+                    writer.write_sequences(split, batch)
+                    if "probability" in some.columns and split in ceilings:
+                        targets = inside(some, begin, end)
+                        ceilings[split].add(
+                            some.columns["probability"][targets], some.columns["label"][targets]
+                        )
+                bar.advance(int(some.lengths.sum()))
+        found = {split: ceiling.auc() for split, ceiling in ceilings.items()}
+        return out_of_order, {split: auc for split, auc in found.items() if auc is not None}
 
 
 def load_items(tables: DuckTables, source: Source, known: str | None = None) -> None:
@@ -396,36 +423,3 @@ class RowStream:
         rows = pa.concat_tables(tables)
         self._held = rows.slice(count)
         return rows.slice(0, count)
-
-
-def _write_sequences(
-    tables: DuckTables,
-    writer: DatasetWriter,
-    users: UserCounts,
-    rule: SplitRule,
-    context_limit: int,
-) -> tuple[int, dict[str, float]]:
-    """Cut every history into the splits' sequences and write them.
-
-    Gives the number of interactions that stood out of time order in the input, and the AUC of the
-    true click probabilities on valid and test where they are known.
-    """
-    out_of_order = 0
-    ceilings = {"valid": Ceiling(), "test": Ceiling()}
-    say(f"sorting {users.interactions:,} interactions")
-    with (
-        sql_errors("sorting the interactions"),
-        progress("writing", users.interactions, "interactions") as bar,
-    ):
-        for some in histories(tables):
-            out_of_order += disorder(some)
-            for split, begin, end in target_ranges(some, rule):
-                writer.write_sequences(split, cut_sequences(some, begin, end, context_limit))
-                if "probability" in some.columns and split in ceilings:
-                    targets = inside(some, begin, end)
-                    ceilings[split].add(
-                        some.columns["probability"][targets], some.columns["label"][targets]
-                    )
-            bar.advance(int(some.lengths.sum()))
-    found = {split: ceiling.auc() for split, ceiling in ceilings.items()}
-    return out_of_order, {split: auc for split, auc in found.items() if auc is not None}

@@ -26,11 +26,12 @@ import posixpath
 import re
 import shutil
 import sys
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from itertools import pairwise
+from functools import partial
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import duckdb
@@ -47,12 +48,8 @@ from dti_dist.data.prepare.build import (
     FileScan,
     Source,
     Summary,
+    build_dataset,
     events_query,
-    item_batches,
-    load_items,
-    manifest_fields,
-    summary_notes,
-    workspace_beside,
 )
 from dti_dist.data.prepare.events import READING_TIMES
 from dti_dist.data.prepare.split import (
@@ -62,26 +59,8 @@ from dti_dist.data.prepare.split import (
     sequence_starts,
     target_ranges,
 )
-from dti_dist.data.prepare.tables import (
-    UserCounts,
-    check_events,
-    choose_split,
-    count_days,
-    count_users,
-    item_sizes_select,
-    read_statistics,
-    refuse_empty_split,
-)
-from dti_dist.data.prepare.writer import (
-    Cutter,
-    DatasetWriter,
-    FolderWriter,
-    add_counts,
-    count_targets,
-    make_manifest,
-    sequence_lengths,
-    write_manifest,
-)
+from dti_dist.data.prepare.tables import UserCounts, item_sizes_select
+from dti_dist.data.prepare.writer import Cutter, DatasetWriter
 from dti_dist.errors import UserError
 from dti_dist.sql import SET_UTC, sql_errors, stream
 
@@ -117,15 +96,6 @@ _PLACED_SCHEMA = pa.schema(
         *SEQUENCE_SCHEMA,
     ]
 )
-_SPARK_TYPES = {
-    pa.string(): "string",
-    pa.bool_(): "boolean",
-    pa.int8(): "tinyint",
-    pa.int32(): "int",
-    pa.int64(): "bigint",
-    pa.float64(): "double",
-}
-
 Key = tuple[str, str]  # MD5 of the user's id, and the id: the order of rows
 Batches = Iterable[pa.RecordBatch]
 
@@ -143,54 +113,13 @@ def build_with_spark(
 
     Raises UserError as ``build_dataset``, and where PySpark or Java is missing.
     """
-    started = time.monotonic()
-    with (
-        _session(master) as spark,
-        storage.publish_folder(out_uri, options.force) as staging,
-        workspace_beside(out_uri, options) as workspace,
-        ExitStack() as stack,
-    ):
-        source = read_source(workspace, extreme=_SparkExtreme(spark))
-        duck = DuckTables(workspace, source)
-        load_items(duck, source)
-        scan = source.event_files
-        if scan is None:
-            raise UserError(
-                f"{source.name}: --engine spark reads event files; use --engine duckdb."
-            )
-        query = events_query(duck, source, "{}")
-        with DatasetWriter(
-            staging, options.shard_interactions, options.row_group_interactions
-        ) as writer:
-            writer.write_items(item_batches(duck), source.text_columns)
-        tables = stack.enter_context(closing(_SparkTables(spark, source)))
-        say(f"{source.name}: reading the interactions")
-        tables.scan("events", scan, query, _EVENT_SCHEMA)
-        parts = tuple(storage.join(staging, path) for path in sorted(writer.files))
-        sizes = FileScan(item_sizes_select(source.text_columns), "read_parquet", parts)
-        tables.scan("item_sizes", sizes, "SELECT * FROM ({})", _ITEM_SCHEMA)
-        check_events(tables)
-        users = count_users(tables)
-        days = count_days(tables, users.kept_events)
-        rule = choose_split(tables, options.split, options.fractions, days, users.kept_events)
-        say(f"sorting {users.interactions:,} interactions")
-        plan = _plan_parts(tables, users, rule, options)
-        refuse_empty_split([split for split in SPLITS if not plan[split]], rule, days)
-        out_of_order, splits = _write_parts(
-            tables, users, rule, options, plan, staging, writer.files
-        )
-        manifest = make_manifest(
-            writer.items,
-            splits,
-            writer.files,
-            users=users.users,
-            split=rule,
-            statistics=read_statistics(tables, users.per_user, days),
-            **manifest_fields(source, options, users, {}),
-        )
-        write_manifest(staging, manifest)
-    notes = summary_notes(source, users, out_of_order, {})
-    return Summary(out_uri, manifest, notes, time.monotonic() - started)
+    with _session(master) as spark, ExitStack() as stack:
+
+        def read_events(duck: DuckTables, source: Source, writer: DatasetWriter) -> _SparkTables:
+            return stack.enter_context(closing(_SparkTables(spark, duck, source, writer)))
+
+        read = partial(read_source, extreme=partial(_extreme, spark))
+        return build_dataset(read, out_uri, options, read_events)
 
 
 # --- the session ----------------------------------------------------------------------------
@@ -250,44 +179,35 @@ def _task_errors() -> Iterator[None]:
         raise
 
 
-def _schema(arrow: pa.Schema) -> str:
-    """The same in Spark's words."""
-
-    def name(kind: pa.DataType) -> str:
-        if pa.types.is_list(kind):
-            return f"array<{_SPARK_TYPES[kind.value_type]}>"
-        return _SPARK_TYPES[kind]
-
-    return ", ".join(f"`{field.name}` {name(field.type)}" for field in arrow)
-
-
-def _files(spark: Any, files: tuple[str, ...]) -> Any:
-    """A frame of file numbers and names, each in a partition of its own."""
-    rows = spark.sparkContext.parallelize(list(enumerate(files)), len(files))
-    return spark.createDataFrame(rows, "number bigint, file string")
-
-
 # --- tables ---------------------------------------------------------------------------------
 
 
 class _SparkTables:
-    """The raw interactions as views of Spark; see Tables."""
+    """The raw interactions as views of Spark; see Engine."""
 
-    def __init__(self, spark: Any, source: Source):
-        self.spark = spark
+    def __init__(self, spark: Any, duck: DuckTables, source: Source, writer: DatasetWriter):
+        self._spark = spark
         self.name, self.text_columns = source.name, source.text_columns
-        self._kept: list[Any] = []
+        self._persisted: list[Any] = []
+        if source.event_files is None:
+            raise UserError(f"{self.name}: --engine spark reads event files; use --engine duckdb.")
+        query = events_query(duck, source, "{}")
+        say(f"{self.name}: reading the interactions")
+        self._scan("events", source.event_files, query, _EVENT_SCHEMA)
+        parts = tuple(storage.join(writer.uri, path) for path in sorted(writer.files))
+        sizes = FileScan(item_sizes_select(self.text_columns), "read_parquet", parts)
+        self._scan("item_sizes", sizes, "SELECT * FROM ({})", _ITEM_SCHEMA)
 
     def close(self) -> None:
-        for frame in self._kept:
+        for frame in self._persisted:
             frame.unpersist()
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
         with _task_errors():
-            return [row.asDict() for row in self.spark.sql(query).collect()]
+            return [row.asDict() for row in self._spark.sql(query).collect()]
 
     def create(self, table: str, query: str, doing: str) -> None:
-        self._keep(table, self.spark.sql(query))
+        self._persist(table, self._spark.sql(query))
 
     def input_number(self, input_order: int) -> int:
         (found,) = self.rows(
@@ -295,250 +215,91 @@ class _SparkTables:
         )
         return found["before"] + 1
 
-    def scan(self, table: str, scan: FileScan, query: str, schema: pa.Schema) -> None:
+    def _scan(self, table: str, scan: FileScan, query: str, schema: pa.Schema) -> None:
         """Make a table of what ``query`` selects of the scan ``{}`` of each file."""
-        read = _Read(scan, query, schema, f"{self.name}: reading the interactions")
-        self._keep(table, _files(self.spark, scan.files).mapInArrow(read, _schema(schema)))
+        doing = f"{self.name}: reading the interactions"
+        self._persist(table, _read_files(self._spark, scan, query, schema, doing))
 
-    def _keep(self, table: str, frame: Any) -> None:
+    def _persist(self, table: str, frame: Any) -> None:
         from pyspark import StorageLevel
 
-        self._kept.append(frame.persist(StorageLevel.DISK_ONLY))
+        self._persisted.append(frame.persist(StorageLevel.DISK_ONLY))
         frame.createOrReplaceTempView(table)
 
-
-class _SparkExtreme:
-    """A scan's smallest or largest value over all files; see ``read_events``."""
-
-    def __init__(self, spark: Any):
-        self._spark = spark
-
-    def __call__(self, scan: FileScan, pick: Callable[[list[Any]], Any]) -> Any:
+    def write_sequences(
+        self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
+    ) -> tuple[int, dict[str, float]]:
+        limits = (options.shard_interactions, options.row_group_interactions)
+        plan = self._plan_parts(users, rule, options.context_limit, limits)
+        interactions = self._spark.sql(
+            "SELECT user_id, CAST(item_sizes.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
+            "label, timestamp, time_us, input_order FROM (SELECT events.user_id, events.item_id AS "
+            f"source_id, label, timestamp, time_us, input_order FROM {users.kept_events}) AS kept "
+            "JOIN item_sizes USING (source_id)"
+        )
+        cut = partial(_cut, rule, options.context_limit, plan, _INTERACTIONS_AT_A_TIME)
+        sequences = (
+            interactions.repartition("user_id")
+            .sortWithinPartitions("user_id", "time_us", "input_order")
+            .mapInArrow(cut, _spark_schema(_PLACED_SCHEMA))
+        )
+        parts = sum(map(len, plan.values()))
+        written = (
+            sequences.selectExpr("*", "md5(user_id) AS md5")
+            .repartition(parts, "split", "part")
+            .sortWithinPartitions("split", "part", "md5", "user_id")
+            .drop("md5")
+            .mapInArrow(partial(_write, writer.uri, limits), "report string")
+        )
         with _task_errors():
-            found = _files(self._spark, scan.files).mapInArrow(_ReadOne(scan), "value string")
-            values = [json.loads(row.value) for row in found.collect()]
-        values = [value for value in values if value is not None]
-        return pick(values) if values else None
-
-
-# --- what tasks do: instances of these travel to the executors ------------------------------
-
-
-def _connect(file: str) -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect(config={"threads": 1, "memory_limit": "1GB"})
-    connection.execute(SET_UTC)
-    if not storage.is_local(file):
-        connection.register_filesystem(storage.filesystem(file)[0])
-    return connection
-
-
-class _Read:
-    """Reads files in the order of their rows."""
-
-    def __init__(self, scan: FileScan, query: str, schema: pa.Schema, doing: str):
-        self._scan, self._query, self._schema, self._doing = scan, query, schema, doing
-
-    def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            for number, file in zip(*batch.to_pydict().values(), strict=True):
-                yield from self._file(number, file)
-
-    def _file(self, number: int, file: str) -> Iterator[pa.RecordBatch]:
-        query = self._query.replace("{}", self._scan.query((file,)), 1)
-        row = number << _ROW_BITS
-        with sql_errors(self._doing):
-            for batch in stream(_connect(file), query, _ROWS_AT_A_TIME):
-                table = pa.Table.from_batches([batch])
-                if "input_order" in self._schema.names:
-                    order = pa.array(np.arange(row, row + len(table)))
-                    table = table.append_column("input_order", order)
-                row += len(table)
-                yield from table.select(self._schema.names).cast(self._schema).to_batches()
-
-
-class _ReadOne:
-    """Gives, as JSON, the one value that a scan finds in each file."""
-
-    def __init__(self, scan: FileScan):
-        self._scan = scan
-
-    def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            values = []
-            for file in batch["file"].to_pylist():
-                with sql_errors(READING_TIMES):
-                    query = self._scan.query((file,))
-                    values.append(json.dumps(_connect(file).sql(query).fetchall()[0][0]))
-            yield pa.RecordBatch.from_pydict({"value": pa.array(values, pa.string())})
-
-
-def _serialise(batches: Batches) -> Iterator[pa.RecordBatch]:
-    """Each batch as one value: many rows reach the driver as fast as their bytes."""
-    for batch in batches:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        yield pa.RecordBatch.from_pydict({"rows": [sink.getvalue().to_pybytes()]})
-
-
-class _Cut:
-    """Cuts interactions, sorted by user, time and place in the input, into sequences of parts."""
-
-    def __init__(
-        self,
-        rule: SplitRule,
-        context_limit: int,
-        plan: dict[str, list[Key]],
-        at_a_time: int = _INTERACTIONS_AT_A_TIME,
-    ):
-        self._rule, self._context_limit, self._plan = rule, context_limit, plan
-        self._at_a_time = at_a_time
-
-    def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
-        held: list[pa.RecordBatch] = []
-        for batch in batches:
-            held.append(batch)
-            if sum(map(len, held)) >= self._at_a_time:
-                rows = pa.Table.from_batches(held).combine_chunks()
-                # The last user may have more interactions in the next batch.
-                last = int(_starts(rows)[-1])
-                if last:
-                    yield from self._sequences(rows.slice(0, last))
-                held = rows.slice(last).to_batches()
-        if held:
-            yield from self._sequences(pa.Table.from_batches(held).combine_chunks())
-
-    def _sequences(self, rows: pa.Table) -> Iterator[pa.RecordBatch]:
-        starts = _starts(rows)
-        histories = Histories(
-            user_ids=rows["user_id"].take(pa.array(starts)).combine_chunks(),
-            lengths=np.diff([*starts, len(rows)]),
-            columns={
-                name: rows[name].to_numpy()
-                for name in ("item_id", "label", "timestamp", "input_order")
-            },
-        )
-        out_of_order = disorder(histories)
-        for split, begin, end in target_ranges(histories, self._rule):
-            batch = cut_sequences(histories, begin, end, self._context_limit)
-            if not len(batch):
-                continue
-            parts = [
-                bisect_right(self._plan[split], _key(user)) - 1
-                for user in batch["user_id"].to_pylist()
-            ]
-            found = np.zeros(len(batch), dtype=np.int64)
-            found[0], out_of_order = out_of_order, 0
-            yield pa.RecordBatch.from_arrays(
-                [
-                    pa.array([split] * len(batch)),
-                    pa.array(parts, type=pa.int32()),
-                    pa.array(found),
-                    *batch.columns,
-                ],
-                schema=_PLACED_SCHEMA,
+            reports = [json.loads(row.report) for row in written.collect()]
+        found = storage.list_files(writer.uri)
+        for path in found:
+            if posixpath.basename(path).startswith("."):  # of an attempt that was killed
+                storage.remove(storage.join(writer.uri, path))
+        for report in reports:
+            path, entry = report["path"], FileEntry(**report["entry"])
+            if found.get(path) != entry.bytes:
+                raise UserError(
+                    f"{writer.uri}: expected {path} of {entry.bytes:,} bytes, which an executor "
+                    f"wrote; found {found.get(path, 'no such file')}. Give an --out that the "
+                    "driver and all executors share, such as an object store."
+                )
+            writer.add_part(report["split"], path, entry, SplitCounts(**report["counts"]))
+        if len(reports) != parts:
+            raise RuntimeError(
+                f"expected {parts} parts, found {len(reports)}: {sorted(writer.files)}"
             )
+        return sum(report["out_of_order"] for report in reports), {}
 
-
-def _starts(rows: pa.Table) -> np.ndarray:
-    """[users] the first row of each user in rows sorted by user."""
-    users = rows["user_id"].combine_chunks()
-    changes = np.asarray(pc.not_equal(users.slice(1), users.slice(0, len(users) - 1)))
-    return np.concatenate([[0], np.flatnonzero(changes) + 1])
-
-
-def _key(user: str) -> Key:
-    return hashlib.md5(user.encode(), usedforsecurity=False).hexdigest(), user
-
-
-class _Write:
-    """Writes parts from sequences sorted by split, part and key, and gives a report of each."""
-
-    def __init__(self, uri: str, shard_interactions: int, row_group_interactions: int):
-        self._uri = uri
-        self._limits = (shard_interactions, row_group_interactions)
-
-    def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
-        part: _Part | None = None
-        for batch in filter(len, batches):
-            splits, parts = batch["split"].to_pylist(), batch["part"].to_pylist()
-            places = list(zip(splits, parts, strict=True))
-            changes = [n for n, (one, two) in enumerate(pairwise(places), 1) if one != two]
-            for start, end in pairwise([0, *changes, len(batch)]):
-                if part is None or part.place != places[start]:
-                    if part is not None:
-                        yield part.finish()
-                    part = _Part(self._uri, places[start], self._limits)
-                part.write(batch.slice(start, end - start))
-        if part is not None:
-            yield part.finish()
-
-
-class _Part:
-    """One part under way. Another attempt at the same task may write it too: it appears when it is
-    whole."""
-
-    def __init__(self, uri: str, place: tuple[str, int], limits: tuple[int, int]):
-        self.place = place
-        self._files: dict[str, FileEntry] = {}
-        split, number = place
-        self._writer = FolderWriter(
-            uri, split, SEQUENCE_SCHEMA, Cutter(*limits), self._files, number
-        )
-        self._counts, self._out_of_order = SplitCounts(), 0
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        rows = pa.Table.from_batches([batch]).select(SEQUENCE_SCHEMA.names).cast(SEQUENCE_SCHEMA)
-        (sequences,) = rows.combine_chunks().to_batches()
-        self._counts = add_counts(self._counts, count_targets(sequences))
-        self._out_of_order += pc.sum(batch["out_of_order"]).as_py()
-        self._writer.write(sequences, sequence_lengths(sequences))
-
-    def finish(self) -> pa.RecordBatch:
-        self._writer.close()
-        ((path, entry),) = self._files.items()
-        report = {
-            "path": path,
-            "split": self.place[0],
-            "entry": entry.model_dump(),
-            "counts": self._counts.model_dump(),
-            "out_of_order": self._out_of_order,
-        }
-        return pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
-
-
-# --- the sorts ------------------------------------------------------------------------------
-
-
-def _plan_parts(
-    tables: _SparkTables, users: UserCounts, rule: SplitRule, options: BuildOptions
-) -> dict[str, list[Key]]:
-    """The key of the first row of each part, by split."""
-    if rule.boundaries is None:
-        bounds = (
-            "SELECT user_id, interactions, interactions - 2 AS valid, interactions - 1 AS test "
-            "FROM users"
-        )
-    else:
-        before = ", ".join(
-            f"count(CASE WHEN timestamp < {rule.boundaries[split]} THEN 1 END) AS {split}"
-            for split in ("valid", "test")
-        )
-        bounds = (
-            f"SELECT user_id, count(*) AS interactions, {before} FROM {users.kept_events} "
-            "GROUP BY user_id"
-        )
-    ordered = tables.spark.sql(f"SELECT * FROM ({bounds}) ORDER BY md5(user_id), user_id")
-    limits = (options.shard_interactions, options.row_group_interactions)
-    planners = {split: _Planner(Cutter(*limits)) for split in SPLITS}
-    for row in ordered.mapInArrow(_serialise, "rows binary").toLocalIterator():
-        batch = pa.ipc.open_stream(row.rows).read_all()
-        ends = [np.asarray(batch[name]) for name in ("valid", "test", "interactions")]
-        begins = [np.zeros_like(ends[0]), *ends[:-1]]
-        for split, begin, end in zip(SPLITS, begins, ends, strict=True):
-            weights = end - sequence_starts(begin, end, options.context_limit)
-            planners[split].feed(batch["user_id"].combine_chunks(), weights)
-    return {split: planner.finish() for split, planner in planners.items()}
+    def _plan_parts(
+        self, users: UserCounts, rule: SplitRule, context_limit: int, limits: tuple[int, int]
+    ) -> dict[str, list[Key]]:
+        """The key of the first row of each part, by split."""
+        if rule.boundaries is None:
+            bounds = (
+                "SELECT user_id, interactions, interactions - 2 AS valid, interactions - 1 AS test "
+                "FROM users"
+            )
+        else:
+            before = ", ".join(
+                f"count(CASE WHEN timestamp < {rule.boundaries[split]} THEN 1 END) AS {split}"
+                for split in ("valid", "test")
+            )
+            bounds = (
+                f"SELECT user_id, count(*) AS interactions, {before} FROM {users.kept_events} "
+                "GROUP BY user_id"
+            )
+        ordered = self._spark.sql(f"SELECT * FROM ({bounds}) ORDER BY md5(user_id), user_id")
+        planners = {split: _Planner(Cutter(*limits)) for split in SPLITS}
+        for row in ordered.mapInArrow(_serialise, "rows binary").toLocalIterator():
+            batch = pa.ipc.open_stream(row.rows).read_all()
+            ends = [np.asarray(batch[name]) for name in ("valid", "test", "interactions")]
+            begins = [np.zeros_like(ends[0]), *ends[:-1]]
+            for split, begin, end in zip(SPLITS, begins, ends, strict=True):
+                weights = end - sequence_starts(begin, end, context_limit)
+                planners[split].feed(batch["user_id"].combine_chunks(), weights)
+        return {split: planner.finish() for split, planner in planners.items()}
 
 
 class _Planner:
@@ -569,56 +330,156 @@ class _Planner:
         self._waiting = self._waiting.slice(start)
 
 
-def _write_parts(
-    tables: _SparkTables,
-    users: UserCounts,
-    rule: SplitRule,
-    options: BuildOptions,
-    plan: dict[str, list[Key]],
-    staging: str,
-    files: dict[str, FileEntry],
-) -> tuple[int, dict[str, SplitCounts]]:
-    """Write all sequences and enter the parts in ``files``. Gives the number of interactions out
-    of order, and the counts."""
-    interactions = tables.spark.sql(
-        "SELECT user_id, CAST(item_sizes.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
-        "label, timestamp, time_us, input_order FROM (SELECT events.user_id, events.item_id AS "
-        f"source_id, label, timestamp, time_us, input_order FROM {users.kept_events}) AS kept "
-        "JOIN item_sizes USING (source_id)"
-    )
-    sequences = (
-        interactions.repartition("user_id")
-        .sortWithinPartitions("user_id", "time_us", "input_order")
-        .mapInArrow(_Cut(rule, options.context_limit, plan), _schema(_PLACED_SCHEMA))
-    )
-    parts = sum(map(len, plan.values()))
-    write = _Write(staging, options.shard_interactions, options.row_group_interactions)
-    written = (
-        sequences.selectExpr("*", "md5(user_id) AS md5")
-        .repartition(parts, "split", "part")
-        .sortWithinPartitions("split", "part", "md5", "user_id")
-        .drop("md5")
-        .mapInArrow(write, "report string")
-    )
+def _extreme(spark: Any, scan: FileScan, pick: Callable[[list[Any]], Any]) -> Any:
+    """A scan's smallest or largest value over all files; see ``read_events``."""
+    query = "SELECT to_json(value)::VARCHAR AS value FROM ({}) AS found(value)"
+    found = _read_files(spark, scan, query, pa.schema([("value", pa.string())]), READING_TIMES)
     with _task_errors():
-        reports = [json.loads(row.report) for row in written.collect()]
-    splits = {split: SplitCounts() for split in SPLITS}
-    found = storage.list_files(staging)
-    for path in found:
-        if posixpath.basename(path).startswith("."):  # of an attempt that was killed
-            storage.remove(storage.join(staging, path))
-    for report in reports:
-        entry = FileEntry(**report["entry"])
-        if found.get(report["path"]) != entry.bytes:
-            raise UserError(
-                f"{staging}: expected {report['path']} of {entry.bytes:,} bytes, which an executor "
-                f"wrote; found {found.get(report['path'], 'no such file')}. Give an --out that the "
-                "driver and all executors share, such as an object store."
-            )
-        files[report["path"]] = entry
-        splits[report["split"]] = add_counts(
-            splits[report["split"]], SplitCounts(**report["counts"])
+        values = [json.loads(row.value) for row in found.collect() if row.value is not None]
+    return pick(values) if values else None
+
+
+def _read_files(spark: Any, scan: FileScan, query: str, schema: pa.Schema, doing: str) -> Any:
+    """A DataFrame of what ``query`` selects of the scan ``{}`` of each file, a task for each."""
+    files = spark.sparkContext.parallelize(list(enumerate(scan.files)), len(scan.files))
+    read = partial(_read, scan, query, schema, doing)
+    return spark.createDataFrame(files, "number bigint, file string").mapInArrow(
+        read, _spark_schema(schema)
+    )
+
+
+def _spark_schema(schema: pa.Schema) -> Any:
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    return from_arrow_schema(schema)
+
+
+# --- what tasks do --------------------------------------------------------------------------
+
+
+def _read(
+    scan: FileScan, query: str, schema: pa.Schema, doing: str, batches: Batches
+) -> Iterator[pa.RecordBatch]:
+    """Reads files in the order of their rows."""
+    for batch in batches:
+        for number, file in zip(*batch.to_pydict().values(), strict=True):
+            row = number << _ROW_BITS
+            connection = duckdb.connect(config={"threads": 1, "memory_limit": "1GB"})
+            connection.execute(SET_UTC)
+            if not storage.is_local(file):
+                connection.register_filesystem(storage.filesystem(file)[0])
+            with sql_errors(doing):
+                select = query.replace("{}", scan.query((file,)), 1)
+                for found in stream(connection, select, _ROWS_AT_A_TIME):
+                    table = pa.Table.from_batches([found])
+                    if "input_order" in schema.names:
+                        order = pa.array(np.arange(row, row + len(table)))
+                        table = table.append_column("input_order", order)
+                    row += len(table)
+                    yield from table.select(schema.names).cast(schema).to_batches()
+
+
+def _serialise(batches: Batches) -> Iterator[pa.RecordBatch]:
+    """Each batch as one value: many rows reach the driver as fast as their bytes."""
+    for batch in batches:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        yield pa.RecordBatch.from_pydict({"rows": [sink.getvalue().to_pybytes()]})
+
+
+def _cut(
+    rule: SplitRule,
+    context_limit: int,
+    plan: dict[str, list[Key]],
+    at_a_time: int,
+    batches: Batches,
+) -> Iterator[pa.RecordBatch]:
+    """Cuts interactions, sorted by user, time and place in the input, into sequences of parts."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(map(len, held)) >= at_a_time:
+            rows = pa.Table.from_batches(held).combine_chunks()
+            # The last user may have more interactions in the next batch.
+            last = int(_starts(rows)[-1])
+            if last:
+                yield from _sequences(rule, context_limit, plan, rows.slice(0, last))
+            held = rows.slice(last).to_batches()
+    if held:
+        rows = pa.Table.from_batches(held).combine_chunks()
+        yield from _sequences(rule, context_limit, plan, rows)
+
+
+def _sequences(
+    rule: SplitRule, context_limit: int, plan: dict[str, list[Key]], rows: pa.Table
+) -> Iterator[pa.RecordBatch]:
+    starts = _starts(rows)
+    histories = Histories(
+        user_ids=rows["user_id"].take(pa.array(starts)).combine_chunks(),
+        lengths=np.diff([*starts, len(rows)]),
+        columns={
+            name: rows[name].to_numpy() for name in ("item_id", "label", "timestamp", "input_order")
+        },
+    )
+    out_of_order = disorder(histories)
+    for split, begin, end in target_ranges(histories, rule):
+        batch = cut_sequences(histories, begin, end, context_limit)
+        if not len(batch):
+            continue
+        parts = [bisect_right(plan[split], _key(user)) - 1 for user in batch["user_id"].to_pylist()]
+        # What was out of order is said once, in the first row.
+        found = np.zeros(len(batch), dtype=np.int64)
+        found[0], out_of_order = out_of_order, 0
+        yield pa.RecordBatch.from_arrays(
+            [
+                pa.array([split] * len(batch)),
+                pa.array(parts, type=pa.int32()),
+                pa.array(found),
+                *batch.columns,
+            ],
+            schema=_PLACED_SCHEMA,
         )
-    if len(reports) != parts:
-        raise RuntimeError(f"expected {parts} parts, found {len(reports)}: {sorted(files)}")
-    return sum(report["out_of_order"] for report in reports), splits
+
+
+def _starts(rows: pa.Table) -> np.ndarray:
+    """[users] the first row of each user in rows sorted by user."""
+    users = rows["user_id"].combine_chunks()
+    changes = np.asarray(pc.not_equal(users.slice(1), users.slice(0, len(users) - 1)))
+    return np.concatenate([[0], np.flatnonzero(changes) + 1])
+
+
+def _key(user: str) -> Key:
+    return hashlib.md5(user.encode(), usedforsecurity=False).hexdigest(), user
+
+
+def _write(uri: str, limits: tuple[int, int], batches: Batches) -> Iterator[pa.RecordBatch]:
+    """Writes parts from sequences sorted by split, part and key, and gives a report of each.
+
+    Another attempt at the same task may write a part too: it appears when it is whole.
+    """
+    for (split, number), pieces in groupby(_pieces(batches), key=itemgetter(0)):
+        writer, out_of_order = DatasetWriter(uri, *limits, {split: number}), 0
+        for _, piece in pieces:
+            rows = piece.select(SEQUENCE_SCHEMA.names).cast(SEQUENCE_SCHEMA)
+            writer.write_sequences(split, rows.combine_chunks().to_batches()[0])
+            out_of_order += pc.sum(piece["out_of_order"]).as_py()
+        writer.close()
+        ((path, entry),) = writer.files.items()
+        report = {
+            "path": path,
+            "split": split,
+            "entry": entry.model_dump(),
+            "counts": writer.splits[split].model_dump(),
+            "out_of_order": out_of_order,
+        }
+        yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
+
+
+def _pieces(batches: Batches) -> Iterator[tuple[tuple[str, int], pa.Table]]:
+    """Rows that follow each other in one part, and its split and number."""
+    for batch in filter(len, batches):
+        places = list(zip(batch["split"].to_pylist(), batch["part"].to_pylist(), strict=True))
+        changes = [n for n, (one, two) in enumerate(pairwise(places), 1) if one != two]
+        for start, end in pairwise([0, *changes, len(batch)]):
+            yield places[start], pa.Table.from_batches([batch.slice(start, end - start)])

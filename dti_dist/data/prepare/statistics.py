@@ -42,6 +42,26 @@ def text_size(counts: Mapping[int, int]) -> TextSize:
     return TextSize(histogram=dict(histogram), **distribution(counts).model_dump())
 
 
+def add_statistics(
+    old: Statistics, new: Statistics, users_by_interactions: Mapping[int, int]
+) -> Statistics:
+    """Both together. How many users have so many interactions can't be told from the two."""
+    days = defaultdict(lambda: DayCounts(interactions=0, clicks=0), old.days)
+    for day, counts in new.days.items():
+        days[day] = DayCounts(
+            interactions=days[day].interactions + counts.interactions,
+            clicks=days[day].clicks + counts.clicks,
+        )
+    return Statistics(
+        interactions_per_user=distribution(users_by_interactions),
+        characters_per_interaction=add_text_sizes(
+            old.characters_per_interaction, new.characters_per_interaction
+        ),
+        words_per_interaction=add_text_sizes(old.words_per_interaction, new.words_per_interaction),
+        days=dict(sorted(days.items())),
+    )
+
+
 def add_text_sizes(one: TextSize, other: TextSize) -> TextSize:
     """Both together; quantiles are exact to two digits, the rest is exact."""
     histogram = Counter(one.histogram) + Counter(other.histogram)
@@ -55,19 +75,6 @@ def add_text_sizes(one: TextSize, other: TextSize) -> TextSize:
             "max": max(one.max, other.max),
         },
     )
-
-
-def add_days(one: Mapping[str, DayCounts], other: Mapping[str, DayCounts]) -> dict[str, DayCounts]:
-    """Both together, by date."""
-    none = DayCounts(interactions=0, clicks=0)
-    found = {}
-    for day in sorted({*one, *other}):
-        pair = [one.get(day, none), other.get(day, none)]
-        found[day] = DayCounts(
-            interactions=sum(counts.interactions for counts in pair),
-            clicks=sum(counts.clicks for counts in pair),
-        )
-    return found
 
 
 def date_of_day(day: int) -> str:

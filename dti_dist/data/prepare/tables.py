@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
-from dti_dist.data.dataset import DayCounts, SplitRule, Statistics
+from dti_dist.data.dataset import SPLITS, DayCounts, SplitRule, Statistics
 from dti_dist.data.prepare.statistics import date_of_day, distribution, text_size
 from dti_dist.errors import UserError
 from dti_dist.sql import quote
@@ -286,23 +286,27 @@ def read_statistics(
     )
 
 
-def refuse_empty_split(empty: list[str], rule: SplitRule, days: Mapping[int, Day]) -> None:
-    """Raise UserError if any of ``empty`` splits has no targets, and say why."""
-    if not empty:
-        return
+def refuse_empty_split(rule: SplitRule, users: UserCounts, days: Mapping[int, Day]) -> None:
+    """Raise UserError if a split has no targets, and say why."""
     if rule.boundaries is None:
-        raise UserError(
-            f"the split {', '.join(empty)} is empty: leave-last gives train all but a user's last "
-            "two interactions, and no user has three. Use --split time, or more data."
-        )
+        if max(users.per_user) < 3:
+            raise UserError(
+                "the split train is empty: leave-last gives train all but a user's last two "
+                "interactions, and no user has three. Use --split time, or more data."
+            )
+        return
     first = min(day.first_timestamp for day in days.values())
     last = max(day.last_timestamp for day in days.values())
-    raise UserError(
-        f"the split {', '.join(empty)} is empty: timestamps run from {date_and_time(first)} to "
-        f"{date_and_time(last)}, valid begins at {date_and_time(rule.boundaries['valid'])} and "
-        f"test at {date_and_time(rule.boundaries['test'])}, and equal timestamps can't be parted. "
-        "Change --fractions, check the time column, or use --split leave-last."
-    )
+    # At each boundary there is an interaction, so a split between two of them is not empty.
+    bounds = [first, rule.boundaries["valid"], rule.boundaries["test"], last + 1]
+    ranges = zip(SPLITS, bounds[:-1], bounds[1:], strict=True)
+    if empty := [split for split, begin, end in ranges if begin >= end]:
+        raise UserError(
+            f"the split {', '.join(empty)} is empty: timestamps run from {date_and_time(first)} to "
+            f"{date_and_time(last)}, valid begins at {date_and_time(bounds[1])} and test at "
+            f"{date_and_time(bounds[2])}, and equal timestamps can't be parted. Change "
+            "--fractions, check the time column, or use --split leave-last."
+        )
 
 
 def date_and_time(timestamp: int | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +30,22 @@ class DatasetWriter:
     A row group holds at most ``row_group_interactions`` and a part at most
     ``shard_interactions`` interactions, or one longer sequence. Where they are cut depends on
     nothing but the sequences and these limits.
+
+    A data set that is there gets more parts: from the number ``first_parts`` in each folder, their
+    names ending in ``suffix``. ``files``, ``splits`` and ``items`` are those that were written.
     """
 
-    def __init__(self, uri: str, shard_interactions: int, row_group_interactions: int):
+    def __init__(
+        self,
+        uri: str,
+        shard_interactions: int,
+        row_group_interactions: int,
+        first_parts: Mapping[str, int] | None = None,
+        suffix: str = "",
+    ):
         self.uri = uri
         self.files: dict[str, FileEntry] = {}
+        self._first_parts, self._suffix = first_parts or {}, suffix
         self.splits = {split: SplitCounts() for split in SPLITS}
         self.items = 0
         self._shard_interactions = shard_interactions
@@ -47,7 +58,7 @@ class DatasetWriter:
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         # After an error the files are of no use, but an open one would outlive its folder.
         with suppress(Exception) if error else nullcontext():
-            self._close()
+            self.close()
 
     def write_items(self, batches: Iterable[pa.RecordBatch], text_columns: list[str]) -> None:
         """Write all items: batches of ``item_schema``, item_id counting from 0."""
@@ -66,44 +77,42 @@ class DatasetWriter:
         self.splits[split] = add_counts(self.splits[split], count_targets(batch))
         self._sequences[split].write(batch, sequence_lengths(batch))
 
+    def add_part(self, split: str, path: str, entry: FileEntry, counts: SplitCounts) -> None:
+        """Count a part that another process has written."""
+        self.files[path] = entry
+        self.splits[split] = add_counts(self.splits[split], counts)
+
     def finish(self, **fields: Any) -> Manifest:
         """Close the parts and write ``dataset.json``; ``fields`` are those of Manifest and Counts
         that the writer can't know."""
-        self._close()
-        manifest = make_manifest(self.items, self.splits, self.files, **fields)
+        self.close()
+        targets = sum(counts.targets for counts in self.splits.values())
+        manifest = Manifest(
+            schema={
+                "items": _type_names(item_schema(fields["item_text_columns"])),
+                "sequences": _type_names(SEQUENCE_SCHEMA),
+            },
+            counts=Counts(
+                interactions=targets,
+                items=self.items,
+                splits=self.splits,
+                **{name: fields.pop(name) for name in list(fields) if name in Counts.model_fields},
+            ),
+            label_rate=sum(counts.clicks for counts in self.splits.values()) / targets,
+            files=dict(sorted(self.files.items())),
+            **fields,
+        )
         write_manifest(self.uri, manifest)
         return manifest
 
-    def _close(self) -> None:
+    def close(self) -> None:
         for writer in self._sequences.values():
             writer.close()
 
     def _folder_writer(self, folder: str, schema: pa.Schema) -> FolderWriter:
         cutter = Cutter(self._shard_interactions, self._row_group_interactions)
-        return FolderWriter(self.uri, folder, schema, cutter, self.files)
-
-
-def make_manifest(
-    items: int, splits: dict[str, SplitCounts], files: dict[str, FileEntry], **fields: Any
-) -> Manifest:
-    """The manifest of these files; ``fields`` are the others of Manifest and Counts."""
-    targets = sum(counts.targets for counts in splits.values())
-    clicks = sum(counts.clicks for counts in splits.values())
-    return Manifest(
-        schema={
-            "items": _type_names(item_schema(fields["item_text_columns"])),
-            "sequences": _type_names(SEQUENCE_SCHEMA),
-        },
-        counts=Counts(
-            interactions=targets,
-            items=items,
-            splits=splits,
-            **{name: fields.pop(name) for name in list(fields) if name in Counts.model_fields},
-        ),
-        label_rate=clicks / targets,
-        files=dict(sorted(files.items())),
-        **fields,
-    )
+        number = self._first_parts.get(folder, 0)
+        return FolderWriter(self.uri, folder, schema, cutter, self.files, number, self._suffix)
 
 
 def write_manifest(uri: str, manifest: Manifest) -> None:
