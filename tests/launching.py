@@ -131,7 +131,7 @@ class Ranks:
 
 
 def job_with(before_step: str, script: Path) -> Path:
-    """The training job, with statements that run before each step; they see `trainer` and `step`.
+    """The training job, with statements that run before each step; they see `engine` and `step`.
 
     `step` is the step about to be taken, from 1.
     """
@@ -141,12 +141,12 @@ def job_with(before_step: str, script: Path) -> Path:
         "import torch\n"
         "from dti_dist import cli\n"
         "from dti_dist.training import loop\n"
-        "original = loop._Trainer._step\n"
-        "def patched(trainer, *arguments):\n"
-        "    step, rank = trainer.progress.step + 1, trainer.ranks.rank\n"
+        "original = loop.take_step\n"
+        "def patched(engine, stream, number, rate, seed, ranks, stop):\n"
+        "    step, rank = number + 1, ranks.rank\n"
         f"{body}\n"
-        "    return original(trainer, *arguments)\n"
-        "loop._Trainer._step = patched\n"
+        "    return original(engine, stream, number, rate, seed, ranks, stop)\n"
+        "loop.take_step = patched\n"
         "cli.run(['train', *sys.argv[1:]])\n"
     )
     return script

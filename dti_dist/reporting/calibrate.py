@@ -18,8 +18,8 @@ from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import click_loss
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.reporting.gpus import rank_threads
-from dti_dist.training.engine import start_engine
-from dti_dist.training.tracking import memory_gib
+from dti_dist.training.engine import Engine
+from dti_dist.training.machine import memory_gib
 
 _STEPS = 4  # timed, after one that is not: it compiles, and makes the optimizer's state
 _MICRO_STEPS = 2  # of a step, at most: they are alike
@@ -74,14 +74,14 @@ def calibrate(config: RunConfig, inputs: Inputs, plan: StreamPlan, world: int) -
         model = inputs.untrained_model().train()
         if training.activation_checkpointing:
             model.enable_activation_checkpointing()
-        engine = start_engine(model, alone, ranks)
+        engine = Engine(model, alone, ranks)
         stream = PackStream(plan, Share(packs * micro_steps, packs))
         return _measure(engine, stream, ranks, micro_steps)
     finally:
         leave_process_group()
 
 
-def _measure(engine: Any, stream: PackStream, ranks: Ranks, micro_steps: int) -> Calibration:
+def _measure(engine: Engine, stream: PackStream, ranks: Ranks, micro_steps: int) -> Calibration:
     device = ranks.device
     times: dict[str, list[float]] = {"micro_step": [], "step": [], "data": [], "forward": []}
     packs = iter(stream)
@@ -106,11 +106,11 @@ def _measure(engine: Any, stream: PackStream, ranks: Ranks, micro_steps: int) ->
         engine.backward(click_loss(engine(batch), batch) * scale)
 
     for _ in range(_STEPS + 1):
-        for _ in range(micro_steps):
+        for micro_step in range(micro_steps):
             batch = timed("data", next_batch)
             scale = micro_steps / max(batch.step_targets, 1)
             timed("micro_step", partial(forward_and_backward, batch, scale))
-            if engine.is_gradient_accumulation_boundary():
+            if micro_step == micro_steps - 1:
                 timed("step", engine.step)
             else:
                 engine.step()

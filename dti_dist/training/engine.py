@@ -1,10 +1,12 @@
-"""The DeepSpeed engine around the model: its configuration, optimizer and learning rate."""
+"""The DeepSpeed engine around the model: its configuration, its steps and its files."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from torch import nn
 
 from dti_dist.config import TrainingConfig
+from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
+from dti_dist.model.ctr_model import CTRModel
 from dti_dist.ranks import Ranks
+from dti_dist.runs.unpickling import without_code
 
 _FOLDERS = (
     Path(__file__).resolve().parents[2] / "deepspeed_configs",  # a checkout
@@ -22,7 +27,7 @@ _FOLDERS = (
 
 
 def micro_steps_per_step(training: TrainingConfig, world: int) -> int:
-    """Gradient-accumulation steps. Raises UserError when ranks don't divide the global batch."""
+    """Micro-steps in a step. Raises UserError where ranks don't divide the global batch."""
     per_micro_step = world * training.micro_batch_packs
     if training.global_batch_packs % per_micro_step:
         raise UserError(
@@ -81,36 +86,146 @@ def _read(name: str) -> dict[str, Any]:
     )
 
 
-def start_engine(model: nn.Module, training: TrainingConfig, ranks: Ranks) -> Any:
-    """Wrap the model; parameters are partitioned over the ranks from here on."""
-    import deepspeed
+class Engine:
+    """The model under DeepSpeed: what the package does with DeepSpeed while it trains is here.
 
-    # A C++ extension for inference, which DeepSpeed would compile before the first step on a CPU.
-    # That takes a compiler and up to a minute, and a job killed meanwhile leaves a lock behind that
-    # every later job waits for, forever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    Attributes:
+        micro_steps: forward and backward passes in an optimizer step.
+        zero_stage: how much of the state DeepSpeed partitions over the ranks.
+    """
 
-    settings = deepspeed_config(training, ranks.world)
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    optimizer = torch.optim.AdamW(
+    def __init__(self, model: CTRModel, training: TrainingConfig, ranks: Ranks):
+        """Partition the model's state over the ranks; `model` must not be used directly after."""
+        import deepspeed
+
+        # A C++ extension for inference, which DeepSpeed would compile before the first step on a
+        # CPU. That takes a compiler and up to a minute, and a job that is killed meanwhile leaves
+        # a lock behind that every later job waits for, forever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(model, training),
+            config=deepspeed_config(training, ranks.world),
+            dist_init_required=False,
+        )
+        self.model: CTRModel = self._engine.module
+        self.micro_steps: int = self._engine.gradient_accumulation_steps()
+        self.zero_stage = int(self._engine.zero_optimization_stage())
+        _restore_buffers(self.model, buffers)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The logits of a batch's targets."""
+        return self._engine(batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """End a micro-step; the last of a step updates the weights.
+
+        Returns:
+            after the last micro-step, whether the weights were left alone because gradients were
+            not finite.
+        """
+        self._engine.step()
+        return bool(self._engine.optimizer.overflow)
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    @property
+    def learning_rate(self) -> float:
+        return self._engine.optimizer.param_groups[0]["lr"]
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = value
+
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping; NaN before there is one."""
+        norm = self._engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def own_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight, or the part of it that this rank holds."""
+        for name, parameter in self.model.named_parameters():
+            yield name, getattr(parameter, "ds_tensor", parameter).detach()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[dict[str, nn.Parameter]]:
+        """All weights by name, gathered from all ranks for the time of the block."""
+        import deepspeed
+
+        weights = dict(self.model.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(weights.values())):
+            yield weights
+
+    def save(self, folder: Path, tag: str, write: Callable[[Any, str], None]) -> None:
+        """Have `write(content, path)` called for each file of this rank under ``folder/tag``.
+
+        All ranks must call this at once. Frozen weights are left out: the base model has them.
+        """
+        self._engine.checkpoint_engine.save = write
+        self._engine._copy_recovery_script = lambda path: None  # `dti-dist export` does that better
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path, whole: bool) -> None:
+        """Restore weights and optimizer from what as many ranks saved.
+
+        Args:
+            whole: whether the files have all weights, none of them frozen.
+        """
+        with without_code():
+            path, _ = self._engine.load_checkpoint(
+                str(folder.parent),
+                tag=folder.name,
+                load_module_strict=whole,
+                load_lr_scheduler_states=False,
+            )
+        if path is None:
+            raise UserError(f"DeepSpeed could not load the checkpoint {folder}.")
+
+    def load_universal(self, folder: Path, whole: bool) -> None:
+        """Restore weights and optimizer from a checkpoint converted for any number of ranks."""
+        optimizer = self._engine.optimizer
+        hyperparameters = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        self._engine._config.load_universal_checkpoint = True
+        self.load(folder, whole)
+        self._engine._config.load_universal_checkpoint = False
+        # DeepSpeed gives all groups the first one's hyperparameters and one counter of steps, which
+        # each group would then advance.
+        for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
+            group.update(own)
+        for moments in optimizer.optimizer.state.values():
+            if isinstance(moments.get("step"), torch.Tensor):
+                moments["step"] = moments["step"].clone()
+
+
+def _optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
         [
-            {"params": matrices, "weight_decay": training.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=training.learning_rate,
         betas=training.betas,
     )
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, dist_init_required=False
-    )
-    _restore_buffers(engine.module, buffers)
-    return engine
 
 
 def _restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
-    """Give buffers back the precision that DeepSpeed's cast to bf16 took: rotary frequencies."""
+    """Give buffers, such as rotary frequencies, back the precision that the cast to bf16 took."""
     for name, buffer in buffers.items():
         module_name, _, own_name = name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -131,8 +246,3 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
     return training.learning_rate * (
         floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     )
-
-
-def set_learning_rate(engine: Any, value: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = value

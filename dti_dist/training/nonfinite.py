@@ -1,4 +1,4 @@
-"""What is known of a step whose loss or gradients are not finite, for who looks into it."""
+"""Steps whose loss or gradients are not finite: what is known of them, and how many are allowed."""
 
 from __future__ import annotations
 
@@ -11,36 +11,77 @@ import torch
 from torch import nn
 
 from dti_dist.data.stream import Batch
+from dti_dist.errors import RunFailed
 from dti_dist.files import write_atomically
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.training.engine import Engine
+from dti_dist.training.job import Job
+from dti_dist.training.journal import Journal
+from dti_dist.training.progress import Progress
+from dti_dist.training.step import Step
 
 _LARGEST = 20  # parameters that are listed
 
 
-def write_diagnosis(
-    folder: Path, engine: Any, batches: list[Batch], rank: int, **facts: Any
+def report_left_out(
+    job: Job, engine: Engine, step: Step, progress: Progress, journal: Journal
+) -> None:
+    """Write down what is known of a step whose loss or gradients are not finite.
+
+    All ranks must call this at once.
+
+    Raises:
+        RunFailed: where more steps were left out than training.max_skipped_steps allows.
+    """
+    progress.skipped_steps += 1
+    number, allowed = progress.step + 1, job.config.training.max_skipped_steps
+    folder = job.folder.nonfinite / f"step-{number:08d}"
+    found = job.ranks.each(lambda: _write_diagnosis(folder, engine, step, number, job.ranks.rank))
+    module = next(filter(None, found), None)
+    what = "gradients are" if math.isfinite(step.loss_sum) else f"loss is {step.loss_sum}:"
+    message = (
+        f"Step {number:,}: the {what} not finite. The optimizer step was left out, so the "
+        f"weights are those after step {progress.step:,}. "
+        + (f"The first module whose output is not finite: {module}. " if module else "")
+        + f"Targets, logits and weights are in {folder}."
+    )
+    journal.write(step=number, not_finite=str(step.loss_sum), module=module)
+    if progress.skipped_steps > allowed:
+        raise RunFailed(
+            f"{message} {progress.skipped_steps} step(s) were left out, and "
+            f"training.max_skipped_steps is {allowed}. Look there for what is odd; a lower "
+            "training.learning_rate, a longer training.warmup_fraction or "
+            "training.precision=fp32 help most often, in a new run_dir. A higher "
+            "max_skipped_steps goes on from the last checkpoint."
+        )
+    journal.say(f"{message} Left out so far: {progress.skipped_steps} of {allowed} allowed.")
+
+
+def _write_diagnosis(
+    folder: Path, engine: Engine, step: Step, number: int, rank: int
 ) -> str | None:
     """Run the step's batches forward once more and write ``rank-0.json``; all ranks do.
 
-    The file has `facts`, every target with its place in the split, logit and loss, the first
-    module whose output is not finite, and of this rank's part of each weight how many values are
-    not finite and the largest magnitude.
+    The file has every target with its place in the split, logit and loss, the first module whose
+    output is not finite, and of this rank's part of each weight how many values are not finite and
+    the largest magnitude.
 
     Returns:
         the name of that module, or None where all outputs are finite.
     """
-    first = _FirstNonFinite(engine.module)
+    first = _FirstNonFinite(engine.model)
     targets = []
     with torch.no_grad():
-        for batch in batches:
+        for batch in step.batches:
             targets += _targets(batch, engine(batch).float().cpu())
     first.remove()
     weights = sorted(
-        (_summary(name, parameter) for name, parameter in engine.module.named_parameters()),
+        (_summary(name, part) for name, part in engine.own_weights()),
         key=lambda entry: (-entry["not_finite"], -entry["largest"]),
     )
     content = {
-        **facts,
+        "step": number,
+        "loss_sum": str(step.loss_sum),
         "first_module_not_finite": first.name,
         "targets": targets,
         "weights": weights[:_LARGEST],
@@ -66,8 +107,7 @@ def _targets(batch: Batch, logits: torch.Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def _summary(name: str, parameter: nn.Parameter) -> dict[str, Any]:
-    part = getattr(parameter, "ds_tensor", parameter).detach()
+def _summary(name: str, part: torch.Tensor) -> dict[str, Any]:
     finite = torch.isfinite(part)
     largest = part[finite].abs().max().item() if finite.any() else math.nan
     return {"name": name, "not_finite": int((~finite).sum()), "largest": largest}

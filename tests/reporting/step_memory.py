@@ -27,7 +27,7 @@ from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import click_loss
 from dti_dist.ranks import end_process, join_process_group, leave_process_group
 from dti_dist.reporting.plan import plan
-from dti_dist.training.engine import start_engine
+from dti_dist.training.engine import Engine
 
 STEPS = 3  # the last is measured: the optimizer's state is made in the first
 
@@ -68,13 +68,13 @@ def measure(config, ranks, folder):
     model = inputs.untrained_model().train()
     if config.training.activation_checkpointing:
         model.enable_activation_checkpointing()
-    engine = start_engine(model, config.training, ranks)
+    engine = Engine(model, config.training, ranks)
     training = config.training
     share = Share(training.global_batch_packs, training.micro_batch_packs, ranks.rank, ranks.world)
     stream = iter(PackStream(stream_plan, share))
 
     def step():
-        for _ in range(engine.gradient_accumulation_steps()):
+        for _ in range(engine.micro_steps):
             batch = next(stream)
             engine.backward(click_loss(engine(batch), batch) / batch.step_targets)
             engine.step()

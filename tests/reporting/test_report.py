@@ -426,7 +426,7 @@ def test_a_job_ends_with_a_report_and_a_restart_is_on_record(synthetic, tmp_path
 @pytest.mark.slow
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic, training={"max_steps": 2})
-    in_its_place = "os.makedirs(trainer.folder.path / 'report.html', exist_ok=True)"
+    in_its_place = f"os.makedirs({str(run_dir(config) / 'report.html')!r}, exist_ok=True)"
     script = job_with(in_its_place, tmp_path / "job.py")
     printed = run(job(1, config, script=script), tmp_path / "log")
     assert "The report was not written" in printed

@@ -61,8 +61,8 @@ def test_a_rank_that_hangs_is_ended_with_the_stacks_of_all(synthetic, tmp_path, 
     assert printed.count("no step, batch of a validation or save ended for 0.05 minutes") == 1
     stacks = [(run_dir(config) / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
     assert "in patched" in stacks[1], "where rank 1 sleeps"
-    assert "_step" in stacks[0]
-    assert "in patched" not in stacks[0].split("in original")[0].split("loop.py")[0]
+    assert "in take_step" in stacks[0]
+    assert "in patched" not in stacks[0].split("in take_step")[0]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(synthetic, tmp_path):
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(synthetic, tm
     script = job_with(
         """
 if step == 3:
-    for name, weight in trainer.engine.module.named_parameters():
+    for name, weight in engine.model.named_parameters():
         if "layers.1" in name and "down_proj" in name:
             weight.data.fill_(torch.nan)
             weight.ds_tensor.fill_(torch.nan)
@@ -107,12 +107,13 @@ def test_a_bad_step_is_left_out_where_that_is_allowed(synthetic, tmp_path, what)
     script = job_with(
         f"""
 import math
-def bad(logits, batch, good=loop.click_loss):
+from dti_dist.training import step as module
+def bad(logits, batch, good=module.click_loss):
     loss = good(logits, batch)
     if batch.step != 2: return loss
     if {what!r} == "gradients": logits.register_hook(lambda gradient: gradient * math.nan)
     return loss - loss.detach() + {value}
-if step == 1: loop.click_loss = bad
+if step == 1: module.click_loss = bad
 """,
         tmp_path / "job.py",
     )

@@ -1,0 +1,121 @@
+"""This process's part in a training job: its start, and an end that says what failed first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from dti_dist.config import RunConfig
+from dti_dist.data.stream import Share
+from dti_dist.errors import OtherRankFailed, RunFailed
+from dti_dist.ranks import Ranks, join_process_group, leave_process_group
+from dti_dist.runs.folder import RunFolder
+from dti_dist.training.engine import deepspeed_config, micro_steps_per_step
+from dti_dist.training.memory import is_out_of_memory, out_of_memory
+from dti_dist.training.signals import StopSignal
+from dti_dist.training.watchdog import Watchdog
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+_WAIT_FOR_REASON_S = 5.0  # how long a rank that lost another waits to hear why
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    Attributes:
+        at_end: what is entered here is left when the job ends; an error that it then sees is the
+            one that the user sees.
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    stop: StopSignal
+    folder: RunFolder
+    watchdog: Watchdog
+    at_end: ExitStack
+
+    def share(self, global_packs: int) -> Share:
+        """This rank's share of so many packs."""
+        packs = self.config.training.micro_batch_packs
+        return Share(global_packs, packs, self.ranks.rank, self.ranks.world)
+
+
+@contextmanager
+def open_job(config: RunConfig) -> Iterator[Job]:
+    """Join the job's other ranks for the time of the block.
+
+    Raises:
+        OtherRankFailed: where another rank failed first; only that one says why.
+    """
+    settings = config.training
+    stop = StopSignal()  # first, so that a signal is not lost while the ranks connect
+    ranks = join_process_group(
+        settings.device, settings.collective_timeout_minutes, settings.cpu_threads
+    )
+    micro_steps_per_step(settings, ranks.world)  # refuse a bad batch before any work
+    folder = RunFolder(config.run_dir)
+    watchdog = Watchdog(ranks, settings.watchdog_minutes, folder.stacks)
+    job = Job(config, ranks, stop, folder, watchdog, ExitStack())
+    waits_for_others = ranks.world > 1
+    try:
+        with job.at_end, _first_cause(job):
+            yield job
+        waits_for_others = False
+    except BaseException:
+        if ranks.is_main:
+            folder.discard()
+        raise
+    finally:
+        stop.restore()
+        folder.release()
+        if not waits_for_others:  # else the watchdog ends this process if it hangs while it ends
+            leave_process_group()
+            watchdog.close()
+
+
+@contextmanager
+def _first_cause(job: Job) -> Iterator[None]:
+    """Replace an error by what failed first in the job, so that only one rank explains it."""
+    try:
+        with explained_out_of_memory(job, parameters=0, trainable=0):
+            yield
+    except OtherRankFailed:
+        raise
+    except BaseException as error:
+        cause = _cause(job, error)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _cause(job: Job, error: BaseException) -> BaseException:
+    rank, watchdog = job.ranks.rank, job.watchdog
+    lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
+    first = watchdog.failure_elsewhere(_WAIT_FOR_REASON_S if lost else 0.0)
+    if first is None:
+        if lost:
+            error = RunFailed(
+                f"rank {rank}: another rank of the job ended without a word "
+                f"({str(error).splitlines()[0]}). The launcher's output says which one and by "
+                "which signal. SIGKILL most often means that its machine's memory ran out (see "
+                "dmesg) or that the machine went down. Start the same command again to go on from "
+                "the last checkpoint."
+            )
+        first = watchdog.fail(error)
+    if first.rank != rank:
+        return OtherRankFailed(f"rank {first.rank} failed: {first.reason}")
+    return error
+
+
+@contextmanager
+def explained_out_of_memory(job: Job, parameters: int, trainable: int) -> Iterator[None]:
+    """Replace an out-of-memory error by one with this model's figures and what helps."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_out_of_memory(error):
+            raise
+        training, world = job.config.training, job.ranks.world
+        stage = deepspeed_config(training, world)["zero_optimization"]["stage"]
+        raise out_of_memory(error, job.config, job.ranks, parameters, trainable, stage) from error
