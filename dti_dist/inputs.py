@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -75,6 +78,19 @@ class Inputs:
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache_dir)
         dataset = dataset.with_cache(cache_dir)
         return Inputs(config, dataset, tokenizer, tokens, cache_dir)
+
+    @staticmethod
+    @contextmanager
+    def open_for_reading(config: RunConfig) -> Iterator[Inputs]:
+        """Inputs for a command that only looks: the run's folder stays as it is.
+
+        The tokenizer is the run's where training has begun, else a temporary one.
+        """
+        folder = Path(config.run_dir) / "tokenizer"
+        with TemporaryDirectory(prefix="dti-dist-") as scratch:
+            if not (folder / "tokenizer.json").exists():
+                folder = Path(scratch) / "tokenizer"
+            yield Inputs.open(config, folder)
 
     @property
     def vocabulary(self) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +85,8 @@ def read_prompts(
     Raises:
         UserError: the config, or what it names, is at fault.
     """
-    with _opened(config) as (settings, inputs):
+    settings = _settings(config)
+    with Inputs.open_for_reading(settings) as inputs:
         sample, tokens = settings.sample, inputs.tokens
         columns = ["item_ids", "labels", "target_start", *(["timestamps"] if tokens.gaps else [])]
         first_row = 0
@@ -123,24 +122,9 @@ def read_packs(
     Raises:
         UserError: the config, or what it names, is at fault.
     """
-    with _opened(config) as (_, inputs):
+    with Inputs.open_for_reading(_settings(config)) as inputs:
         yield from PackStream(inputs.stream_plan(split, shuffle=shuffle), Share(1, 1))
 
 
-class _opened:
-    """A config and its inputs; the tokenizer is the run's, or made for the moment."""
-
-    def __init__(self, config: RunConfig | str | Path):
-        self.config = config if isinstance(config, RunConfig) else load_config(config)
-        self._made: TemporaryDirectory[str] | None = None
-
-    def __enter__(self) -> tuple[RunConfig, Inputs]:
-        folder = Path(self.config.run_dir) / "tokenizer"
-        if not folder.exists():
-            self._made = TemporaryDirectory(prefix="dti-dist-")
-            folder = Path(self._made.name) / "tokenizer"
-        return self.config, Inputs.open(self.config, folder)
-
-    def __exit__(self, *error: Any) -> None:
-        if self._made is not None:
-            self._made.cleanup()
+def _settings(config: RunConfig | str | Path) -> RunConfig:
+    return config if isinstance(config, RunConfig) else load_config(config)

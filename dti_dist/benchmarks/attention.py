@@ -17,7 +17,7 @@ from dti_dist.attention.flex import FlexPlan
 from dti_dist.attention.intervals import PackLayout, body_intervals, readout_intervals
 from dti_dist.attention.policies import layer_windows
 from dti_dist.benchmarks import measure
-from dti_dist.console import say
+from dti_dist.console import say, table
 
 # Of one streaming prompt: MovieLens-1M titles have about 14 tokens an interaction.
 N, K, TOKENS = 20, 50, 14
@@ -258,6 +258,4 @@ def _window_table(by_length: dict[int, Any]) -> str:
     ]
     memory = [f"{by_length[length]['step_memory_mib']:,.0f}" for length in lengths]
     rows.append(("MiB of a training step, 4 layers", *memory))
-    return measure.table(
-        ("milliseconds, median (spread)", *(f"{n:,} tokens" for n in lengths)), rows
-    )
+    return table(("milliseconds, median (spread)", *(f"{n:,} tokens" for n in lengths)), rows)

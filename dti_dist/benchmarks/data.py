@@ -20,7 +20,7 @@ from dti_dist.benchmarks.data_peers import PEERS, PeerProcess, SampleDigest, exc
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.benchmarks.shuffle import shuffle_quality
 from dti_dist.config import RunConfig, validate_config
-from dti_dist.console import say
+from dti_dist.console import say, table
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan, batches
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
@@ -319,7 +319,7 @@ def data_table(result: dict[str, Any]) -> str:
     gather = short(result["gather_tokens_per_core_s"], 1e6, 0)
     peers = result["peers"]
     lines = [
-        measure.table(header, rows),
+        table(header, rows),
         f"A bare gather of item tokens: {gather} M tokens/s a core. A token: {TOKEN}.",
     ]
     if shuffle := result["shuffle"]:

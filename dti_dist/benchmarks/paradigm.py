@@ -16,7 +16,7 @@ import torch
 from dti_dist.benchmarks import measure
 from dti_dist.benchmarks.padded_trainer import PaddedTrainer
 from dti_dist.config import RunConfig, validate_config
-from dti_dist.console import say
+from dti_dist.console import say, table
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, click_loss
@@ -322,4 +322,4 @@ def paradigm_table(result: dict[str, Any]) -> str:
         "MiB a step",
         "J/target",
     )
-    return measure.table(header, rows)
+    return table(header, rows)

@@ -14,7 +14,7 @@ import torch
 
 from dti_dist.benchmarks import measure
 from dti_dist.config import RunConfig, validate_config
-from dti_dist.console import say
+from dti_dist.console import say, table
 from dti_dist.data.dataset import iter_sequences
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.template import Template
@@ -219,4 +219,4 @@ def scoring_table(result: dict[str, Any]) -> str:
         "requests/s (spread)",
         f"over {BASELINE}",
     )
-    return measure.table(header, rows)
+    return table(header, rows)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-_SLICE_COLUMNS = {
-    "targets": "{:,}",
-    "users": "{:,}",
-    "label_rate": "{:.4f}",
-    "mean_prediction": "{:.4f}",
-    "calibration_ratio": "{:.3f}",
-    "auc": "{:.4f}",
-    "log_loss": "{:.4f}",
-    "ne": "{:.4f}",
-    "gauc": "{:.4f}",
-}
+from dti_dist.console import table
+from dti_dist.evaluation.labels import LABELS
+
+_SLICE_COLUMNS = (
+    *("targets", "users", "label_rate", "mean_prediction", "calibration_ratio"),
+    *("auc", "log_loss", "ne", "gauc"),
+)
 _WIDEST_VALUE = 40
 
 
@@ -54,7 +49,7 @@ def figures_table(figures: dict[str, Any]) -> str:
         f"{figures['targets']:,} targets, {figures['clicks']:,} clicks, {figures['users']:,} users"
     )
     header = ["", "", "95 % over users" if intervals else ""]
-    return f"{title}\n{_table([header, *lines])}"
+    return f"{title}\n{table(header, lines)}"
 
 
 def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
@@ -64,16 +59,16 @@ def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
         lines = [
             [
                 _cut(entry["value"]),
-                *(_text(entry[column], form) for column, form in _SLICE_COLUMNS.items()),
+                *(_text(entry[column], LABELS[column].form) for column in _SLICE_COLUMNS),
             ]
             for entry in entries
         ]
-        tables.append(_table([header, *lines]))
+        tables.append(table(header, lines))
     return "\n\n".join(tables)
 
 
 def comparison_table(found: dict[str, Any]) -> str:
-    lines = [["", "A", "B", "B - A", "95 % over users", "p"]]
+    header, lines = ["", "A", "B", "B - A", "95 % over users", "p"], []
     for name, entry in found["differences"].items():
         bounds, p_value = entry["interval"], entry["p_value"]
         lines.append(
@@ -92,7 +87,7 @@ def comparison_table(found: dict[str, Any]) -> str:
             f"{found['users']:,} users",
             f"A: {found['a']['run']}, {found['a']['checkpoint']}",
             f"B: {found['b']['run']}, {found['b']['checkpoint']}",
-            _table(lines),
+            table(header, lines),
         ]
     )
 
@@ -103,14 +98,3 @@ def _text(value: float | int | None, form: str) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _WIDEST_VALUE else text[: _WIDEST_VALUE - 1] + "…"
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

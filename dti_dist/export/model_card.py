@@ -16,23 +16,17 @@ import dti_dist
 from dti_dist.config import RunConfig, TemplateConfig
 from dti_dist.data.dataset import Manifest
 from dti_dist.data.template import TIME_GAPS
+from dti_dist.evaluation.labels import LABELS
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.metrics_log import logged_until, read_lines
 
-# Figures of an evaluation: the key, the heading, and the hub's name of the metric where it has one.
-_FIGURES = (
-    ("auc", "AUC", "roc_auc"),
-    ("log_loss", "log loss", "log_loss"),
-    ("f1", "F1", "f1"),
-    ("accuracy", "accuracy", "accuracy"),
-    ("gauc", "GAUC", None),
-    ("ne", "normalised entropy", None),
-    ("ece", "calibration error", None),
-    ("ceiling", "AUC of the true probabilities", None),
-)
+_FIGURES = ("auc", "log_loss", "f1", "accuracy", "gauc", "ne", "ece", "ceiling")
+_HUB_NAMES = {"auc": "roc_auc", "log_loss": "log_loss", "f1": "f1", "accuracy": "accuracy"}
+"""What the hub calls the metrics that it knows."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def _front_matter(
     base: str | None,
 ) -> dict[str, Any]:
     measured = [e for e in evaluations if e["checkpoint"] == made.commit.folder.name]
-    metrics = [name for key, _, name in _FIGURES if name and any(key in e for e in measured)]
+    metrics = [name for key, name in _HUB_NAMES.items() if any(key in e for e in measured)]
     if not licence and base is not None:
         licence = {"license": "unknown"}
     return {
@@ -255,16 +249,11 @@ def _training(run: RunFolder, config: RunConfig, made: Exported) -> dict[str, st
 
 
 def _targets_seen(metrics: Path, step: int) -> str:
-    logged = [line for line in _json_lines(metrics) if "loss" in line and line["step"] <= step]
+    logged = logged_until(read_lines(metrics)[0], step)
     if not logged:
         return "not logged"
     targets, last = sum(line["targets"] for line in logged), logged[-1]["step"]
     return f"{targets:,}" + ("" if last == step else f" up to step {last:,}, the last one logged")
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
 def _versions(packages: Iterable[str]) -> Iterable[str]:
@@ -290,8 +279,8 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
 def _metrics(evaluations: list[dict[str, Any]], checkpoint: str) -> str:
     if not evaluations:
         return "This run was not evaluated before it was exported."
-    keys = [(key, name) for key, name, _ in _FIGURES if any(key in e for e in evaluations)]
-    headings = ["split", "prompt", "checkpoint", "targets", *(name for _, name in keys)]
+    keys = [key for key in _FIGURES if any(key in e for e in evaluations)]
+    headings = ["split", "prompt", "checkpoint", "targets", *(LABELS[key].text for key in keys)]
     rows = [
         [
             str(figures["split"]),
@@ -299,7 +288,7 @@ def _metrics(evaluations: list[dict[str, Any]], checkpoint: str) -> str:
             str(figures["checkpoint"])
             + ("" if figures["checkpoint"] == checkpoint else " (**not** this one)"),
             f"{figures['targets']:,}" if "targets" in figures else "",
-            *(_figure(figures.get(key)) for key, _ in keys),
+            *(_figure(figures.get(key)) for key in keys),
         ]
         for figures in evaluations
     ]

@@ -21,9 +21,9 @@ from dti_dist.config import RunConfig
 from dti_dist.data.storage import is_local
 from dti_dist.errors import UserError
 from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.metrics_log import Line, how_ended, last_step, read_lines
 
 Values = npt.NDArray[np.float64]
-Line = dict[str, Any]
 
 _PROMPTS = ("sliding_window", "streaming")
 _SPLITS = ("test", "valid", "train")
@@ -94,7 +94,7 @@ class History:
             )
         run = RunFolder(path)
         config = run.read_config()
-        lines, broken = _read_lines(run.metrics)
+        lines, broken = read_lines(run.metrics)
         return History(
             folder=path,
             name=name or path.resolve().name,
@@ -228,16 +228,11 @@ class History:
     def checkpoint_seconds(self) -> list[float]:
         return self._places(self.checkpoints)
 
-    @property
-    def last_step(self) -> int:
-        return max((line["step"] for line in self.lines), default=0)
-
     @cached_property
     def state(self) -> State:
-        step, total = self.last_step, self.latest.get("total_steps")
+        step, total = last_step(self.lines), self.latest.get("total_steps")
         at = f"step {step:,}" + (f" of {total:,}" if isinstance(total, int) else "")
-        ended = self.lines[-1].get("ended") if self.lines else None
-        if isinstance(ended, dict):
+        if ended := how_ended(self.lines):
             how, why = ended.get("how"), str(ended.get("why", ""))
             if how == "done":
                 return State("done", f"finished, {step:,} steps")
@@ -317,24 +312,6 @@ def _how_it_had_ended(ended: Any) -> str:
     if ended.get("how") == "failed":
         return f". The job before had failed: {ended.get('why', 'unknown')}"
     return ". The job before was stopped by a signal" if ended.get("how") == "signal" else ""
-
-
-def _read_lines(path: Path) -> tuple[list[Line], int]:
-    """The objects with a step, and how many other lines there are; a last one may be half
-    written."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines, broken = [], 0
-    for written in text.splitlines():
-        try:
-            line = json.loads(written)
-        except ValueError:
-            line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-        else:
-            broken += 1
-    half_written = bool(text) and not text.endswith("\n")
-    return lines, max(broken - half_written, 0)
 
 
 def _read_json(path: Path) -> Line:

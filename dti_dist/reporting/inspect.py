@@ -6,10 +6,8 @@ packs, samples, targets and layers are counted from 1.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +35,6 @@ from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import layout_of
 from dti_dist.model.sources import load_model_config
-from dti_dist.runs.folder import RunFolder
 
 MOST_TARGETS = 12  # the rows and columns of more can't be told apart on a page
 _MOST_CONTEXT = 24  # interactions before the shown targets that get a line each
@@ -268,10 +265,7 @@ def view_pack(
             f"--targets: expected at most {MOST_TARGETS}, found {targets}: more can't be told "
             "apart in one picture. Show others with --target, or lower it."
         )
-    run = RunFolder(config.run_dir)
-    with tempfile.TemporaryDirectory() as scratch:
-        made = (run.tokenizer / "tokenizer.json").exists()
-        inputs = Inputs.open(config, run.tokenizer if made else Path(scratch))
+    with Inputs.open_for_reading(config) as inputs:
         batch, packs = _read_pack(inputs, pack)
         opened = _OpenedPack.of(inputs, batch)
     return opened.view(pack, packs, sample, target, targets)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dti_dist.config import RunConfig, validate_config
+from dti_dist.console import table
 from dti_dist.data.stream import Batch, StreamPlan
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
@@ -108,8 +104,7 @@ def plan(
         )
     hardware = _hardware(config, gpus, gpu)
     peak = hardware.peak(config.training.precision)
-    with _tokenizer_folder(config) as folder:
-        inputs = Inputs.open(config, folder)
+    with Inputs.open_for_reading(config) as inputs:
         variants: dict[str, _Variant] = {config.sample.paradigm: _variant(inputs)}
         mine = variants[config.sample.paradigm]
         if BASELINE not in variants:
@@ -179,20 +174,6 @@ def _hardware(config: RunConfig, gpus: int, name: str | None) -> Gpu:
     if config.training.device == CPU:
         return find_gpu(CPU, gpus, config.training.cpu_threads)
     return gpu_at_hand() or find_gpu("H100")
-
-
-@contextmanager
-def _tokenizer_folder(config: RunConfig) -> Iterator[Path]:
-    """The run's, where it has begun; else one that is thrown away."""
-    own = Path(config.run_dir) / "tokenizer"
-    if (own / "tokenizer.json").exists():
-        yield own
-        return
-    scratch = Path(tempfile.mkdtemp(prefix="dti-dist-plan-"))
-    try:
-        yield scratch / "tokenizer"
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _as_baseline(config: RunConfig) -> RunConfig:
@@ -418,18 +399,6 @@ def plan_table(found: dict[str, Any]) -> str:
     return "\n\n".join(section(found) for section in sections)
 
 
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
 def _paradigms(found: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys((found["sample"]["paradigm"], BASELINE)))
 
@@ -454,7 +423,7 @@ def _data_text(found: dict[str, Any]) -> str:
             f"k(n+1)/(n+k) = {data['ideal']:.1f}"
         )
     title = f"Data, exactly: n={sample['n']}, k={sample['k']}, {sample['policy']}"
-    return f"{_aligned((title, *names), rows)}{gain}"
+    return f"{table((title, *names), rows)}{gain}"
 
 
 def _flops_text(found: dict[str, Any]) -> str:
@@ -473,7 +442,7 @@ def _flops_text(found: dict[str, Any]) -> str:
     title = (
         f"FLOPs: {model['name']}, {model['parameters']:,} parameters, {model['trained']:,} train"
     )
-    return _aligned((title, *names), rows)
+    return table((title, *names), rows)
 
 
 def _memory_text(found: dict[str, Any]) -> str:
@@ -500,7 +469,7 @@ def _memory_text(found: dict[str, Any]) -> str:
     )
     verdict = "fits" if own["fits"] else "DOES NOT FIT"
     lines = [
-        _aligned(header, rows),
+        table(header, rows),
         f"The config's settings ({_words(own)}) take {_gib(own['peak'])} GiB: {verdict}, with "
         f"{MARGIN:.0%} left free.",
     ]
@@ -546,7 +515,7 @@ def _time_text(found: dict[str, Any]) -> str:
             f"{gpu['precision']} ({gpu['source']}); --calibrate measures"
         )
     title = f"Time on {command['gpus']} x {gpu['name']}"
-    return f"{_aligned((title, *names), rows)}\n{basis}. Start-up and checkpoints come on top."
+    return f"{table((title, *names), rows)}\n{basis}. Start-up and checkpoints come on top."
 
 
 def _duration(seconds: float) -> str:

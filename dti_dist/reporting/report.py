@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 import shlex
 import tempfile
 import time
@@ -24,6 +23,8 @@ from markupsafe import Markup
 import dti_dist
 from dti_dist.config import RunConfig
 from dti_dist.errors import UserError
+from dti_dist.evaluation.labels import LABELS, prompt_name
+from dti_dist.files import replacing
 from dti_dist.redaction import redact
 from dti_dist.reporting import words
 from dti_dist.reporting.charts import Bin, Chart, draw_calibration
@@ -34,31 +35,10 @@ NAME = "report.html"
 
 _PAGE = Path(__file__).with_name("page")
 _MOST_EVENTS = 100  # told one by one
-_METRICS = {
-    "auc": ("AUC", "{:.4f}"),
-    "gauc": ("GAUC", "{:.4f}"),
-    "log_loss": ("log loss", "{:.4f}"),
-    "ne": ("normalised entropy", "{:.4f}"),
-    "calibration_ratio": ("mean prediction / label rate", "{:.3f}"),
-    "ece": ("calibration error (ECE)", "{:.4f}"),
-    "accuracy": ("accuracy at 0.5", "{:.4f}"),
-    "f1": ("F1 at 0.5", "{:.4f}"),
-    "f1_valid_threshold": ("F1 at the best threshold of valid", "{:.4f}"),
-    "label_rate": ("label rate", "{:.4f}"),
-    "mean_prediction": ("mean prediction", "{:.4f}"),
-    "targets": ("targets", "{:,}"),
-    "users": ("users", "{:,}"),
-}
-_SLICES = {
-    "targets": ("targets", "{:,}"),
-    "users": ("users", "{:,}"),
-    "label_rate": ("label rate", "{:.4f}"),
-    "mean_prediction": ("mean prediction", "{:.4f}"),
-    "auc": ("AUC", "{:.4f}"),
-    "gauc": ("GAUC", "{:.4f}"),
-    "log_loss": ("log loss", "{:.4f}"),
-    "ne": ("normalised entropy", "{:.4f}"),
-}
+_SLICE_COLUMNS = (
+    *("targets", "users", "label_rate", "mean_prediction"),
+    *("auc", "gauc", "log_loss", "ne"),
+)
 _KINDS = {
     "restart": "restart",
     "failed_save": "failed save",
@@ -261,32 +241,34 @@ def _evaluation_table(run: History) -> dict[str, Any] | None:
     """Metrics in rows, evaluations in columns."""
     if not run.evaluations:
         return None
-    heads = [_evaluation_name(figures) for figures in run.evaluations]
-    rows = [
-        (label, cells)
-        for key, (label, form) in _METRICS.items()
-        if any(key in figures for figures in run.evaluations)
-        and (cells := [_metric(figures, key, form) for figures in run.evaluations])
-        and any(cell.text != words.NONE for cell in cells)
-    ]
+    rows = _metric_rows(run.evaluations)
     if any("ceiling" in figures for figures in run.evaluations):
-        rows.append(("AUC's ceiling", [_metric(f, "ceiling", "{:.4f}") for f in run.evaluations]))
-        ways = [_way_to_ceiling(figures) for figures in run.evaluations]
-        shown = [Cell(_shown(way, "{:.1%}")) for way in ways]
-        rows.append(("of the way from 0.5 to it", shown))
+        ceilings = [_metric(figures, "ceiling") for figures in run.evaluations]
+        ways = [_shown(_way_to_ceiling(figures), "{:.1%}") for figures in run.evaluations]
+        rows += [("AUC's ceiling", ceilings), ("of the way from 0.5 to it", list(map(Cell, ways)))]
     checkpoints = [str(figures.get("checkpoint", words.NONE)) for figures in run.evaluations]
     rows.append(("checkpoint", [Cell(redact(name)) for name in checkpoints]))
-    return {"heads": heads, "rows": rows}
+    return {"heads": [_evaluation_name(figures) for figures in run.evaluations], "rows": rows}
+
+
+def _metric_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, list[Cell]]]:
+    """The metrics that some evaluation has, a column for each evaluation."""
+    rows = [
+        (label.text, [_metric(figures, key) for figures in evaluations])
+        for key, label in LABELS.items()
+        if key != "ceiling"
+    ]
+    return [row for row in rows if any(cell.text != words.NONE for cell in row[1])]
 
 
 def _evaluation_name(figures: dict[str, Any]) -> str:
     limit = figures.get("max_targets")
     first = f", first {limit:,} targets" if isinstance(limit, int) else ""
-    return redact(f"{figures['split']}, {str(figures['prompt']).replace('_', '-')} prompts{first}")
+    return redact(f"{figures['split']}, {prompt_name(figures)}{first}")
 
 
-def _metric(figures: dict[str, Any], key: str, form: str) -> Cell:
-    return Cell(_shown(figures.get(key), form), _interval(figures, key))
+def _metric(figures: dict[str, Any], key: str) -> Cell:
+    return Cell(_shown(figures.get(key), LABELS[key].form), _interval(figures, key))
 
 
 def _interval(figures: dict[str, Any], key: str, before: str = "") -> str:
@@ -303,10 +285,9 @@ def _way_to_ceiling(figures: dict[str, Any]) -> float:
 
 
 def _shown(value: Any, form: str) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return form.format(value)
     found = number(value)
-    return form.format(found) if math.isfinite(found) and form != "{:,}" else words.NONE
+    whole = isinstance(value, int) or form != "{:,}"
+    return form.format(value) if math.isfinite(found) and whole else words.NONE
 
 
 def _calibrations(run: History) -> list[tuple[str, Chart]]:
@@ -330,18 +311,17 @@ def _slice_tables(run: History) -> Iterable[dict[str, Any]]:
         slices = figures.get("slices")
         for name, parts in slices.items() if isinstance(slices, dict) else ():
             parts = [part for part in parts if isinstance(part, dict)]
-            columns = {
-                key: column
-                for key, column in _SLICES.items()
-                if any(part.get(key) is not None for part in parts)
-            }
+            columns = [
+                key for key in _SLICE_COLUMNS if any(part.get(key) is not None for part in parts)
+            ]
+            kind = str(name).replace("_", " ")
             yield {
-                "name": f"By {str(name).replace('_', ' ')}: {_evaluation_name(figures)}",
-                "head": str(name).replace("_", " "),
-                "heads": [label for label, _ in columns.values()],
+                "name": f"By {kind}: {_evaluation_name(figures)}",
+                "head": kind,
+                "heads": [LABELS[key].text for key in columns],
                 "rows": [
                     (str(part.get("value", words.NONE)),
-                     [_shown(part.get(key), form) for key, (_, form) in columns.items()])
+                     [_metric(part, key).text for key in columns])
                     for part in parts
                 ],
             }  # fmt: skip
@@ -524,16 +504,11 @@ def _evaluations_beside(runs: Sequence[History]) -> list[dict[str, Any]]:
             next((f for f in run.evaluations if (f["split"], f["prompt"]) == (split, prompt)), {})
             for run in runs
         ]
-        rows = [
-            (label, [_metric(figures, key, form) for figures in found])
-            for key, (label, form) in _METRICS.items()
-            if any(figures.get(key) is not None for figures in found)
-        ]
         targets = {figures["targets"] for figures in found if "targets" in figures}
         tables.append(
             {
-                "name": redact(f"{split}, {prompt.replace('_', '-')} prompts"),
-                "rows": rows,
+                "name": redact(f"{split}, {prompt_name({'prompt': prompt})}"),
+                "rows": _metric_rows(found),
                 "unequal": len(targets) > 1,
             }
         )
@@ -565,12 +540,10 @@ def _pack_picture(config: RunConfig) -> bytes:
 
 
 def _write(html: str, path: Path) -> None:
-    """All of it or nothing."""
-    staging = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_bytes(html.encode("utf-8", "replace"))
-        os.replace(staging, path)
+        with replacing(path) as staging:
+            staging.write_bytes(html.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(
             f"--out: {path} can't be written: {error.strerror or error}. Name a file in a folder "

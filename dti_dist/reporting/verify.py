@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from dti_dist import console
 from dti_dist.attention.policies import is_exact
 from dti_dist.config import RunConfig
 from dti_dist.console import say
@@ -75,11 +74,8 @@ def verify(config: RunConfig, samples: int = 4, dtype: str | None = None) -> lis
         samples: streaming prompts to check, those with the most interactions.
         dtype: fp64, fp32 or bf16; default: float32 on a CPU, the run's precision on a GPU.
     """
-    run = RunFolder(config.run_dir)
-    with tempfile.TemporaryDirectory() as scratch:
-        made = (run.tokenizer / "tokenizer.json").exists()
-        inputs = Inputs.open(config, run.tokenizer if made else Path(scratch))
-        subject = _Subject.open(inputs, run, samples, dtype)
+    with Inputs.open_for_reading(config) as inputs:
+        subject = _Subject.open(inputs, RunFolder(config.run_dir), samples, dtype)
         return [check() for check in subject.checks()]
 
 
@@ -348,17 +344,11 @@ def _model(inputs: Inputs, run: RunFolder) -> CTRModel:
 
 def table(checks: list[Check]) -> str:
     """The checks as aligned text."""
-    rows = [("claim", "compared", "largest difference", "tolerance", "verdict")]
+    rows = []
     for check in checks:
         tolerance = "none promised" if check.tolerance is None else f"{check.tolerance:g}"
         rows.append(
             (check.claim, f"{check.compared:,}", f"{check.largest:.3g}", tolerance, check.verdict)
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    header = ("claim", "compared", "largest difference", "tolerance", "verdict")
+    return console.table(header, rows, left=(0, 4))

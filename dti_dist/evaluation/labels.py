@@ -1,0 +1,37 @@
+"""What tables, reports and model cards call the figures of an evaluation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Label(NamedTuple):
+    text: str
+    form: str = "{:.4f}"
+
+    def value(self, value: float) -> str:
+        return self.form.format(value)
+
+
+LABELS = {
+    "auc": Label("AUC"),
+    "gauc": Label("GAUC"),
+    "log_loss": Label("log loss"),
+    "ne": Label("normalised entropy"),
+    "calibration_ratio": Label("mean prediction / label rate", "{:.3f}"),
+    "ece": Label("calibration error (ECE)"),
+    "accuracy": Label("accuracy at 0.5"),
+    "f1": Label("F1 at 0.5"),
+    "f1_valid_threshold": Label("F1 at the best threshold of valid"),
+    "label_rate": Label("label rate"),
+    "mean_prediction": Label("mean prediction"),
+    "targets": Label("targets", "{:,}"),
+    "users": Label("users", "{:,}"),
+    "ceiling": Label("AUC of the true probabilities"),
+}
+"""In the order of a table's rows."""
+
+
+def prompt_name(figures: dict[str, Any]) -> str:
+    """``sliding-window prompts``"""
+    return f"{str(figures['prompt']).replace('_', '-')} prompts"
