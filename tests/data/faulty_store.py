@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,14 +11,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class FaultyFileSystem(MemoryFileSystem):
-    """`failures` are raised by the next reads, one by each; `delay_s` is that of every read."""
+    """`failures` are raised by the next reads, one by each; reads wait for `answering`."""
 
     protocol = "faulty"
     store: dict = {}  # noqa: RUF012 - as in the class above, but not shared with it
     pseudo_dirs = [""]  # noqa: RUF012
     asked: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
     failures: list[BaseException] = []  # noqa: RUF012
-    delay_s = 0.0
+    answering = threading.Event()
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -26,7 +26,7 @@ class FaultyFileSystem(MemoryFileSystem):
 
     def cat_file(self, path, start=None, end=None, **named):
         self.asked.append((path, start, end))
-        time.sleep(self.delay_s)
+        self.answering.wait()
         if self.failures:
             raise self.failures.pop(0)
         return super().cat_file(path, start, end, **named)
@@ -36,9 +36,10 @@ class FaultyFileSystem(MemoryFileSystem):
 def faulty_store() -> Iterator[type[FaultyFileSystem]]:
     """The empty store."""
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+    FaultyFileSystem.answering.set()
     try:
         yield FaultyFileSystem
     finally:
         for held in (FaultyFileSystem.store, FaultyFileSystem.asked, FaultyFileSystem.failures):
             held.clear()
-        FaultyFileSystem.delay_s = 0.0
+        FaultyFileSystem.answering.set()
