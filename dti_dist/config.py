@@ -52,15 +52,15 @@ class StorageConfig(Section):
     model_config = ConfigDict(frozen=True)
 
     timeout_s: Seconds = Field(
-        30, description="A request fails when the store stays silent for so many seconds."
+        30, description="A request fails when the store sends nothing for this many seconds."
     )
     retry_s: Annotated[float, Field(ge=0)] = Field(
         300,
-        description="A request that fails for a passing reason is tried again for so many seconds "
+        description="How many seconds a request that failed for a transient reason is retried "
         "before the run ends with an error.",
     )
-    first_wait_s: Seconds = Field(0.5, description="Before the second attempt.")
-    greatest_wait_s: Seconds = Field(20, description="Between two attempts.")
+    first_wait_s: Seconds = Field(0.5, description="Longest wait before the second attempt.")
+    greatest_wait_s: Seconds = Field(20, description="Longest wait between two attempts.")
     cache_gib: Annotated[float, Field(ge=0)] = Field(
         0,
         description="Row groups of a remote data set that are kept in data.cache_dir, for all "
@@ -99,7 +99,7 @@ class StorageConfig(Section):
     def _waits_in_order(self) -> StorageConfig:
         if self.first_wait_s > self.greatest_wait_s:
             raise ValueError(
-                "expected first_wait_s to be greatest_wait_s or less, found "
+                "expected first_wait_s to be at most greatest_wait_s, found "
                 f"{self.first_wait_s:g} and {self.greatest_wait_s:g}"
             )
         return self
@@ -124,8 +124,8 @@ class DataConfig(Section):
     )
     on_bad_shard: Literal["fail", "skip"] = Field(
         "fail",
-        description="What can't be read: fail names it and ends. skip leaves the file or row group "
-        "out on every rank, counts and logs it.",
+        description="What to do with data that can't be read. fail: end with an error that names "
+        "it. skip: leave out the file or row group on every rank, and log it.",
     )
     cache_dir: str | None = Field(
         None,
@@ -137,12 +137,13 @@ class DataConfig(Section):
 
 class SampleConfig(Section):
     paradigm: Literal["dti", "sliding_window"] = Field(
-        "dti", description="dti: k targets a prompt. sliding_window: one target a prompt (k=1)."
+        "dti", description="dti: k targets per prompt. sliding_window: one target per prompt (k=1)."
     )
     context: Positive = Field(20, description="n: interactions before a target that it may see.")
     targets: Positive = Field(50, description="k: targets in one streaming prompt.")
     min_context: NonNegative = Field(
-        1, description="A user's interactions with fewer before them are context only."
+        1,
+        description="Interactions with fewer earlier ones of their user are context only.",
     )
 
     @property
@@ -168,9 +169,9 @@ class TemplateConfig(Section):
     label_words: tuple[str, str] = Field(
         (" No", " Yes"), description="The words for label 0 and 1, each one token."
     )
-    max_item_tokens: Positive = Field(64, description="Longer item texts are cut here.")
+    max_item_tokens: Positive = Field(64, description="Longer item texts are truncated.")
     time_gaps: bool = Field(
-        False, description="Start an interaction with the time since the user's one before it."
+        False, description="Start each interaction with the time since the user's previous one."
     )
 
 
@@ -218,11 +219,11 @@ class LoraConfig(Section):
     rank: NonNegative = Field(0, description="0: no adapters, all weights train.")
     alpha: Positive = Field(16, description="Adapters are scaled by alpha / rank.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Of what the adapters read."
+        0.0, description="Dropout on the adapters' input."
     )
     target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
-        description="Linear layers with adapters, such as [q_proj, v_proj]. Default: all of the "
+        description="Linear layers with adapters, such as [q_proj, v_proj]. Default: all in the "
         "decoder layers.",
     )
 
@@ -245,8 +246,8 @@ class ModelConfig(Section):
     def _adapters_need_a_trained_model(self) -> ModelConfig:
         if self.name == "scratch" and self.lora.rank:
             raise ValueError(
-                "lora.rank must be 0 with name scratch: random weights would stay random beneath "
-                "the adapters; name a trained model"
+                "lora.rank must be 0 with name scratch, because the random weights under the "
+                "adapters would never train; set name to a pretrained model"
             )
         return self
 
@@ -255,23 +256,23 @@ class ForgettingConfig(Section):
     """alpha(d) = strength · (d / n)^shape: how far [SUM] forgets a token d interactions back."""
 
     strength: Fraction = Field(
-        1.0, description="alpha at the oldest context interaction; 1 forgets it altogether."
+        1.0, description="alpha at the oldest context interaction; 1 forgets it completely."
     )
     shape: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="1: linear in the distance. Less forgets sooner, more forgets later."
+        1.0, description="1: linear in the distance. Below 1 forgets sooner, above 1 later."
     )
 
 
 class AttentionConfig(Section):
     policy: Literal["windowed", "reset", "budget", "isolated"] = Field(
         "budget",
-        description="Leakage policy. budget, isolated: exact isolation. windowed: n in each layer, "
-        "leaks. reset: windowed, and [SUM] forgets what is far.",
+        description="Leakage policy. budget, isolated: exact isolation. windowed: n interactions "
+        "in each layer, leaks. reset: windowed, and [SUM] forgets distant context.",
     )
     positions: Literal["rope", "alibi"] = Field(
         "alibi",
-        description="Of [SUM]. rope: its place in the prompt. alibi: none, and a score falls with "
-        "the distance in tokens.",
+        description="Positions of [SUM]. rope: its place in the prompt. alibi: none; scores fall "
+        "with the distance in tokens.",
     )
     budget: Literal["even", "early", "late"] | list[NonNegative] = Field(
         "even", description="How `budget` spreads n over the layers: a preset or w_body per layer."
@@ -298,19 +299,19 @@ class AttentionConfig(Section):
         except ValidationError:
             hint = nearest(value, ("even", "early", "late")) if isinstance(value, str) else ""
             raise ValueError(
-                "expected 'even', 'early', 'late' or a list of whole numbers from 0 on, the body "
-                f"window of each layer, found {value!r}{'.' + hint if hint else ''}"
+                "expected 'even', 'early', 'late' or a list with the body window of each layer, "
+                f"whole numbers ≥ 0, found {value!r}{'.' + hint if hint else ''}"
             ) from None
 
 
 class ValidationConfig(Section):
     every_steps: NonNegative = Field(0, description="0: at the end of each epoch only.")
     max_targets: Positive | None = Field(
-        50_000, description="Validate on about so many targets, the same ones each time."
+        50_000, description="Validate on about this many targets, the same ones each time."
     )
-    metric: Literal["auc", "log_loss"] = Field("auc", description="What makes a checkpoint best.")
+    metric: Literal["auc", "log_loss"] = Field("auc", description="Chooses the best checkpoint.")
     patience: Positive | None = Field(
-        None, description="Stop after so many validations without a better metric."
+        None, description="Stop after this many validations without a better metric."
     )
 
 
@@ -319,25 +320,27 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     on_failed_save: Literal["go_on", "stop"] = Field(
         "go_on",
-        description="When a checkpoint can't be written, as on a full disk: go_on says so and "
-        "trains on, stop ends the job. The checkpoint before is kept.",
+        description="What to do when a checkpoint can't be written, for example on a full disk. "
+        "go_on: report it and keep training. stop: end the job. The previous one is kept.",
     )
     copy_to: str | None = Field(
         None,
-        description="A folder or any fsspec URL that each complete checkpoint is copied to, while "
-        "training goes on. A run whose folder has none, or older ones, goes on from there.",
+        description="A folder or any fsspec URL to which each complete checkpoint is copied while "
+        "training goes on. A run whose folder has no newer checkpoint resumes from there.",
     )
 
 
 class TrainingConfig(Section):
     epochs: Positive = 1
-    max_steps: Positive | None = Field(None, description="Stop here, epochs done or not.")
+    max_steps: Positive | None = Field(None, description="Stop after this many, even in mid-epoch.")
     global_batch_packs: Positive = Field(
         8, description="Packs per optimizer step, over all ranks and accumulation steps."
     )
     micro_batch_packs: Positive = Field(1, description="Packs per rank and forward pass.")
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    min_learning_rate_fraction: Fraction = Field(0.1, description="Where the cosine ends.")
+    min_learning_rate_fraction: Fraction = Field(
+        0.1, description="Where the cosine schedule ends, as a share of learning_rate."
+    )
     warmup_fraction: Fraction = Field(0.05, description="Share of all steps; linear from 0.")
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
@@ -353,39 +356,39 @@ class TrainingConfig(Section):
     )
     log_every: Positive = 10
     collective_timeout_minutes: Positive = Field(
-        60, description="How long ranks wait for each other, index building included."
+        60, description="How long ranks wait for each other, also while the index is built."
     )
     watchdog_minutes: Annotated[float, Field(gt=0)] | None = Field(
         30,
-        description="When no step ends for so long, every thread's stack is written and the job "
+        description="When no step ends for this long, every thread's stack is written and the job "
         "ends. null: never.",
     )
     max_skipped_steps: NonNegative = Field(
         0,
-        description="Steps of a run that may be left out because their loss or gradients are not "
-        "finite; one more ends it.",
+        description="How many steps of a run may be skipped because their loss or gradients are "
+        "not finite; one more ends the run.",
     )
 
     @field_validator("betas")
     @classmethod
     def _decay_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in value):
-            raise ValueError(f"expected two numbers from 0 to below 1, found {list(value)}")
+            raise ValueError(f"expected two numbers ≥ 0 and < 1, found {list(value)}")
         return value
 
 
 class TrackingConfig(Section):
-    """Where a run's figures also go; metrics.jsonl has them in any case.
+    """Trackers that receive a run's figures; metrics.jsonl always has them.
 
     Servers and keys come from each tracker's own environment variables, such as WANDB_API_KEY,
     WANDB_MODE and MLFLOW_TRACKING_URI. TensorBoard's files are in the run's folder.
     """
 
     to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        [], description="Trackers that get every line of metrics.jsonl as it is written."
+        [], description="Trackers that receive every line of metrics.jsonl as it is written."
     )
-    project: str = Field("dti-dist", description="Project of wandb, experiment of MLflow.")
-    name: str | None = Field(None, description="Of the run there. Default: its folder's name.")
+    project: str = Field("dti-dist", description="The W&B project and MLflow experiment.")
+    name: str | None = Field(None, description="The run's name there. Default: its folder's name.")
 
 
 class EvaluationConfig(Section):

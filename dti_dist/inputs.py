@@ -130,8 +130,8 @@ class Inputs:
         if index.left_out and group.rank == 0:
             rows = sum(entry.rows for entry in index.left_out)
             say(
-                f"{split}: {len(index.left_out):,} files or row groups, {rows:,} users, can't be "
-                f"read and are left out. Fix them and remove {index.folder} to have them read."
+                f"{split}: {len(index.left_out):,} files or row groups with {rows:,} users can't "
+                f"be read and are left out. To include them, fix them and remove {index.folder}."
             )
             for entry in index.left_out:
                 say(f"left out of {split}: {entry.reason}")
@@ -153,8 +153,8 @@ class Inputs:
         if not index.total_targets:
             raise UserError(
                 f"{self.dataset.uri}: the split {split} has no target with at least "
-                f"sample.min_context = {sample.min_context} interactions before it. Lower it, or "
-                "prepare the data set with other fractions."
+                f"sample.min_context = {sample.min_context} interactions before it. Lower "
+                "sample.min_context, or prepare the data set with other fractions."
             )
         shape = pack_shape(self.config.pack.length, slots, index.tokens, index.targets)
         return self._with_shared_body(shape, index, sample)
@@ -223,7 +223,7 @@ def cache_dir_of(dataset: Dataset, given: str | None = None) -> Path:
     if given and "://" in given:
         raise UserError(
             f"data.cache_dir: expected a local folder, found {given!r}: item tokens are read "
-            "through a memory map. Name a folder on this machine's disk, or leave it out."
+            "through a memory map. Give a folder on this machine's disk, or remove the key."
         )
     folder = Path(given).expanduser() if given else _default_cache_dir(dataset)
     try:

@@ -1,4 +1,4 @@
-"""Which of the job's processes this is, its device, and how the processes meet."""
+"""Which of the job's processes this is, its device, and the process group."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def leave_process_group() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End a process whose ranks have met: run the exit functions, then leave at once.
+    """End a process that has joined a process group: run the exit functions, then leave at once.
 
     Deepspeed keeps references to process groups, so Gloo's threads outlive the group. One that lets
     go of a tensor while the interpreter is being finalised aborts the process ("terminate called
@@ -191,9 +191,9 @@ def _complete_environment() -> None:
     if "MASTER_ADDR" not in environ:
         if environ["WORLD_SIZE"] != "1":
             raise UserError(
-                "This job has several ranks but no MASTER_ADDR, so they can't meet. Start it with "
-                "torchrun, or set MASTER_ADDR and MASTER_PORT to a free port of the first rank's "
-                "machine."
+                "This job has several ranks but no MASTER_ADDR, so they can't form a process "
+                "group. Start it with torchrun, or set MASTER_ADDR to the first rank's machine and "
+                "MASTER_PORT to a free port there."
             )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -236,13 +237,22 @@ def losses(run_dir: Path | str) -> dict[int, float]:
 
 def wait_for_step(process: subprocess.Popen[bytes] | Ranks, run_dir: Path, step: int) -> None:
     """Return as soon as a step is logged; fails when the job ends before."""
+    wait_until(
+        process, lambda: any(line["step"] >= step for line in metrics(run_dir)), f"step {step}"
+    )
+
+
+def wait_until(
+    process: subprocess.Popen[bytes] | Ranks, happened: Callable[[], bool], what: str
+) -> None:
+    """Return as soon as something happened; fails when the process ends before, or hangs."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        if any(line["step"] >= step for line in metrics(run_dir)):
+        if happened():
             return
-        assert process.poll() is None, f"the job ended before step {step}"
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step} within {SECONDS} s")
+        assert process.poll() is None, f"the process ended before {what}"
+        time.sleep(0.01)
+    raise AssertionError(f"no {what} within {SECONDS} s")
 
 
 def run_dir(config: Path) -> Path:

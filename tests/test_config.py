@@ -67,7 +67,7 @@ def refusal(tmp_path, text: str = "", *overrides: str) -> str:
         ),
         (
             "training: {betas: [0.9, 1]}",
-            "training.betas: expected two numbers from 0 to below 1, found [0.9, 1.0].",
+            "training.betas: expected two numbers ≥ 0 and < 1, found [0.9, 1.0].",
         ),
         ("training: {betas: [1, 2, 3]}", "training.betas: expected 2 values, found [1, 2, 3]."),
         ("template: {time_gaps: 7}", "template.time_gaps: expected true or false, found 7."),
@@ -105,8 +105,8 @@ def test_a_bad_value_is_one_line_of_what_was_expected_and_found(settings, expect
 def test_a_bad_budget_is_one_line_without_pydantics_names(found):
     line = fault(f"attention: {{budget: {found}}}")
     assert line.startswith(
-        "attention.budget: expected 'even', 'early', 'late' or a list of whole numbers from 0 on, "
-        "the body window of each layer, found "
+        "attention.budget: expected 'even', 'early', 'late' or a list with the body window "
+        "of each layer, whole numbers ≥ 0, found "
     )
     assert ("Did you mean 'even'?" in line) == (found == "'evne'")
 

@@ -38,7 +38,7 @@ def test_a_split_without_targets_is_refused(open_inputs):
         open_inputs("sample.context=50", "sample.min_context=50").stream_plan("train")
     assert (
         "the split train has no target with at least sample.min_context = 50 interactions before "
-        "it. Lower it" in str(raised.value)
+        "it. Lower sample.min_context" in str(raised.value)
     )
 
 

@@ -67,7 +67,7 @@ def test_a_folder_of_pickles_is_refused_with_how_to_convert_it(folder, proof, na
     torch.save({"model.norm.weight": Harmful(proof)}, folder / name)
     with pytest.raises(UserError, match=f"as a pickle, {name}, and none as safetensors") as caught:
         load(folder)
-    assert "If you trust where it comes from, convert it" in str(caught.value)
+    assert "If you trust its source, convert it" in str(caught.value)
     assert "save_pretrained" in str(caught.value)
 
 
@@ -121,7 +121,7 @@ def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
     elsewhere = tmp_path / "secret"
     (folder / "model.safetensors").rename(elsewhere)
     (folder / "model.safetensors").symlink_to(elsewhere)
-    with pytest.raises(UserError, match=r"is a link that leads out of its folder, to .*secret"):
+    with pytest.raises(UserError, match=r"is a link that points out of its folder, to .*secret"):
         load(folder)
 
 
@@ -161,7 +161,9 @@ def test_a_model_that_needs_code_of_its_own_is_refused_without_a_question(
     (folder / "own.py").write_text(CODE.format(str(proof)))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     for read in (load, lambda folder: sources.load_model_config(ModelConfig(name=str(folder)), 9)):
-        with pytest.raises(UserError, match="brings Python code that would have to run") as caught:
+        with pytest.raises(
+            UserError, match="can be loaded only by running its own Python code"
+        ) as caught:
             read(folder)
         assert "Choose a model of gemma, granite, llama" in str(caught.value)
 

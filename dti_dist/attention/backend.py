@@ -284,8 +284,9 @@ def _rows_of(shared: SharedBody) -> Tensor:
 def _needed(inverse_frequencies: Tensor | None) -> Tensor:
     if inverse_frequencies is None:
         raise UserError(
-            "Expected the model's rotary frequencies: under this policy and these positions [SUM] "
-            "reads keys by other positions than the model gave them. Found none."
+            "Found no rotary frequencies in this model. With this attention.policy and "
+            "attention.positions, [SUM] reads keys at positions other than the model's own, so the "
+            "keys must be rotated. Choose a model with rotary positions."
         )
     return inverse_frequencies
 
@@ -337,7 +338,7 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise UserError(
                 f"Attention {ATTENTION_NAME!r} does not support {what}, which "
-                f"{type(module).__name__} uses. Choose a model without."
+                f"{type(module).__name__} uses. Choose a model that does not."
             )
     if dropout > 0:
         raise UserError(
@@ -347,12 +348,12 @@ def attention_forward(
     if attention_mask is not None:
         raise UserError(
             f"Attention {ATTENTION_NAME!r} takes its mask from attention_plans; found an "
-            f"attention_mask of shape {tuple(attention_mask.shape)} too. Leave it out."
+            f"attention_mask of shape {tuple(attention_mask.shape)} as well. Do not pass one."
         )
     sliding_window = kwargs.get("sliding_window")
     if sliding_window is not None and sliding_window < plans.reach:
         raise UserError(
-            f"{type(module).__name__} has a sliding window of {sliding_window} tokens, and a token "
+            f"{type(module).__name__} has a sliding window of {sliding_window} tokens, but a token "
             f"must see up to {plans.reach}. Lower n or the longest item text, or choose a model "
             f"without a sliding window."
         )

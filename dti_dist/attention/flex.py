@@ -157,7 +157,7 @@ def flex_attention_call(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: 
     except FailOnRecompileLimitHit as error:
         raise UserError(
             f"FlexAttention is compiled once for each combination of shapes, dtype and gradient "
-            f"mode; this process needs more than {_MAX_GRAPHS}, the last for queries "
+            f"mode; this process needs more than {_MAX_GRAPHS} graphs, the last for queries "
             f"{tuple(q.shape)} and keys {tuple(k.shape)}. Keep the pack lengths constant."
         ) from error
 

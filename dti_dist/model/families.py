@@ -47,7 +47,8 @@ def check_family(config: Any, longest_span: int | None = None) -> None:
         raise UserError(
             f"This {config.model_type} model has rotary positions of type {rope_type!r}, which "
             "choose their frequencies by the longest position of a batch, so a prediction would "
-            f"depend on what lies beside it. Choose a model with {', '.join(_ROPE_TYPES)}."
+            f"depend on the other samples of its batch. Choose a model with "
+            f"one of: {', '.join(_ROPE_TYPES)}."
         )
     window = _sliding_window(config)
     if window is not None and longest_span is not None and longest_span > window:

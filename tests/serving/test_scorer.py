@@ -254,7 +254,7 @@ def test_an_exported_folder_that_leads_elsewhere_is_refused(exported, tmp_path):
     folder = changed("link")
     (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(UserError, match="is a link that leads out of its folder"):
+    with pytest.raises(UserError, match="is a link that points out of its folder"):
         Scorer.from_pretrained(folder, device="cpu")
     folder = changed("shards")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}

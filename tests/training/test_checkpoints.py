@@ -15,6 +15,7 @@ import torch
 
 from dti_dist.runs import commits
 from tests.launching import (
+    SECONDS,
     assert_same_losses,
     job,
     kill,
@@ -81,7 +82,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(uninterrupted, syn
         try:
             wait_for_step(process, run_dir(config), until)
             process.send_signal(signal.SIGUSR1)
-            process.wait(60)
+            process.wait(SECONDS)
         finally:
             kill(process)
     printed = train(config, ranks=2)

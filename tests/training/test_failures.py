@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import time
 
 import pytest
 
@@ -26,14 +25,13 @@ def test_an_error_of_one_rank_ends_the_job_and_is_the_only_one_shown(synthetic, 
     script = job_with(
         """
 if step == 3 and rank == 1:
-    open(sys.argv[1] + ".failed_at", "w").write(str(time.time()))
     raise KeyError("the shelf is empty")
 """,
         tmp_path / "job.py",
     )
     printed = run([*command(2, script=script), str(config)], tmp_path / "log", expect=1)
-    ended = time.time()
-    assert ended - float((tmp_path / "config.yaml.failed_at").read_text()) < 30
+    # Torchrun gives the others 30 s to end by themselves.
+    assert "forcefully exiting" not in printed
     assert "rank 1 of 2 failed:" in printed
     assert "KeyError: 'the shelf is empty'" in printed
     assert "Connection" not in printed, "what it does to the other rank is no news"

@@ -11,6 +11,7 @@ import pytest
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
 from tests.launching import (
+    SECONDS,
     assert_same_losses,
     command,
     job,
@@ -62,6 +63,9 @@ def test_losses_do_not_depend_on_how_the_work_is_shared_out(
 @pytest.mark.parametrize(
     "attention",
     [
+        {"policy": "windowed", "positions": "alibi"},
+        {"policy": "reset", "positions": "alibi"},
+        {"policy": "budget", "positions": "rope"},
         {"policy": "isolated", "positions": "rope"},
     ],
     ids=lambda attention: "-".join(attention.values()),
@@ -90,7 +94,7 @@ def test_a_signal_makes_a_checkpoint_and_an_exit_code_of_its_own(
     try:
         wait_for_step(process, run_dir(config), 3)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 75
+        assert process.wait(SECONDS) == 75
     finally:
         kill(process)
     stopped_at = max(losses(run_dir(config)))
