@@ -17,7 +17,7 @@ from dti_dist.runs import commits
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, load_weights
 from dti_dist.runs.unpickling import without_code
-from dti_dist.training import checkpoint
+from dti_dist.training import conversion
 from dti_dist.training.copying import CheckpointCopies
 from tests.launching import write_config
 from tests.tiny import VOCABULARY, causal_lm, ctr_model
@@ -240,7 +240,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, proof):
     with pytest.raises(UserError, match=r"could run code, so it is not read: .*mkdir"):
         load_weights(ctr_model(), found)
     with pytest.raises(UserError, match="could not be converted"):
-        checkpoint._convert(found.folder, tmp_path / "universal")
+        conversion._convert(found, tmp_path / "universal", world=2)
 
 
 def test_reading_tensors_alone_ends_with_its_block(tmp_path, proof, monkeypatch):
