@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from dti_dist.attention.dense import dense_mask, layer_mask, through_layers
-from dti_dist.attention.intervals import PackLayout, body_intervals, readout_intervals
+from dti_dist.attention.intervals import body_intervals, readout_intervals
+from dti_dist.attention.layout import stack
 from dti_dist.attention.policies import LayerWindows, layer_windows
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import Pack, PackShape, build_pack
-from dti_dist.data.samples import make_samples
+from dti_dist.data.layout import Pack, PackShape, build_pack
+from dti_dist.data.samples import SampleSettings
 from dti_dist.data.sequences import SequenceBlock
 
 PICTURE = Path(__file__).with_name("mask.svg")
@@ -54,15 +55,13 @@ def small_pack() -> Pack:
         target_start=np.array([N]),
         rows=np.array([0]),
     )
-    samples = make_samples(block.offsets, block.target_start, N, K, min_context=1)
+    samples = SampleSettings(N, K, min_context=1).cut(block)
     return build_pack(samples, block, tokens, PackShape(length=BODY, slots=K))
 
 
 def layer_masks(pack: Pack, windows: LayerWindows) -> list[np.ndarray]:
     """Per layer a boolean [T, T] matrix, T = body tokens + [SUM] slots: who sees whom."""
-    names = ("unit", "unit_start", "unit_first", "prefix_start", "prefix_end", "readout_end")
-    arrays = {name: torch.from_numpy(getattr(pack, name))[None] for name in names}
-    layout = PackLayout(position=torch.from_numpy(pack.positions)[None], **arrays)
+    layout = stack([pack.layout])
     masks = []
     for w_body, w_sum in zip(windows.body, windows.readout, strict=True):
         body = dense_mask(body_intervals(layout, w_body, False))

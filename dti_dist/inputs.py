@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dti_dist.config import RunConfig, SampleConfig
+from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data import index as split_index
 from dti_dist.data import item_tokens
@@ -21,10 +21,11 @@ from dti_dist.data.dataset import BadShard, Dataset
 from dti_dist.data.epochs import Order, plan_epochs
 from dti_dist.data.index import SINGLE_PROCESS, ProcessGroup
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import PackShape, pack_shape, with_shared_body
-from dti_dist.data.samples import make_samples
+from dti_dist.data.layout import PackShape
+from dti_dist.data.packing import pack_shape, with_shared_body
+from dti_dist.data.samples import SampleSettings
 from dti_dist.data.sequences import SequenceBlock
-from dti_dist.data.stream import SampleSettings, StreamPlan
+from dti_dist.data.stream import StreamPlan
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.files import replacing
@@ -118,10 +119,11 @@ class Inputs:
         if k is not None:
             sample = sample.model_copy(update={"paradigm": "dti", "targets": k})
         config = self.config
+        settings = SampleSettings.of(sample)
         index = split_index.load_or_build(
             self.dataset,
             split,
-            sample,
+            settings,
             self.tokens,
             self.cache_dir,
             group,
@@ -137,37 +139,35 @@ class Inputs:
                 say(f"left out of {split}: {entry.reason}")
         index = index.first_users(max_targets, sample.k)
         slots = config.pack.readout_slots if k is None else None
-        shape = group.first_on_node(lambda: self._shape(split, index, sample, slots))
+        shape = group.first_on_node(lambda: self._shape(split, index, settings, slots))
         order = Order(config.data.shuffle_interactions, config.seed, shuffle)
         return StreamPlan(
             dataset=self.dataset,
             tokens=self.tokens,
-            samples=SampleSettings(sample.context, sample.k, sample.min_context),
+            samples=settings,
             epochs=plan_epochs(index, shape, order, epochs, self.cache_dir, group),
             skip_bad=config.data.on_bad_shard == "skip",
         )
 
     def _shape(
-        self, split: str, index: split_index.SplitIndex, sample: SampleConfig, slots: int | None
+        self, split: str, index: split_index.SplitIndex, settings: SampleSettings, slots: int | None
     ) -> PackShape:
         if not index.total_targets:
             raise UserError(
                 f"{self.dataset.uri}: the split {split} has no target with at least "
-                f"sample.min_context = {sample.min_context} interactions before it. Lower "
+                f"sample.min_context = {settings.min_context} interactions before it. Lower "
                 "sample.min_context, or prepare the data set with other fractions."
             )
         shape = pack_shape(self.config.pack.length, slots, index.tokens, index.targets)
-        return self._with_shared_body(shape, index, sample)
+        return self._with_shared_body(shape, index, settings)
 
     def _with_shared_body(
-        self, shape: PackShape, index: split_index.SplitIndex, sample: SampleConfig
+        self, shape: PackShape, index: split_index.SplitIndex, settings: SampleSettings
     ) -> PackShape:
         if not self.config.attention.shares_interactions:
             return shape
         number, block = self._first_readable(index)
-        samples = make_samples(
-            block.offsets, block.target_start, sample.context, sample.k, sample.min_context
-        )
+        samples = settings.cut(block)
         indexed = index.samples_of(number)  # not all of them with max_targets
         in_index = samples.take(np.arange(min(indexed.stop - indexed.start, len(samples))))
         return with_shared_body(shape, in_index, block, self.tokens)

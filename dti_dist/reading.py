@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from dti_dist.config import RunConfig, StorageConfig, load_config
 from dti_dist.data.dataset import Dataset, iter_sequences
-from dti_dist.data.packing import PackShape, build_pack
-from dti_dist.data.samples import make_samples, sample_lengths
+from dti_dist.data.layout import PackShape, build_pack
+from dti_dist.data.samples import SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.inputs import Inputs
@@ -88,27 +88,27 @@ def read_prompts(
     settings = _settings(config)
     with Inputs.open_for_reading(settings) as inputs:
         sample, tokens = settings.sample, inputs.tokens
+        samples_of = SampleSettings(sample.context, k or sample.k, sample.min_context)
         columns = ["item_ids", "labels", "target_start", *(["timestamps"] if tokens.gaps else [])]
         first_row = 0
         for batch in iter_sequences(inputs.dataset, split, columns):
             block = SequenceBlock.from_arrow(batch.rows, first_row)
             first_row += batch.rows.num_rows
-            samples = make_samples(
-                block.offsets, block.target_start, sample.context, k or sample.k, sample.min_context
-            )
+            samples = samples_of.cut(block)
             lengths = sample_lengths(samples, block, tokens)
             for number in range(len(samples)):
                 one = samples.take(np.array([number]))
                 shape = PackShape(int(lengths[number]), int(one.targets[0]))
                 pack = build_pack(one, block, tokens, shape)
-                body = pack.tokens[: shape.length]
+                body = pack.tokens[: shape.length].numpy()
+                sum_at = pack.layout.readout_end.numpy()
                 yield Prompt(
-                    text=inputs.tokenizer.decode(np.insert(body, pack.readout_end, tokens.sum_id)),
+                    text=inputs.tokenizer.decode(np.insert(body, sum_at, tokens.sum_id)),
                     tokens=body,
-                    sum_at=pack.readout_end.astype(np.int64),
-                    labels=pack.labels.astype(np.int8),
+                    sum_at=sum_at.astype(np.int64),
+                    labels=pack.labels.numpy().astype(np.int8),
                     row=int(pack.target_row[0]),
-                    positions=pack.target_position.astype(np.int64),
+                    positions=pack.target_position.numpy().astype(np.int64),
                 )
 
 
@@ -117,7 +117,7 @@ def read_packs(
 ) -> Iterator[Batch]:
     """The packs of a config's first epoch, one a batch, in the order of training (`shuffle`).
 
-    Fields of a Batch are tensors [1, …]; see dti_dist.data.packing.Pack.
+    Fields of a Batch are tensors [1, …]; see dti_dist.data.layout.Pack.
 
     Raises:
         UserError: the config, or what it names, is at fault.

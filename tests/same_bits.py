@@ -92,13 +92,12 @@ def packs_of(overrides: list[str]) -> str:
     )
     from dti_dist.attention.policies import layer_windows, sees_prefix
     from dti_dist.config import load_config
-    from dti_dist.model.ctr_model import layout_of
 
     config = load_config(RECIPE, overrides)
     windows = layer_windows(config.attention.policy, config.sample.context, 3, "even")
     parts = []
     for batch in islice(read_packs(config), PACKS):
-        layout = layout_of(batch)
+        layout = batch.layout
         prefix = int((layout.prefix_end - layout.prefix_start).max())
         body_sees, readout_sees = sees_prefix(config.attention.policy, prefix)
         parts += [batch.tokens, batch.labels, batch.used, batch.target_row, batch.target_position]

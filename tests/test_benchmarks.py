@@ -21,8 +21,8 @@ from dti_dist.benchmarks.paradigm import BASELINE, TRAINER, VARIANTS
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.cli import main
 from dti_dist.config import load_config
-from dti_dist.data.packing import PackShape
-from dti_dist.data.samples import make_samples
+from dti_dist.data.layout import PackShape
+from dti_dist.data.samples import SampleSettings
 from dti_dist.inputs import Inputs
 from tests.launching import write_config
 from tests.tiny import batch_of, item_tokens, users
@@ -171,7 +171,7 @@ def test_the_digest_is_of_samples_as_they_were_before_packing(share, prefix):
     digest = SampleDigest(tokens.sum_id)
     digest.add(batch_of(block, tokens, n, k, PackShape(128, 128), share=share))
 
-    samples = make_samples(block.offsets, block.target_start, n, k, 1)
+    samples = SampleSettings(n, k, 1).cut(block)
     expected, total = 0, 0
     for row, first, first_target, end in zip(*vars(samples).values(), strict=True):
         ids = list(tokens.prefix)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dti_dist.attention.layout import Record
 from dti_dist.config import AttentionConfig
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import PackShape, assign_packs, build_pack, with_shared_body
-from dti_dist.data.samples import make_samples, sample_lengths
+from dti_dist.data.layout import PackShape, build_pack
+from dti_dist.data.packing import assign_packs, with_shared_body
+from dti_dist.data.samples import SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch
 from dti_dist.data.template import TIME_GAPS
@@ -73,6 +75,31 @@ def users(
     )
 
 
+def sequences(offsets: np.ndarray, target_start: np.ndarray | int = 0) -> SequenceBlock:
+    """Sequences of these bounds, all of one item."""
+    rows, interactions = len(offsets) - 1, int(offsets[-1])
+    return SequenceBlock(
+        item_ids=np.zeros(interactions, dtype=np.int32),
+        labels=np.zeros(interactions, dtype=np.int8),
+        timestamps=None,
+        offsets=np.asarray(offsets),
+        target_start=np.broadcast_to(target_start, rows),
+        rows=np.arange(rows),
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Two records with equal tensors and numbers."""
+    return type(a) is type(b) and all(
+        torch.equal(x, y)
+        if isinstance(x, torch.Tensor)
+        else same(x, y)
+        if isinstance(x, Record)
+        else x == y
+        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    )
+
+
 def batch_of(
     block: SequenceBlock,
     tokens: ItemTokens,
@@ -83,7 +110,7 @@ def batch_of(
     share: bool = False,
 ) -> Batch:
     """All targets of the block, packed in order into as many packs as it takes."""
-    samples = make_samples(block.offsets, block.target_start, n, k, min_context)
+    samples = SampleSettings(n, k, min_context).cut(block)
     if share:
         shape = with_shared_body(shape, samples, block, tokens)
     pack_of = assign_packs(sample_lengths(samples, block, tokens), samples.targets, shape)
@@ -92,7 +119,7 @@ def batch_of(
         for pack in range(pack_of.max() + 1)
     ]
     targets = int(samples.targets.sum())
-    return Batch.collate(packs, shape, step=0, epoch=0, step_targets=targets, last_of_step=True)
+    return Batch.collate(packs, shape, step_targets=targets)
 
 
 def causal_lm(family: str, layers: int = 3, seed: int = 0, **changes: Any) -> Any:

@@ -13,13 +13,12 @@ from dti_dist.attention.chunked import ChunkedPlan, chunked_attention
 from dti_dist.attention.dense import DensePlan, dense_attention
 from dti_dist.attention.flex import FlexPlan, flex_attention_call
 from dti_dist.attention.intervals import (
-    PackLayout,
-    SharedBody,
     VisibleIntervals,
     body_intervals,
     readout_intervals,
     shared_body_intervals,
 )
+from dti_dist.attention.layout import PackLayout, SharedBody
 from dti_dist.attention.policies import LayerWindows
 from dti_dist.attention.readout import (
     ScoreBias,

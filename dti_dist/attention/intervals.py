@@ -1,108 +1,17 @@
 """Who sees whom: visible intervals.
 
-A batch has B packs of T = L + S tokens: the L tokens of its samples, then a readout tail of S [SUM]
-slots. A pack is cut into *units*: an interaction (its text, then its label token) or the optional
-prefix of a sample. The units of a sample are contiguous and in order, the prefix first, so what a
-token may see is a handful of contiguous ranges of keys. Every backend is derived from those ranges.
-
-When several candidates are scored after one context, each is a unit behind that context, and all of
-them take the same place in the sample: a candidate sees the context and itself, never another.
-
-The layers run on the L tokens, the body, or, where equal interactions are shared, on a shorter body
-of Lb tokens, whose keys and values are brought into the order of the samples for [SUM].
+What a token may see is a handful of contiguous ranges of keys: see dti_dist/attention/layout.py for
+how tokens lie. Every backend is derived from these ranges.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class SharedBody:
-    """The distinct interactions of each pack, each once, and where they stand in the samples.
-
-    Attributes:
-        position: [B, Lb] rotary position, which restarts with each interaction.
-        start, end: [B, Lb] the tokens of its own interaction that a token sees beside itself and
-            the prefix, which takes the first places. Padding sees itself alone.
-        source: [B, L] which of the Lb tokens stands at each place of the samples.
-    """
-
-    position: Tensor
-    start: Tensor
-    end: Tensor
-    source: Tensor
-
-    def to(self, device: torch.device | str) -> SharedBody:
-        """The same on another device."""
-        return _to(self, device)
-
-
-@dataclass(frozen=True)
-class PackLayout:
-    """The units of a batch of packs, as int32 or int64 tensors made by the data workers.
-
-    Attributes:
-        unit: [B, T] unit of every token within its pack; for a [SUM] slot the unit of its target;
-            -1 for padding and unused slots.
-        position: [B, T] of every token within its sample; of a slot, that of its target's label.
-        unit_start: [B, U+1] position in the pack of each unit's first token, padded with the last
-            end.
-        unit_first: [B, U] for an interaction the first interaction of its sample; for a prefix
-            itself.
-        prefix_start, prefix_end: [B, U] span of the prefix of the unit's sample; empty when
-            there is none, and for the prefix itself.
-        readout_end: [B, S] exclusive end of what a [SUM] slot may see: the place of its target's
-            label token. 0 for unused slots.
-        unit_place: [B, U] the unit whose place in the sample a unit takes: of a candidate the first
-            one of its context, of any other itself. None: no candidates, each is itself.
-        shared: the body where equal interactions are shared; None where the L tokens are it.
-    """
-
-    unit: Tensor
-    position: Tensor
-    unit_start: Tensor
-    unit_first: Tensor
-    prefix_start: Tensor
-    prefix_end: Tensor
-    readout_end: Tensor
-    unit_place: Tensor | None = None
-    shared: SharedBody | None = None
-
-    @property
-    def length(self) -> int:
-        """L, the tokens of a pack's samples."""
-        return self.unit.shape[1] - self.readout_end.shape[1]
-
-    @property
-    def body_length(self) -> int:
-        """Tokens that the layers run on beside the slots: L, or Lb with shared interactions."""
-        return self.length if self.shared is None else self.shared.position.shape[1]
-
-    def place_of(self, unit: Tensor) -> Tensor:
-        """[B, …] units → the units whose places they take; padding stays below 0."""
-        if self.unit_place is None:
-            return unit
-        return torch.where(unit < 0, unit, _of(self.unit_place, unit).to(unit.dtype))
-
-    def to(self, device: torch.device | str) -> PackLayout:
-        """The same layout on another device."""
-        return _to(self, device)
-
-
-def _to(record: Any, device: torch.device | str) -> Any:
-    moved: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, SharedBody):
-            moved[field.name] = _to(value, device)
-        elif isinstance(value, Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
-    return replace(record, **moved)
+from dti_dist.attention.layout import PackLayout, SharedBody
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dti_dist.attention.intervals import PackLayout, VisibleIntervals
+from dti_dist.attention.intervals import VisibleIntervals
+from dti_dist.attention.layout import PackLayout
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from dti_dist.attention.backend import AttentionPlans, AttentionScheme
 from dti_dist.attention.flex import FlexPlan
-from dti_dist.attention.intervals import PackLayout, body_intervals, readout_intervals
+from dti_dist.attention.intervals import body_intervals, readout_intervals
+from dti_dist.attention.layout import PackLayout
 from dti_dist.attention.policies import layer_windows
 from dti_dist.benchmarks import measure
 from dti_dist.console import say, table

@@ -71,13 +71,13 @@ class SampleDigest:
 
     def add(self, batch: Batch) -> None:
         """Take the samples out of the packs, [SUM] back before each target's label."""
-        for pack in range(len(batch.unit)):
+        for pack in range(len(batch.tokens)):
             body = batch.tokens[pack].numpy()
-            if batch.shared is not None:
-                body = body[batch.shared.source[pack].numpy()]
-            used = int((batch.unit[pack, : batch.length] >= 0).sum())
-            label_at = batch.readout_end[pack][batch.used[pack] > 0].numpy()
-            starts = np.flatnonzero(batch.positions[pack, :used].numpy() == 0)
+            if batch.layout.shared is not None:
+                body = body[batch.layout.shared.source[pack].numpy()]
+            used = int((batch.layout.unit[pack, : batch.length] >= 0).sum())
+            label_at = batch.layout.readout_end[pack][batch.used[pack] > 0].numpy()
+            starts = np.flatnonzero(batch.layout.position[pack, :used].numpy() == 0)
             tokens = np.insert(body[:used], label_at, self.sum_id).astype("<i4")
             bounds = starts + np.searchsorted(label_at, starts)
             self._add_all(np.split(tokens, bounds[1:]) if used else [])

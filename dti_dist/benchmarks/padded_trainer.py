@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 
 from dti_dist.console import without_library_chatter
 from dti_dist.data.index import read_block
-from dti_dist.data.packing import PackShape, build_pack
-from dti_dist.data.samples import make_samples, sample_lengths
+from dti_dist.data.layout import PackShape, build_pack
+from dti_dist.data.samples import SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.inputs import Inputs
 
@@ -121,11 +122,12 @@ def _classifier(inputs: Inputs) -> Any:
 
 def _drawn_prompts(inputs: Inputs, targets: int) -> Iterator[Prompt]:
     """The sliding-window prompts of the first users, at random, again and again."""
-    sample, tokens = inputs.config.sample, inputs.tokens
+    tokens = inputs.tokens
     index = inputs.stream_plan("train", k=1, max_targets=targets).index
     blocks = [read_block(inputs.dataset, place, tokens) for place in index.row_groups]
     block = SequenceBlock.join(blocks)
-    samples = make_samples(block.offsets, block.target_start, sample.context, 1, sample.min_context)
+    settings = SampleSettings.of(inputs.config.sample)
+    samples = replace(settings, k=1).cut(block)
     samples = samples.take(np.arange(min(index.total_targets, len(samples))))
     lengths = sample_lengths(samples, block, tokens)
     rng = np.random.default_rng(0)
@@ -133,5 +135,5 @@ def _drawn_prompts(inputs: Inputs, targets: int) -> Iterator[Prompt]:
         for number in rng.permutation(len(samples)):
             one = samples.take(np.array([number]))
             pack = build_pack(one, block, tokens, PackShape(int(lengths[number]), 1))
-            body = pack.tokens[: int(pack.readout_end[0])]  # up to the target's label
+            body = pack.tokens[: int(pack.layout.readout_end[0])]  # up to the target's label
             yield {"ids": np.append(body, tokens.sum_id), "label": int(pack.labels[0])}

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from dti_dist.console import progress
 from dti_dist.data import array_folder
 from dti_dist.data.index import SINGLE_PROCESS, ProcessGroup, SplitIndex
-from dti_dist.data.packing import PackShape, assign_packs
+from dti_dist.data.layout import PackShape
+from dti_dist.data.packing import assign_packs
 from dti_dist.data.samples import IntArray
 
 _FORMAT = 1  # raise when windows are drawn or packs are filled in another way
@@ -36,7 +37,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Window:
-    """Row groups that are in memory group, and which of their samples lie in each pack.
+    """Row groups that are in memory together, and which of their samples lie in each pack.
 
     Attributes:
         row_groups: indexes into SplitIndex.row_groups, in reading order.

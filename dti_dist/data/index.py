@@ -13,12 +13,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dti_dist.config import SampleConfig
 from dti_dist.console import progress
 from dti_dist.data import array_folder
 from dti_dist.data.dataset import BadShard, Dataset, Part, iter_sequences
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.samples import IntArray, make_samples, sample_lengths
+from dti_dist.data.samples import IntArray, SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock, find_fault
 
 _FORMAT = 3  # raise when what is stored, or the cutting of samples, changes
@@ -172,7 +171,7 @@ def read_block(dataset: Dataset, row_group: RowGroup, tokens: ItemTokens) -> Seq
 def load_or_build(
     dataset: Dataset,
     split: str,
-    sample: SampleConfig,
+    settings: SampleSettings,
     tokens: ItemTokens,
     cache_dir: Path,
     group: ProcessGroup = SINGLE_PROCESS,
@@ -186,7 +185,7 @@ def load_or_build(
     Args:
         skip_bad: leave out parts and row groups that can't be read, instead of raising BadShard.
     """
-    whole = cache_dir / f"index-{split}-{_fingerprint(dataset, split, sample, tokens)}"
+    whole = cache_dir / f"index-{split}-{_fingerprint(dataset, split, settings, tokens)}"
     # What was left out once stays left out while a run may skip, so that its order stays.
     readable = whole.with_name(f"{whole.name}-readable")
     for folder in [readable, whole] if skip_bad else [whole]:
@@ -200,7 +199,7 @@ def load_or_build(
     places, left_out = _places(parts, _in_order(footers, len(parts)), skip_bad)
     rank, world = group.rank, group.world
     shares = group.each(
-        lambda: _index_share(dataset, split, sample, tokens, places[rank::world], skip_bad, rank)
+        lambda: _index_share(dataset, split, settings, tokens, places[rank::world], skip_bad, rank)
     )
     found = _in_order(shares, len(places))
     left_out += [
@@ -227,10 +226,11 @@ def _in_order(shares: list[list[T]], total: int) -> list[T]:
     return [shares[at % len(shares)][at // len(shares)] for at in range(total)]
 
 
-def _fingerprint(dataset: Dataset, split: str, sample: SampleConfig, tokens: ItemTokens) -> str:
+def _fingerprint(dataset: Dataset, split: str, settings: SampleSettings, tokens: ItemTokens) -> str:
     files = [(part.path, part.sha256) for part in dataset.parts(split)]
-    settings = [_FORMAT, files, tokens.fingerprint, sample.context, sample.k, sample.min_context]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    n, k, min_context = settings.n, settings.k, settings.min_context
+    parts = [_FORMAT, files, tokens.fingerprint, n, k, min_context]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _row_groups(dataset: Dataset, part: Part) -> list[int] | BadShard:
@@ -283,7 +283,7 @@ class _Sizes:
 def _index_share(
     dataset: Dataset,
     split: str,
-    sample: SampleConfig,
+    settings: SampleSettings,
     tokens: ItemTokens,
     places: list[RowGroup],
     skip_bad: bool,
@@ -301,15 +301,13 @@ def _index_share(
                     raise
                 found.append(str(error))
             else:
-                found.append(_sizes(block, sample, tokens))
+                found.append(_sizes(block, settings, tokens))
             bar.advance()
     return found
 
 
-def _sizes(block: SequenceBlock, sample: SampleConfig, tokens: ItemTokens) -> _Sizes:
-    samples = make_samples(
-        block.offsets, block.target_start, sample.context, sample.k, sample.min_context
-    )
+def _sizes(block: SequenceBlock, settings: SampleSettings, tokens: ItemTokens) -> _Sizes:
+    samples = settings.cut(block)
     of_rows = np.bincount(samples.row, samples.targets, minlength=len(block.rows))
     return _Sizes(
         len(block.item_ids),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dti_dist.config import SampleConfig
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.sequences import SequenceBlock
 
@@ -39,30 +40,43 @@ class Samples:
         )
 
 
-def make_samples(
-    offsets: IntArray, target_start: IntArray, n: int, k: int, min_context: int
-) -> Samples:
-    """Cut each sequence into prompts of at most k targets with up to n context interactions.
+@dataclass(frozen=True)
+class SampleSettings:
+    """How sequences become prompts.
 
-    Every interaction from max(target_start, min_context) on is a target exactly once, whatever
-    n and k are, so paradigms are compared on the same targets.
-
-    Args:
-        offsets: [rows + 1] bounds of the sequences.
-        target_start: [rows] interactions before it are context only.
+    Attributes:
+        n: context interactions of a prompt, at most.
+        k: targets of a prompt, at most.
+        min_context: interactions with fewer before them are never targets.
     """
-    lengths = np.diff(offsets)
-    first = np.maximum(target_start, min_context)
-    count = np.maximum(-(-(lengths - first) // k), 0)
-    row = np.repeat(np.arange(len(lengths)), count)
-    nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    first_target = first[row] + nth * k
-    return Samples(
-        row=row,
-        first=np.maximum(first_target - n, 0),
-        first_target=first_target,
-        end=np.minimum(first_target + k, lengths[row]),
-    )
+
+    n: int
+    k: int
+    min_context: int
+
+    @staticmethod
+    def of(sample: SampleConfig) -> SampleSettings:
+        return SampleSettings(sample.context, sample.k, sample.min_context)
+
+    def cut(self, block: SequenceBlock) -> Samples:
+        """Cut each sequence into prompts of at most k targets with up to n context interactions.
+
+        Every interaction from max(target_start, min_context) on is a target exactly once, whatever
+        n and k are, so paradigms are compared on the same targets.
+        """
+        n, k = self.n, self.k
+        lengths = np.diff(block.offsets)
+        first = np.maximum(block.target_start, self.min_context)
+        count = np.maximum(-(-(lengths - first) // k), 0)
+        row = np.repeat(np.arange(len(lengths)), count)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        first_target = first[row] + nth * k
+        return Samples(
+            row=row,
+            first=np.maximum(first_target - n, 0),
+            first_target=first_target,
+            end=np.minimum(first_target + k, lengths[row]),
+        )
 
 
 def interaction_lengths(block: SequenceBlock, tokens: ItemTokens) -> IntArray:

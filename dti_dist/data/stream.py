@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from dti_dist.attention.layout import padded, stack
 from dti_dist.data.dataset import BadShard, Dataset
 from dti_dist.data.epochs import EpochPlan, Window
 from dti_dist.data.index import SplitIndex, read_block
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import Pack, PackShape, SharedBody, build_pack, multiple_of_128
-from dti_dist.data.samples import Samples, make_samples, sample_lengths
+from dti_dist.data.layout import Pack, PackShape, build_pack
+from dti_dist.data.packing import multiple_of_128
+from dti_dist.data.samples import Samples, SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.errors import UserError
 
@@ -25,41 +27,8 @@ _UNIT_PADDING = 64  # unit arrays grow in these strides, so that few sizes occur
 
 
 @dataclass(frozen=True)
-class SharedTokens:
-    """The shared body of each pack as tensors; see SharedBody for the fields.
-
-    Attributes:
-        position, start, end: [B, Lb]; source: [B, L].
-    """
-
-    position: torch.Tensor
-    start: torch.Tensor
-    end: torch.Tensor
-    source: torch.Tensor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _as_arrays(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(_as_tensors(state))
-
-
-def _as_arrays(fields: Any) -> dict[str, Any]:
-    """Pickled as arrays, a batch goes from a worker through its pipe in one piece. Each tensor
-    would take a file descriptor and a connection of its own: more time than packing."""
-    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in vars(fields).items()}
-
-
-def _as_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's packs of one micro-step as tensors; see Pack for the fields ([B, …] each).
-
-    Where interactions are shared, `tokens` holds the shared body and then the slots; `unit` and
-    `positions` go on counting the samples' tokens.
+class Batch(Pack):
+    """One rank's packs of one micro-step, [B, …] each.
 
     Attributes:
         step: optimizer step since the start of the run; epoch: its epoch.
@@ -68,112 +37,49 @@ class Batch:
         skipped: what could not be read and was left out, since the batch before.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    unit: torch.Tensor
-    unit_start: torch.Tensor
-    unit_first: torch.Tensor
-    prefix_start: torch.Tensor
-    prefix_end: torch.Tensor
-    readout_end: torch.Tensor
-    labels: torch.Tensor
-    used: torch.Tensor
-    target_row: torch.Tensor
-    target_position: torch.Tensor
-    body_tokens: int
-    step: int
-    epoch: int
-    step_targets: int
-    last_of_step: bool
+    step: int = 0
+    epoch: int = 0
+    step_targets: int = 0
+    last_of_step: bool = True
     skipped: tuple[str, ...] = ()
-    unit_place: torch.Tensor | None = None
-    shared: SharedTokens | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _as_arrays(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(_as_tensors(state))
 
     @property
     def length(self) -> int:
         """L, the tokens of a pack's samples."""
-        return self.unit.shape[1] - self.readout_end.shape[1]
+        return self.layout.length
 
     @staticmethod
     def collate(packs: list[Pack], shape: PackShape, **about_step: Any) -> Batch:
-        units = max(len(pack.unit_first) for pack in packs)
+        units = max(len(pack.layout.unit_first) for pack in packs)
         units = -(-max(units, 1) // _UNIT_PADDING) * _UNIT_PADDING
-
-        def stack(name: str) -> torch.Tensor:
-            rows = [getattr(pack, name) for pack in packs]
-            return torch.from_numpy(np.stack(rows) if len(rows) > 1 else rows[0][None])
-
-        def stack_padded(name: str, size: int) -> torch.Tensor:
-            """[B, size], what is missing filled with 0, or with the last unit's end."""
-            rows = [getattr(pack, name) for pack in packs]
-            table = np.zeros((len(rows), size), dtype=rows[0].dtype)
-            for line, row in zip(table, rows, strict=True):
-                line[: len(row)] = row
-                if name == "unit_start":
-                    line[len(row) :] = row[-1]
-            return torch.from_numpy(table)
-
-        tokens, shared = stack("tokens"), None
-        if shape.body is not None:
-            bodies = [pack.shared for pack in packs if pack.shared is not None]
-            shared_tokens, shared = _collate_shared(bodies, shape.body)
-            tokens = torch.cat([shared_tokens, tokens[:, shape.length :]], dim=1)
-        candidates = packs[0].unit_place is not None
-        return Batch(
-            tokens=tokens,
-            positions=stack("positions"),
-            unit=stack("unit"),
-            unit_start=stack_padded("unit_start", units + 1),
-            unit_first=stack_padded("unit_first", units),
-            prefix_start=stack_padded("prefix_start", units),
-            prefix_end=stack_padded("prefix_end", units),
-            readout_end=stack("readout_end"),
-            labels=stack("labels"),
-            used=stack("used"),
-            target_row=stack("target_row"),
-            target_position=stack("target_position"),
-            body_tokens=sum(pack.body_tokens for pack in packs),
-            unit_place=stack_padded("unit_place", units) if candidates else None,
-            shared=shared,
-            **about_step,
-        )
-
-    def _map(self, change: Any) -> Batch:
-        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        if self.shared is not None:
-            tensors["shared"] = SharedTokens(*map(change, vars(self.shared).values()))
-        return replace(self, **tensors)
-
-    def to(self, device: torch.device) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        body = shape.length if shape.body is None else _shared_length(packs, shape.body)
+        padded = [
+            replace(
+                pack,
+                tokens=_with_longer_body(pack.tokens, body, shape.slots),
+                layout=pack.layout.padded(units, body),
+            )
+            for pack in packs
+        ]
+        whole = vars(stack(padded)) | {"body_tokens": sum(pack.body_tokens for pack in packs)}
+        return Batch(**whole, **about_step)
 
     def pin_memory(self) -> Batch:
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
 
-def _collate_shared(bodies: list[SharedBody], usual: int) -> tuple[torch.Tensor, SharedTokens]:
-    """Token ids [B, Lb], and what they are.
-
-    Lb is a constant of the run but for the rare batch that needs more, which gets an eighth more.
-    """
-    longest = max(len(body.tokens) for body in bodies)
+def _shared_length(packs: list[Pack], usual: int) -> int:
+    """Lb: a constant of the run. The rare batch that needs more gets an eighth more."""
+    longest = max(pack.layout.body_length for pack in packs)
     stride = multiple_of_128(max(usual // 8, 1))
-    length = usual + -(-max(longest - usual, 0) // stride) * stride
+    return usual + -(-max(longest - usual, 0) // stride) * stride
 
-    def stack(name: str) -> torch.Tensor:
-        table = np.zeros((len(bodies), length), dtype=getattr(bodies[0], name).dtype)
-        for line, body in zip(table, bodies, strict=True):
-            line[: len(body.tokens)] = getattr(body, name)
-        return torch.from_numpy(table)
 
-    source = torch.from_numpy(np.stack([body.source for body in bodies]))
-    return stack("tokens"), SharedTokens(stack("positions"), stack("start"), stack("end"), source)
+def _with_longer_body(tokens: torch.Tensor, body: int, slots: int) -> torch.Tensor:
+    if len(tokens) == body + slots:
+        return tokens
+    own, tail = tokens.split([len(tokens) - slots, slots])
+    return torch.cat([padded(own, body), tail])
 
 
 @dataclass(frozen=True)
@@ -200,15 +106,6 @@ class Share:
         """Which of the step's packs this rank reads in a micro-step."""
         first = (micro_step * self.ranks + self.rank) * self.micro_packs
         return range(first, first + self.micro_packs)
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """n, k and the least context of a target."""
-
-    n: int
-    k: int
-    min_context: int
 
 
 @dataclass(frozen=True)
@@ -287,16 +184,9 @@ class _OpenWindow:
 
     def __init__(self, plan: StreamPlan, window: Window, blocks: list[SequenceBlock | None]):
         self.plan, self.window = plan, window
-        settings = plan.samples
         found = [block for block in blocks if block is not None]
         self.block = SequenceBlock.join(found) if found else SequenceBlock.empty()
-        self.samples = make_samples(
-            self.block.offsets,
-            self.block.target_start,
-            settings.n,
-            settings.k,
-            settings.min_context,
-        )
+        self.samples = plan.samples.cut(self.block)
         slices = [plan.index.samples_of(group) for group in window.row_groups]
         readable = np.repeat(
             [block is not None for block in blocks], [s.stop - s.start for s in slices]
@@ -377,10 +267,7 @@ def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:
     """Read a row group and see that it is the one that was indexed."""
     place = plan.index.row_groups[group]
     block = read_block(plan.dataset, place, plan.tokens)
-    settings, indexed = plan.samples, plan.index.samples_of(group)
-    samples = make_samples(
-        block.offsets, block.target_start, settings.n, settings.k, settings.min_context
-    )
+    samples, indexed = plan.samples.cut(block), plan.index.samples_of(group)
     samples = samples.take(np.arange(min(indexed.stop - indexed.start, len(samples))))
     if not (
         len(block.rows) == place.rows

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from dti_dist.attention import backend as attention_backend
 from dti_dist.attention.backend import AttentionPlans, AttentionScheme, KeptStates
 from dti_dist.attention.flex import compiled_graphs
-from dti_dist.attention.intervals import PackLayout, SharedBody
+from dti_dist.attention.layout import PackLayout, SharedBody
 from dti_dist.attention.policies import forgetting_weights, layer_windows, sees_prefix
 from dti_dist.config import AttentionConfig
-from dti_dist.data.stream import Batch, SharedTokens
+from dti_dist.data.layout import Pack
 from dti_dist.model.families import (
     check_family,
     check_head,
@@ -146,29 +146,25 @@ class CTRModel(nn.Module):
         )
         enable({"use_reentrant": False})
 
-    def forward(self, batch: Batch, kept: KeptStates | None = None) -> torch.Tensor:
+    def forward(self, batch: Pack, kept: KeptStates | None = None) -> torch.Tensor:
         """[B, S] float32 logits of label 1; those of unused slots are finite and meaningless.
 
         Args:
             kept: under `isolated`, the states of the samples' tokens; only slots are run then.
         """
-        plans = AttentionPlans(layout_of(batch), self.scheme, self._inverse_frequencies, kept)
-        tokens = batch.tokens if kept is None else batch.tokens[:, batch.length :]
+        plans = AttentionPlans(batch.layout, self.scheme, self._inverse_frequencies, kept)
+        tokens = batch.tokens if kept is None else batch.tokens[:, batch.layout.length :]
         return self.head(self._hidden(tokens, plans)[:, plans.body_length :])
 
-    def states(self, tokens: torch.Tensor, interactions: SharedTokens) -> list[torch.Tensor]:
+    def states(self, tokens: torch.Tensor, body: SharedBody) -> list[torch.Tensor]:
         """What [SUM] reads of isolated interactions in each layer: [B · Lb, Hkv, 2 D] each.
 
         Args:
             tokens: [B, Lb] ids of the interactions' tokens.
-            interactions: their positions and intervals; `source` is not read.
+            body: how they lie; `source` is not read.
         """
         assert self.scheme.isolated, "states of interactions depend on what is before them"
-        none = torch.empty(len(tokens), 0, dtype=torch.int32, device=tokens.device)
-        unit = torch.zeros(len(tokens), 1, dtype=torch.int32, device=tokens.device)
-        bounds = torch.zeros(len(tokens), 2, dtype=torch.int32, device=tokens.device)
-        shared = SharedBody(**vars(interactions)).to(tokens.device)
-        layout = PackLayout(none, none, bounds, unit, unit, unit, none, shared=shared)
+        layout = PackLayout.of_shared_body(body.to(tokens.device))
         plans = AttentionPlans(layout, self.scheme, self._inverse_frequencies, record=True)
         self._hidden(tokens, plans)
         assert plans.recorded is not None
@@ -204,22 +200,7 @@ def _keep_initial(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     plans.initial = args[0] if args else kwargs["hidden_states"]
 
 
-def layout_of(batch: Batch) -> PackLayout:
-    """A batch's units, for the attention."""
-    return PackLayout(
-        unit=batch.unit,
-        position=batch.positions,
-        unit_start=batch.unit_start,
-        unit_first=batch.unit_first,
-        prefix_start=batch.prefix_start,
-        prefix_end=batch.prefix_end,
-        readout_end=batch.readout_end,
-        unit_place=batch.unit_place,
-        shared=None if batch.shared is None else SharedBody(**vars(batch.shared)),
-    )
-
-
-def click_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+def click_loss(logits: torch.Tensor, batch: Pack) -> torch.Tensor:
     """Sum of the binary cross-entropies of the used [SUM] slots, in float32."""
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
     return (losses * batch.used).sum()

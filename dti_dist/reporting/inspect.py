@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dti_dist.attention.dense import dense_mask, layer_mask, through_layers
 from dti_dist.attention.intervals import (
-    PackLayout,
     VisibleIntervals,
     body_intervals,
     readout_intervals,
     shared_body_intervals,
 )
+from dti_dist.attention.layout import PackLayout
 from dti_dist.attention.policies import (
     forgetting_weights,
     layer_windows,
@@ -33,7 +33,6 @@ from dti_dist.config import RunConfig
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import layout_of
 from dti_dist.model.sources import load_model_config
 
 MOST_TARGETS = 12  # the rows and columns of more can't be told apart on a page
@@ -310,7 +309,7 @@ class _OpenedPack:
 
     @staticmethod
     def of(inputs: Inputs, batch: Batch) -> _OpenedPack:
-        layout = layout_of(batch)
+        layout = batch.layout
         tokens, unit = batch.tokens[0], layout.unit[0].long()
         if layout.shared is not None:
             body = tokens[layout.shared.source[0]]

@@ -64,15 +64,7 @@ class _Variant:
 
     @property
     def batch_bytes(self) -> float:
-        sizes = [
-            tensor.numel() * tensor.element_size()
-            for batch in self.packs
-            for part in (batch, batch.shared)
-            if part is not None
-            for tensor in vars(part).values()
-            if hasattr(tensor, "element_size")
-        ]
-        return sum(sizes) / len(self.packs)
+        return sum(batch.nbytes for batch in self.packs) / len(self.packs)
 
 
 def plan(

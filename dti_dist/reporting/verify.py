@@ -14,14 +14,9 @@ from dti_dist.attention.policies import is_exact
 from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.index import read_block
-from dti_dist.data.packing import (
-    assign_packs,
-    build_pack,
-    multiple_of_128,
-    pack_shape,
-    with_shared_body,
-)
-from dti_dist.data.samples import Samples, make_samples, sample_lengths
+from dti_dist.data.layout import build_pack
+from dti_dist.data.packing import assign_packs, multiple_of_128, pack_shape, with_shared_body
+from dti_dist.data.samples import Samples, SampleSettings, sample_lengths
 from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, LinearHead, click_loss
@@ -116,12 +111,13 @@ class _Subject:
 
         plan = inputs.stream_plan("train")
         block = read_block(plan.dataset, plan.index.row_groups[0], plan.tokens)
-        n, k, least = config.sample.context, config.sample.k, config.sample.min_context
-        samples = make_samples(block.offsets, block.target_start, n, k, least)
+        n = config.sample.context
+        settings = SampleSettings.of(config.sample)
+        samples = settings.cut(block)
         # Those with the most targets and context: there isolation has most to do.
         fullest = np.argsort(-(samples.end - samples.first), kind="stable")[:count]
         samples = samples.take(np.sort(fullest))
-        single = make_samples(block.offsets, block.target_start, n, 1, least)
+        single = replace(settings, k=1).cut(block)
         wanted = {
             (row, position)
             for row, first, end in zip(samples.row, samples.first_target, samples.end, strict=True)
@@ -206,7 +202,7 @@ class _Subject:
         compared, largest, moved = 0, 0.0, 0
         for batch, before, b, slot in self.edits():
             tokens = batch.tokens.clone()
-            at = batch.readout_end[b, slot]
+            at = batch.layout.readout_end[b, slot]
             no, yes = self.label_ids
             tokens[b, at] = no if tokens[b, at] == yes else yes
             after = self.logits([replace(batch, tokens=tokens)])
@@ -230,12 +226,12 @@ class _Subject:
         # (row, position in it) of an interaction → where it lies.
         changed: dict[tuple[int, int], tuple[Batch, Logits, int, int]] = {}
         for batch, before, b, slot in self.edits():
-            unit = int(batch.unit[b, batch.length + slot])
+            unit = int(batch.layout.unit[b, batch.length + slot])
             row, position = self._key(batch, b, slot)
-            for edited in (int(batch.unit_first[b, unit]), unit):
+            for edited in (int(batch.layout.unit_first[b, unit]), unit):
                 changed[row, position - (unit - edited)] = (batch, before, b, edited)
         for (row, position), (batch, before, b, unit) in changed.items():
-            start, end = (int(batch.unit_start[b, u]) for u in (unit, unit + 1))
+            start, end = (int(batch.layout.unit_start[b, u]) for u in (unit, unit + 1))
             tokens = batch.tokens.clone()
             tokens[b, start:end] = tokens[b, start:end].flip(0)
             tokens[b, end - 1] = tokens[b, start]
@@ -260,11 +256,12 @@ class _Subject:
         compared, largest = 0, 0.0
         for batch in self.streaming:
             before = self.logits([batch])
-            unit, used = batch.unit.clone(), batch.used.clone()
+            unit, used = batch.layout.unit.clone(), batch.used.clone()
             removed = slice(batch.length, None, 2)  # every other [SUM]
             unit[:, removed] = -1
             used[:, ::2] = 0
-            after = self.logits([replace(batch, unit=unit, used=used)])
+            layout = replace(batch.layout, unit=unit)
+            after = self.logits([replace(batch, layout=layout, used=used)])
             compared += len(after)
             largest = max([largest, *(abs(after[key] - before[key]) for key in after)])
         return Check("removing a [SUM] changes no other prediction", compared, largest, self.close)

@@ -21,10 +21,10 @@ from dti_dist.attention.readout import with_initial_memory
 from dti_dist.console import progress
 from dti_dist.data.epochs import EpochPlan
 from dti_dist.data.index import read_block
-from dti_dist.data.samples import Samples, interaction_lengths, make_samples
+from dti_dist.data.samples import interaction_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan
-from dti_dist.model.ctr_model import CTRModel, layout_of
+from dti_dist.model.ctr_model import CTRModel
 
 _MEASURED_PACKS = 8  # whose intervals are counted; packs hold random users, so few are enough
 
@@ -174,9 +174,7 @@ def _distinct_tokens(
     block = SequenceBlock.join(
         [read_block(plan.dataset, plan.index.row_groups[g], tokens) for g in row_groups]
     )
-    s = plan.samples
-    samples: Samples = make_samples(block.offsets, block.target_start, s.n, s.k, s.min_context)
-    samples = samples.take(chosen)
+    samples = plan.samples.cut(block).take(chosen)
     count = samples.end - samples.first
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     place = np.repeat(block.offsets[samples.row] + samples.first, count) + within
@@ -224,7 +222,7 @@ def count_pairs(model: CTRModel, batches: list[Batch]) -> Pairs:
 
 def layer_intervals(model: CTRModel, batch: Batch) -> list[VisibleIntervals]:
     """The intervals of every attention call of a forward pass, as the plans make them."""
-    scheme, layout = model.scheme, layout_of(batch)
+    scheme, layout = model.scheme, batch.layout
     calls = []
     for layer, (body, readout) in enumerate(
         zip(scheme.windows.body, scheme.windows.readout, strict=True)

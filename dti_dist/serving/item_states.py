@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from dti_dist.attention.layout import SharedBody, stack
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import ranges
+from dti_dist.data.layout import distinct_texts, ranges
 from dti_dist.data.samples import IntArray
-from dti_dist.data.stream import SharedTokens
 from dti_dist.model.ctr_model import CTRModel, KeptStates
 from dti_dist.serving.requests import RequestPack
 
@@ -52,11 +52,11 @@ class ItemStates:
 
     def of(self, built: RequestPack, tokens: ItemTokens) -> KeptStates:
         """The states that a pack's [SUM] tokens read; those that are missing are computed."""
+        prompts, layout = built.prompts, built.pack.layout
         gap_kinds = max(len(tokens.gaps), 1)
-        texts = built.text[:, 0] * gap_kinds + built.text[:, 1]
-        is_text = built.text[:, 0] >= 0
+        texts = prompts.items * gap_kinds + (0 if prompts.gaps is None else prompts.gaps)
         self._know(len(tokens.lengths) * gap_kinds)
-        wanted = np.unique(texts[is_text])
+        wanted = np.unique(texts)
         missing = wanted[self._first_row[wanted] < 0]
         lengths = _text_lengths(wanted, tokens) + 2
         if not self._has_room(int(lengths[self._first_row[wanted] < 0].sum())):
@@ -65,13 +65,14 @@ class ItemStates:
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
         self._compute(missing, tokens)
-        pack = built.pack
-        sizes = np.diff(pack.unit_start)
+        unit_start, unit = layout.unit_start.numpy(), prompts.units(tokens)
+        first = np.zeros(len(unit_start) - 1, dtype=np.int64)  # a prefix's states come first of all
+        first[unit] = self._first_row[texts]
         rows = np.zeros(built.shape.length, dtype=np.int64)
-        first = np.where(is_text, self._first_row[np.where(is_text, texts, 0)], 0)
-        rows[: pack.unit_start[-1]] = ranges(first, sizes)
-        has_label = built.labels >= 0  # behind a text are both labels: the one of 0, that of 1
-        rows[pack.unit_start[1:][has_label] - 1] += built.labels[has_label]
+        rows[: unit_start[-1]] = ranges(first, np.diff(unit_start))
+        # Behind a text are both labels: the one of 0, that of 1.
+        labelled = ~prompts.is_candidate
+        rows[unit_start[unit[labelled] + 1] - 1] += prompts.labels[labelled]
         return KeptStates(self._layers, torch.from_numpy(rows)[None].to(self._device))
 
     def clear(self) -> None:
@@ -135,21 +136,16 @@ def _text_lengths(texts: IntArray, tokens: ItemTokens) -> IntArray:
 
 def _lay_out(
     texts: IntArray, tokens: ItemTokens, filled_up: Callable[[int], int]
-) -> tuple[torch.Tensor, SharedTokens]:
-    """Token ids [1, Lb] of the prefix and then of each text with both labels, and their intervals.
-
-    A label token sees the text and not the other label.
-    """
+) -> tuple[torch.Tensor, SharedBody]:
+    """Token ids [1, Lb] of the prefix and then of each text with both labels, and how they lie."""
     items, gaps = np.divmod(texts, max(len(tokens.gaps), 1))
     P, text = len(tokens.prefix), _text_lengths(texts, tokens)
-    end = P + (text + 2).cumsum()
-    start = end - text - 2
-    used = int(end[-1]) if len(texts) else P
-    length = filled_up(used)
+    start, body = distinct_texts(text, np.full(len(texts), 2), P)
+    length = filled_up(len(body.position))
     ids = np.zeros(length, dtype=np.int64)
     ids[:P] = tokens.prefix
     item_lengths = tokens.lengths[items]
-    ids[ranges(end - 2 - item_lengths, item_lengths)] = np.asarray(tokens.tokens)[
+    ids[ranges(start + text - item_lengths, item_lengths)] = np.asarray(tokens.tokens)[
         ranges(np.asarray(tokens.offsets)[items], item_lengths)
     ]
     if tokens.gaps:
@@ -157,19 +153,5 @@ def _lay_out(
         ids[ranges(start, gap_lengths[gaps])] = np.concatenate(tokens.gaps)[
             ranges((gap_lengths.cumsum() - gap_lengths)[gaps], gap_lengths[gaps])
         ]
-    ids[end - 2], ids[end - 1] = tokens.label_ids
-    place = np.arange(length)
-    seen_from, seen_to = np.zeros(length, dtype=np.int32), place.astype(np.int32)
-    seen_from[P:used] = start.repeat(text + 2)
-    seen_to[end - 1] -= 1
-    seen_to[used:] = 0
-    positions = place - seen_from
-    positions[P:used] += P
-    positions[end - 1] -= 1
-    positions[used:] = 0
-    as_row = {
-        name: torch.from_numpy(array)[None]
-        for name, array in (("position", positions), ("start", seen_from), ("end", seen_to))
-    }
-    none = torch.empty(1, 0, dtype=torch.int64)
-    return torch.from_numpy(ids)[None], SharedTokens(**as_row, source=none)
+    ids[start + text], ids[start + text + 1] = tokens.label_ids
+    return torch.from_numpy(ids)[None], stack([body.padded(length)])

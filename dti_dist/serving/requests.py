@@ -1,7 +1,7 @@
 """Requests: candidates to be scored after one history, and how they share packs.
 
 All candidates of a request lie behind one copy of its context, each with a [SUM] of its own, and
-take the same place in the prompt: `Pack.unit_place`. Each is scored as the target of a
+take the same place in the prompt: `PackLayout.unit_place`. Each is scored as the target of a
 sliding-window prompt, at the cost of its own text.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.packing import Pack, PackShape, ranges
+from dti_dist.data.layout import Pack, PackShape, Prompts, lay_out
 from dti_dist.data.samples import IntArray
 from dti_dist.data.sequences import gap_bucket
 
@@ -203,18 +203,15 @@ def _sums(values: IntArray, offsets: IntArray) -> IntArray:
 
 @dataclass(frozen=True)
 class RequestPack:
-    """A pack of pieces, and what stands where in it.
+    """A pack of pieces, and what was laid out in it.
 
     Attributes:
         pack: `target_position` counts candidates over all requests; `target_row` is the request.
-        text: [U, 2] item and gap bucket of each unit; -1 of a prefix.
-        labels: [U] label of each interaction; -1 where there is no label token.
     """
 
     pack: Pack
     shape: PackShape
-    text: IntArray
-    labels: npt.NDArray[np.int8]
+    prompts: Prompts
 
 
 def build_request_pack(
@@ -223,108 +220,44 @@ def build_request_pack(
     tokens: ItemTokens,
     filled_up: Callable[[int], int] = lambda size: size,
 ) -> RequestPack:
-    """Lay out pieces end to end: prefix, context with labels, then candidates without.
+    """Lay pieces end to end: prefix, context with labels, then candidates without.
 
     Args:
         filled_up: to what length so many tokens, or slots, are padded.
     """
-    P = len(tokens.prefix)
+    prompts = _prompts(requests, pieces, with_gaps=bool(tokens.gaps))
+    slots = int(prompts.is_target.sum())
+    shape = PackShape(filled_up(prompts.body_length(tokens)), filled_up(slots))
+    return RequestPack(lay_out(prompts, tokens, shape), shape, prompts)
+
+
+def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
+    candidates = pieces.end - pieces.first
     history = np.diff(requests.history_offsets)[pieces.request]
-    count = history + pieces.end - pieces.first
-    end_of_piece = count.cumsum()
-    first_of_piece = end_of_piece - count
-
-    # Interactions and candidates of all pieces, end to end.
+    count = history + candidates
     piece = np.arange(len(count)).repeat(count)
-    nth = np.arange(len(piece)) - first_of_piece[piece]
+    nth = np.arange(len(piece)) - (count.cumsum() - count)[piece]
     is_candidate = nth >= history[piece]
-    place = np.where(
-        is_candidate,
-        pieces.first[piece] + nth - history[piece],
-        requests.history_offsets[pieces.request][piece] + nth,
+    from_history = (requests.history_offsets[pieces.request][piece] + nth)[~is_candidate]
+    from_candidates = (pieces.first[piece] + nth - history[piece])[is_candidate]
+    request = pieces.request[piece[is_candidate]]
+
+    def interactions(of_history: np.ndarray, of_candidates: np.ndarray | int) -> np.ndarray:
+        values = np.empty(len(piece), dtype=of_history.dtype)
+        values[~is_candidate] = of_history
+        values[is_candidate] = of_candidates
+        return values
+
+    gaps = requests.history_gaps[from_history], requests.candidate_gaps[request]
+    return Prompts(
+        count=count,
+        items=interactions(
+            requests.history_items[from_history], requests.candidate_items[from_candidates]
+        ),
+        gaps=interactions(*gaps) if with_gaps else None,
+        labels=interactions(requests.history_labels[from_history], 0),
+        is_target=is_candidate,
+        target_row=request,
+        target_position=from_candidates,
+        candidates=candidates,
     )
-    items, gaps = np.empty_like(place), np.empty_like(place)
-    labels = np.full(len(place), -1, dtype=np.int8)
-    of_history, of_candidates = place[~is_candidate], place[is_candidate]
-    items[~is_candidate] = requests.history_items[of_history]
-    items[is_candidate] = requests.candidate_items[of_candidates]
-    gaps[~is_candidate] = requests.history_gaps[of_history]
-    gaps[is_candidate] = requests.candidate_gaps[pieces.request[piece[is_candidate]]]
-    labels[~is_candidate] = requests.history_labels[of_history]
-
-    # Where each lies; the prefix of a piece lies before its first one.
-    gap_lengths = tokens.gap_lengths[gaps] if tokens.gaps else np.zeros_like(items)
-    text_lengths = tokens.lengths[items]
-    lengths = gap_lengths + text_lengths + ~is_candidate
-    end = lengths.cumsum() + P * (piece + 1)
-    start = end - lengths
-    used = int(end[-1])
-    piece_start = start[first_of_piece] - P
-
-    # Units in order: with a prefix, one more before each piece.
-    has_prefix = int(P > 0)
-    unit = np.arange(len(items)) + has_prefix * (piece + 1)
-    units = len(items) + has_prefix * len(count)
-    unit_lengths = np.full(units, P)
-    unit_lengths[unit] = lengths
-    unit_start = np.concatenate([[0], unit_lengths.cumsum()]).astype(np.int32)
-    unit_first, unit_place = np.arange(units, dtype=np.int32), np.arange(units, dtype=np.int32)
-    unit_first[unit] = unit[first_of_piece][piece]
-    first_candidate = first_of_piece + history
-    unit_place[unit[is_candidate]] = unit[first_candidate][piece[is_candidate]]
-    prefix_start, prefix_end = np.zeros((2, units), dtype=np.int32)
-    prefix_start[unit] = piece_start[piece]
-    prefix_end[unit] = piece_start[piece] + P
-
-    slots = int(is_candidate.sum())
-    shape = PackShape(filled_up(used), filled_up(slots))
-    L, T = shape.length, shape.length + shape.slots
-    ids, positions = np.zeros((2, T), dtype=np.int64)
-    ids[ranges(start + gap_lengths, text_lengths)] = np.asarray(tokens.tokens)[
-        ranges(np.asarray(tokens.offsets)[items], text_lengths)
-    ]
-    ids[end[~is_candidate] - 1] = np.asarray(tokens.label_ids)[labels[~is_candidate]]
-    if tokens.gaps:
-        gap_offsets = tokens.gap_lengths.cumsum() - tokens.gap_lengths
-        ids[ranges(start, gap_lengths)] = np.concatenate(tokens.gaps)[
-            ranges(gap_offsets[gaps], gap_lengths)
-        ]
-    ids[piece_start[:, None] + np.arange(P)] = tokens.prefix
-    position_of_start = start - piece_start[piece]
-    position_of_start[is_candidate] = (start[first_candidate] - piece_start)[piece[is_candidate]]
-    positions[ranges(start, lengths)] = ranges(position_of_start, lengths)
-    positions[piece_start[:, None] + np.arange(P)] = np.arange(P)
-    unit_of_token = np.full(T, -1, dtype=np.int32)
-    unit_of_token[:used] = np.arange(units, dtype=np.int32).repeat(unit_lengths)
-
-    tail = slice(L, L + slots)
-    ids[tail] = tokens.sum_id
-    positions[tail] = (position_of_start + lengths)[is_candidate]
-    unit_of_token[tail] = unit[is_candidate]
-
-    def of_slots(values: np.ndarray | int, unused: int, dtype: type) -> np.ndarray:
-        array: np.ndarray = np.full(shape.slots, unused, dtype=dtype)
-        array[:slots] = values
-        return array
-
-    text = np.full((units, 2), -1, dtype=np.int64)
-    text[unit] = np.stack([items, gaps], axis=1)
-    label_of_unit = np.full(units, -1, dtype=np.int8)
-    label_of_unit[unit] = labels
-    pack = Pack(
-        tokens=ids,
-        positions=positions,
-        unit=unit_of_token,
-        unit_start=unit_start,
-        unit_first=unit_first,
-        prefix_start=prefix_start,
-        prefix_end=prefix_end,
-        readout_end=of_slots(end[is_candidate], 0, np.int32),
-        labels=of_slots(0, 0, np.float32),
-        used=of_slots(1, 0, np.float32),
-        target_row=of_slots(pieces.request[piece[is_candidate]], -1, np.int64),
-        target_position=of_slots(of_candidates, -1, np.int32),
-        body_tokens=used,
-        unit_place=unit_place,
-    )
-    return RequestPack(pack, shape, text, label_of_unit)

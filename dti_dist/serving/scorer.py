@@ -170,16 +170,15 @@ class Scorer:
         for pieces in pack_requests(requests, tokens, self.pack_tokens):
             built = build_request_pack(requests, pieces, tokens, self._filled_up)
             kept = self.states.of(built, tokens) if self.states is not None else None
-            used = built.pack.used > 0
-            scores[built.pack.target_position[used]] = self._probabilities(built, kept)[used]
+            used = built.pack.used.numpy() > 0
+            targets = built.pack.target_position.numpy()[used]
+            scores[targets] = self._probabilities(built, kept)[used]
             on_scored(int((pieces.end == requests.candidate_offsets[pieces.request + 1]).sum()))
         return scores
 
     @torch.inference_mode()
     def _probabilities(self, built: RequestPack, kept: KeptStates | None) -> np.ndarray:
-        batch = Batch.collate(
-            [built.pack], built.shape, step=0, epoch=0, step_targets=0, last_of_step=True
-        )
+        batch = Batch.collate([built.pack], built.shape)
         logits = self.model(batch.to(self.device), kept)[0]
         return torch.sigmoid(logits.float()).cpu().numpy()
 

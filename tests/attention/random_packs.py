@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from dti_dist.attention.intervals import PackLayout
+from dti_dist.attention.layout import PackLayout
 
 
 class Token(NamedTuple):

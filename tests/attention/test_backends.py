@@ -17,12 +17,8 @@ from dti_dist.attention.backend import AttentionPlans, AttentionScheme
 from dti_dist.attention.chunked import ChunkedPlan, chunked_attention
 from dti_dist.attention.dense import dense_mask
 from dti_dist.attention.flex import BLOCK, FlexPlan, compiled_graphs
-from dti_dist.attention.intervals import (
-    PackLayout,
-    VisibleIntervals,
-    body_intervals,
-    readout_intervals,
-)
+from dti_dist.attention.intervals import VisibleIntervals, body_intervals, readout_intervals
+from dti_dist.attention.layout import PackLayout
 from dti_dist.attention.policies import layer_windows
 from dti_dist.errors import UserError
 from tests.attention.random_packs import random_packs

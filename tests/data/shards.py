@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dti_dist.config import SampleConfig, TemplateConfig
+from dti_dist.config import TemplateConfig
 from dti_dist.data import index, item_tokens
 from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.epochs import Order, plan_epochs
@@ -18,7 +18,8 @@ from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.packing import pack_shape
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
-from dti_dist.data.stream import SampleSettings, StreamPlan
+from dti_dist.data.samples import SampleSettings
+from dti_dist.data.stream import StreamPlan
 from dti_dist.data.template import Template
 from dti_dist.model.tokenizer import add_sum_token, train_tokenizer
 
@@ -92,11 +93,11 @@ def stream_plan(
     shuffle: bool = True,
     change: Any = lambda index: index,
 ) -> StreamPlan:
-    sample = SampleConfig(context=n, targets=k)
-    made: SplitIndex = change(index.load_or_build(dataset, split, sample, tokens, cache))
+    settings = SampleSettings(n, k, min_context=1)
+    made: SplitIndex = change(index.load_or_build(dataset, split, settings, tokens, cache))
     shape = pack_shape(length, None, made.tokens, made.targets)
     planned = plan_epochs(made, shape, Order(window_interactions, seed, shuffle), epochs, cache)
-    return StreamPlan(dataset, tokens, SampleSettings(n, k, sample.min_context), planned)
+    return StreamPlan(dataset, tokens, settings, planned)
 
 
 def all_targets(dataset: Dataset, split: str = "train", min_context: int = 1) -> dict:

@@ -10,17 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dti_dist.config import SampleConfig
 from dti_dist.data import storage
 from dti_dist.data.dataset import SEQUENCE_SCHEMA, BadShard, Dataset
 from dti_dist.data.epochs import Order, plan_epochs
 from dti_dist.data.index import load_or_build
 from dti_dist.data.packing import pack_shape
+from dti_dist.data.samples import SampleSettings
 from dti_dist.data.sequences import find_fault
-from dti_dist.data.stream import PackStream, SampleSettings, Share, StreamPlan, batches
+from dti_dist.data.stream import PackStream, Share, StreamPlan, batches
 from tests.data.shards import Threads, _Thread, all_targets, build_shards, tokenise
 
-SAMPLE = SampleConfig(context=4, targets=3)
+SAMPLE = SampleSettings(4, 3, 1)
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from dti_dist.config import SampleConfig
 from dti_dist.data import index
 from dti_dist.data.dataset import SEQUENCE_SCHEMA, BadShard, Dataset, iter_sequences
 from dti_dist.data.index import load_or_build, read_block
-from dti_dist.data.samples import make_samples, sample_lengths
+from dti_dist.data.samples import SampleSettings, sample_lengths
 from tests.data.shards import Threads, all_targets, build_shards, tokenise
 
 N, K = 4, 3
-SAMPLE = SampleConfig(context=N, targets=K)
+SAMPLE = SampleSettings(N, K, 1)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_index_has_the_size_of_every_sample(dataset, tmp_path, split, time_g
     for at, row_group in enumerate(found.row_groups):
         assert row_group.first_row == rows
         block = read_block(dataset, row_group, tokens)
-        samples = make_samples(block.offsets, block.target_start, N, K, 1)
+        samples = SampleSettings(N, K, 1).cut(block)
         mine = found.samples_of(at)
         assert found.tokens[mine].tolist() == sample_lengths(samples, block, tokens).tolist()
         assert found.targets[mine].tolist() == samples.targets.tolist()
@@ -123,7 +123,7 @@ def test_more_targets_in_a_sample_than_16_bits_count_are_counted(
     one_part = replace(first, rows=1)
     monkeypatch.setattr(Dataset, "parts", lambda *arguments: [one_part])
     monkeypatch.setattr(index, "_row_groups", lambda *arguments: [1])
-    sample = SampleConfig(context=N, targets=100_000)
+    sample = SampleSettings(N, 100_000, 1)
     found = load_or_build(dataset, "train", sample, tokens, tmp_path)
     assert found.targets.tolist() == found.row_targets.tolist() == [many - 1]
 
@@ -136,7 +136,7 @@ def test_first_users_are_whole_and_just_enough_and_the_same_for_any_k(
     dataset, tokens, tmp_path_factory, max_targets, k
 ):
     cache = tmp_path_factory.getbasetemp() / "first-users"
-    whole = load_or_build(dataset, "train", SampleConfig(context=N, targets=k), tokens, cache)
+    whole = load_or_build(dataset, "train", SampleSettings(N, k, 1), tokens, cache)
     few = whole.first_users(max_targets, k)
     rows = len(few.row_targets)
     assert few.row_targets.tolist() == whole.row_targets[:rows].tolist()
@@ -147,7 +147,7 @@ def test_first_users_are_whole_and_just_enough_and_the_same_for_any_k(
     assert few.sample_offsets[-1] == len(few.tokens) == len(few.targets)
     assert few.tokens.tolist() == whole.tokens[: len(few.tokens)].tolist()
     assert len(few.row_groups) == len(few.interactions) == len(few.sample_offsets) - 1
-    of_one_k = load_or_build(dataset, "train", SampleConfig(context=N, targets=1), tokens, cache)
+    of_one_k = load_or_build(dataset, "train", SampleSettings(N, 1, 1), tokens, cache)
     assert len(of_one_k.first_users(max_targets, 1).row_targets) == rows
 
 
@@ -168,10 +168,10 @@ def test_an_index_is_built_once_and_then_no_part_is_opened(dataset, tokens, tmp_
 
 
 def test_settings_that_change_no_sample_leave_the_index(dataset, tokens, tmp_path, unread):
-    one = SampleConfig(context=N, targets=1)
+    one = SampleSettings(N, 1, 1)
     built = load_or_build(dataset, "train", one, tokens, tmp_path)
     unread()
-    sliding = SampleConfig(context=N, targets=50, paradigm="sliding_window")
+    sliding = SampleSettings.of(SampleConfig(context=N, targets=50, paradigm="sliding_window"))
     equal(load_or_build(dataset, "train", sliding, tokens, tmp_path), built)
 
 
@@ -183,15 +183,15 @@ def test_the_index_is_built_again_when_what_it_depends_on_changes(
 ):
     before = load_or_build(dataset, "train", SAMPLE, tokens, tmp_path)
     arguments = {
-        "n": {"sample": SampleConfig(context=N + 1, targets=K)},
-        "k": {"sample": SampleConfig(context=N, targets=K + 1)},
-        "min_context": {"sample": SampleConfig(context=N, targets=K, min_context=2)},
+        "n": {"settings": SampleSettings(N + 1, K, 1)},
+        "k": {"settings": SampleSettings(N, K + 1, 1)},
+        "min_context": {"settings": SampleSettings(N, K, 2)},
         "split": {"split": "valid"},
         "template": {"tokens": tokenise(dataset, tmp_path, item="{title} or")},
         "tokenizer": {"tokens": tokenise(dataset, tmp_path, vocab_size=290)},
         "data": {"dataset": build_shards(tmp_path / "other", seed=1)},
     }[change]
-    same = {"dataset": dataset, "split": "train", "sample": SAMPLE, "tokens": tokens}
+    same = {"dataset": dataset, "split": "train", "settings": SAMPLE, "tokens": tokens}
     after = load_or_build(**{**same, **arguments}, cache_dir=tmp_path)
     assert after.fingerprint != before.fingerprint
     assert (

@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from dti_dist.cli import main
 from dti_dist.config import StorageConfig
@@ -36,6 +35,7 @@ from dti_dist.errors import UserError, message_of
 from tests import azure_server, gs_server, s3_server
 from tests.data.shards import build_shards, stream_plan, tokenise
 from tests.store_server import running as running_server
+from tests.tiny import same
 
 SERVERS = {
     "s3": (s3_server.S3Server, lambda: None),
@@ -94,15 +94,9 @@ def stream(dataset: Dataset, cache) -> PackStream:
     return PackStream(plan, Share(global_packs=2, micro_packs=1))
 
 
-def same(first, second) -> bool:
-    """Whether two lists of batches are equal in every array and number."""
-    return len(first) == len(second) and all(
-        torch.equal(value, vars(b)[name])
-        if isinstance(value, torch.Tensor)
-        else value == vars(b)[name]
-        for a, b in zip(first, second, strict=True)
-        for name, value in vars(a).items()
-    )
+def all_same(first, second) -> bool:
+    """Whether two lists of batches are equal in every tensor and number."""
+    return len(first) == len(second) and all(map(same, first, second))
 
 
 def rows(dataset: Dataset, split: str = "train") -> list[dict]:
@@ -204,7 +198,7 @@ def test_the_stream_from_the_store_is_that_from_disk(server, on_disk, tmp_path):
     remote = Dataset.open(server.uri("shop"), storage=settings())
     expected = list(stream(on_disk, tmp_path / "a"))
     assert len(expected) > 8
-    assert same(list(stream(remote, tmp_path / "b")), expected)
+    assert all_same(list(stream(remote, tmp_path / "b")), expected)
 
 
 def test_files_are_written_listed_read_and_removed(server, tmp_path):
@@ -359,7 +353,7 @@ def test_a_killed_store_that_comes_back_changes_no_batch(server, on_disk, tmp_pa
     remote = Dataset.open(server.uri("shop"), storage=settings())
     expected = list(stream(on_disk, tmp_path / "a"))
     made = stream(remote, tmp_path / "b")
-    assert same(interrupted(made, server.kill, server.start, 1.0), expected)
+    assert all_same(interrupted(made, server.kill, server.start, 1.0), expected)
     said = capfd.readouterr().err
     assert f"{server.uri('shop')}/train/part-" in said
     first = 1 if server.scheme == "s3" else 2  # before, gcsfs and adlfs see a connection end
@@ -372,7 +366,7 @@ def test_a_stalled_store_that_goes_on_changes_no_batch(server, on_disk, tmp_path
     remote = Dataset.open(server.uri("shop"), storage=settings(timeout_s=1))
     expected = list(stream(on_disk, tmp_path / "a"))
     made = stream(remote, tmp_path / "b")
-    assert same(interrupted(made, server.stall, server.go_on, 2.5), expected)
+    assert all_same(interrupted(made, server.stall, server.go_on, 2.5), expected)
     assert f"attempt 1 failed: {NO_ANSWER[server.scheme]}" in capfd.readouterr().err
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dti_dist.data.packing import Pack, PackShape, assign_packs, build_pack, pack_shape
-from dti_dist.data.samples import Samples, make_samples
+from dti_dist.data.layout import PackShape, build_pack
+from dti_dist.data.packing import assign_packs, pack_shape
+from dti_dist.data.samples import Samples, SampleSettings
 from dti_dist.errors import UserError
-from tests.tiny import batch_of, item_tokens, users
+from tests.tiny import batch_of, item_tokens, sequences, users
 
 SHAPE = PackShape(length=1024, slots=128)
 
@@ -53,7 +54,7 @@ def test_packs_of_realistic_samples_are_nearly_full(k, at_least):
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4.6, 0.9, 300), 20, 2000).astype(int)
     offsets = np.cumsum([0, *lengths])
-    samples = make_samples(offsets, np.zeros(len(lengths), dtype=np.int64), 20, k, 1)
+    samples = SampleSettings(20, k, 1).cut(sequences(offsets))
     ends = np.cumsum([0, *rng.integers(9, 20, offsets[-1])])
     start = offsets[samples.row]
     sizes = rng.permutation(ends[start + samples.end] - ends[start + samples.first])
@@ -118,7 +119,7 @@ def plain_pack(samples, block, tokens, shape):
     unit_columns = list(zip(*units, strict=True)) or [(), (), (), ()]
     return {
         "tokens": tokens_of + padded([tokens.sum_id] * len(slots), shape.slots, 0),
-        "positions": positions + tail("position", 0),
+        "position": positions + tail("position", 0),
         "unit": unit + tail("unit", -1),
         "unit_start": [*unit_columns[0], len(body)],
         "unit_first": list(unit_columns[1]),
@@ -148,16 +149,17 @@ def test_a_pack_is_what_laying_it_out_token_by_token_gives(
     rng = np.random.default_rng(seed)
     tokens = item_tokens(rng, prefix=prefix, time_gaps=time_gaps)
     block = users(rng, lengths, target_start=target_start)
-    samples = make_samples(block.offsets, block.target_start, n, k, 0)
+    samples = SampleSettings(n, k, 0).cut(block)
     chosen = rng.permutation(len(samples))[: int(rng.integers(0, 9))]
     samples = samples.take(chosen)  # in any order, as after shuffling; maybe none
     pack = build_pack(samples, block, tokens, SHAPE)
     expected = plain_pack(samples, block, tokens, SHAPE)
-    assert expected.keys() == {field.name for field in fields(Pack)} - {"shared", "unit_place"}
-    assert pack.shared is None
+    found = vars(pack) | vars(pack.layout)
+    assert found.keys() - expected.keys() == {"layout", "shared", "unit_place"}
+    assert pack.layout.shared is None
     for name, values in expected.items():
-        found = getattr(pack, name)
-        assert (found.tolist() if isinstance(found, np.ndarray) else found) == values, name
+        array = found[name]
+        assert (array.tolist() if isinstance(array, torch.Tensor) else array) == values, name
     assert pack.targets == samples.targets.sum()
 
 
@@ -174,28 +176,28 @@ def test_a_shared_body_holds_each_distinct_interaction_once(
     rng = np.random.default_rng(seed)
     tokens = item_tokens(rng, items=items, prefix=prefix, time_gaps=time_gaps)
     block = users(rng, lengths, items=items)
-    samples = make_samples(block.offsets, block.target_start, 4, 3, 0)
+    samples = SampleSettings(4, 3, 0).cut(block)
     pack = build_pack(samples, block, tokens, replace(SHAPE, body=128))
     plain = build_pack(samples, block, tokens, SHAPE)
-    shared = pack.shared
+    shared, ids = pack.layout.shared, pack.tokens[: -SHAPE.slots]
     used = plain.body_tokens
     source = shared.source[:used]
-    assert pack.body_tokens == len(shared.tokens) == len(set(source.tolist()))
-    assert (shared.tokens[source] == plain.tokens[:used]).all()
+    assert pack.body_tokens == len(ids) == len(set(source.tolist()))
+    assert (ids[source] == plain.tokens[:used]).all()
 
     # Each token, where it stands in a sample, and what of its own interaction it sees before it.
     seen = {}
     gap_of = block.gap_buckets if time_gaps else np.zeros(len(block.item_ids), int)
     texts = set()
-    unit = plain.unit[:used]
+    unit = plain.layout.unit[:used].numpy()
     for place in range(used):
         own = np.flatnonzero(unit[: place + 1] == unit[place])[:-1]
-        is_prefix = prefix and plain.positions[place] < prefix
+        is_prefix = prefix and plain.layout.position[place] < prefix
         expected = list(range(own.size)) if is_prefix else source[own].tolist()
         at = int(source[place])
         found = list(range(shared.start[at], shared.end[at]))
         assert found == expected
-        assert shared.positions[at] == len(own) + (0 if is_prefix else prefix)
+        assert shared.position[at] == len(own) + (0 if is_prefix else prefix)
         assert seen.setdefault(at, found) == found
     for sample_row, first, end in zip(samples.row, samples.first, samples.end, strict=True):
         places = block.offsets[sample_row] + np.arange(first, end)
@@ -203,7 +205,7 @@ def test_a_shared_body_holds_each_distinct_interaction_once(
     distinct_texts = {(gap, item) for gap, item, _ in texts}
     lengths_of = tokens.lengths
     gap_lengths = tokens.gap_lengths if time_gaps else np.zeros(6, int)
-    assert len(shared.tokens) == (prefix if texts else 0) + len(texts) + sum(
+    assert len(ids) == (prefix if texts else 0) + len(texts) + sum(
         int(lengths_of[item] + gap_lengths[gap]) for gap, item in distinct_texts
     )
 
@@ -216,23 +218,24 @@ def test_a_pack_without_samples_is_padding_of_zero_weight(prefix, time_gaps):
     none = np.empty(0, dtype=np.int64)
     pack = build_pack(Samples(none, none, none, none), users(rng, [3]), tokens, SHAPE)
     assert pack.targets == pack.body_tokens == 0
-    assert (pack.unit == -1).all()
+    assert (pack.layout.unit == -1).all()
     assert (pack.target_row == -1).all()
-    assert pack.unit_start.tolist() == [0]
+    assert pack.layout.unit_start.tolist() == [0]
 
 
 def test_the_same_fields_have_the_same_types_in_every_pack():
     rng = np.random.default_rng(0)
     tokens, block = item_tokens(rng, prefix=2, time_gaps=True), users(rng, [9])
-    samples = make_samples(block.offsets, block.target_start, 3, 2, 1)
+    samples = SampleSettings(3, 2, 1).cut(block)
     full, empty = (
         build_pack(samples.take(np.arange(count)), block, tokens, SHAPE) for count in (3, 0)
     )
-    for field in fields(Pack):
-        a, b = getattr(full, field.name), getattr(empty, field.name)
-        assert type(a) is type(b)
-        if isinstance(a, np.ndarray):
-            assert a.dtype == b.dtype, field.name
+    for a, b in ((full, empty), (full.layout, empty.layout)):
+        for name, value in vars(a).items():
+            other = getattr(b, name)
+            assert type(value) is type(other)
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == other.dtype, name
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -240,15 +243,17 @@ def test_a_batch_is_the_same_after_a_workers_pipe(share):
     rng = np.random.default_rng(0)
     batch = batch_of(users(rng, [9, 14, 30]), item_tokens(rng), 4, 5, SHAPE, share=share)
     received = pickle.loads(pickle.dumps(batch))
-    pairs = [(batch, received)] + ([(batch.shared, received.shared)] if share else [])
+    pairs = [(batch, received), (batch.layout, received.layout)]
+    if share:
+        pairs.append((batch.layout.shared, received.layout.shared))
     for sent, got in pairs:
         for name, value in vars(sent).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, vars(got)[name]), name
                 assert value.dtype == vars(got)[name].dtype
-            elif name != "shared":
+            elif name not in ("layout", "shared"):
                 assert value == vars(got)[name]
-    assert (received.shared is not None) == share
+    assert (received.layout.shared is not None) == share
 
 
 # --- the pack's constants --------------------------------------------------------------------

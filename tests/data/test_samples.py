@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dti_dist.data.packing import PackShape, build_pack
-from dti_dist.data.samples import interaction_lengths, make_samples, sample_lengths
-from tests.tiny import item_tokens, users
+from dti_dist.data.layout import PackShape, build_pack
+from dti_dist.data.samples import SampleSettings, interaction_lengths, sample_lengths
+from tests.tiny import item_tokens, sequences, users
 
 ROOM = PackShape(length=1024, slots=128)  # more than any sample here needs
 
@@ -19,7 +19,7 @@ rows = {"rows": st.lists(st.tuples(st.integers(0, 30), st.integers(0, 35)), max_
 def samples_of(rows, n, k, min_context):
     offsets = np.cumsum([0] + [length for length, _ in rows])
     target_start = np.array([start for _, start in rows], dtype=np.int64)
-    return make_samples(offsets, target_start, n, k, min_context)
+    return SampleSettings(n, k, min_context).cut(sequences(offsets, target_start))
 
 
 def as_tuples(samples):
@@ -85,7 +85,7 @@ def test_the_length_of_a_sample_is_that_of_its_pack(
 ):
     rng = np.random.default_rng(seed)
     tokens, block = item_tokens(rng, prefix=prefix, time_gaps=time_gaps), users(rng, lengths)
-    samples = make_samples(block.offsets, block.target_start, n, k, min_context)
+    samples = SampleSettings(n, k, min_context).cut(block)
     found = [
         build_pack(samples.take(np.array([at])), block, tokens, ROOM).body_tokens
         for at in range(len(samples))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,8 +19,9 @@ from dti_dist.data import stream as stream_module
 from dti_dist.data.dataset import SEQUENCE_SCHEMA, Dataset
 from dti_dist.data.index import read_block
 from dti_dist.data.packing import pack_shape
-from dti_dist.data.stream import Batch, PackStream, Share, batches
+from dti_dist.data.stream import PackStream, Share, batches
 from tests.data.shards import all_targets, build_shards, stream_plan, tokenise
+from tests.tiny import same
 
 ONE_RANK = Share(global_packs=4, micro_packs=4)
 
@@ -88,13 +88,6 @@ def order(made):
     """All targets, in the order of training."""
     steps = steps_of([read(made, ONE_RANK)])
     return [target for packs in steps.values() for target in targets_of(packs)]
-
-
-def same(a: Batch, b: Batch) -> bool:
-    return all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch))
-    )
 
 
 layouts = st.sampled_from(
@@ -391,17 +384,20 @@ def test_packs_of_a_batch_are_padded_to_the_most_units(plan):
     made = plan(length=512)
     alone = read(made, Share(4, 1))[:4]
     (together, *_) = read(made, ONE_RANK)
-    assert len({int(batch.unit.max()) for batch in alone}) > 1
+    assert len({int(batch.layout.unit.max()) for batch in alone}) > 1
     for at, batch in enumerate(alone):
-        units = int((batch.unit.max() + 1).item())
+        units = int((batch.layout.unit.max() + 1).item())
         for name in ("unit_first", "prefix_start", "prefix_end"):
-            assert torch.equal(getattr(together, name)[at, :units], getattr(batch, name)[0, :units])
-            assert not getattr(together, name)[at, units:].any()
-        start = together.unit_start[at]
-        assert torch.equal(start[: units + 1], batch.unit_start[0, : units + 1])
+            found = getattr(together.layout, name)[at]
+            assert torch.equal(found[:units], getattr(batch.layout, name)[0, :units])
+            assert not found[units:].any()
+        start = together.layout.unit_start[at]
+        assert torch.equal(start[: units + 1], batch.layout.unit_start[0, : units + 1])
         assert (start[units:] == batch.body_tokens).all()
-        for name in ("tokens", "positions", "unit", "readout_end", "labels", "target_row"):
+        for name in ("tokens", "labels", "target_row"):
             assert torch.equal(getattr(together, name)[at], getattr(batch, name)[0])
+        for name in ("position", "unit", "readout_end"):
+            assert torch.equal(getattr(together.layout, name)[at], getattr(batch.layout, name)[0])
     assert together.body_tokens == sum(batch.body_tokens for batch in alone)
 
 
@@ -409,10 +405,11 @@ def test_shapes_are_constants_of_the_run(plan):
     made = plan(k=8, length=256)
     L, S = made.shape.length, made.shape.slots
     for batch in read(made, ONE_RANK):
-        assert batch.tokens.shape == batch.positions.shape == batch.unit.shape == (4, L + S)
-        assert batch.labels.shape == batch.used.shape == batch.readout_end.shape == (4, S)
-        assert batch.unit_start.shape[1] == batch.unit_first.shape[1] + 1
-        assert batch.unit_first.shape[1] % 64 == 0
+        layout = batch.layout
+        assert batch.tokens.shape == layout.position.shape == layout.unit.shape == (4, L + S)
+        assert batch.labels.shape == batch.used.shape == batch.layout.readout_end.shape == (4, S)
+        assert batch.layout.unit_start.shape[1] == batch.layout.unit_first.shape[1] + 1
+        assert batch.layout.unit_first.shape[1] % 64 == 0
     again = pack_shape(256, None, made.index.tokens, made.index.targets)
     assert again == made.shape
 

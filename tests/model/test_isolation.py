@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dti_dist.attention.flex import compiled_graphs
-from dti_dist.data.packing import PackShape
+from dti_dist.data.layout import PackShape
 from tests.tiny import (
     FAMILIES,
     Float64Rotary,
@@ -203,7 +203,7 @@ def test_sum_slots_change_nothing_in_the_body():
     model(batch)
     with_slots = seen["hidden"][:, : SHAPE.length].clone()
     batch.tokens[:, SHAPE.length :] = 0
-    batch.unit[:, SHAPE.length :] = -1
+    batch.layout.unit[:, SHAPE.length :] = -1
     model(batch)
     assert torch.equal(with_slots, seen["hidden"][:, : SHAPE.length])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dti_dist.config import LoraConfig, validate_config
-from dti_dist.data.packing import PackShape
+from dti_dist.data.layout import PackShape
 from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import click_loss
 from dti_dist.model.lora import add_adapters, base_fingerprint, merge_adapters, require_peft

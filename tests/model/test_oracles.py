@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from dti_dist.attention.policies import forgetting_weights, layer_windows
 from dti_dist.attention.readout import alibi_slopes
-from dti_dist.data.packing import PackShape
-from dti_dist.data.samples import make_samples
+from dti_dist.data.layout import PackShape
+from dti_dist.data.samples import SampleSettings
 from tests.tiny import (
     FAMILIES,
     FAMILY_SETTINGS,
@@ -43,7 +43,7 @@ def world(prefix: int = 0) -> tuple[Any, Any]:
 
 def prompts(tokens: Any, block: Any) -> dict[tuple[int, int], list[list[int]]]:
     """Token ids of the interactions of each target's sliding-window prompt; none of its label."""
-    samples = make_samples(block.offsets, block.target_start, N, 1, min_context=1)
+    samples = SampleSettings(N, 1, 1).cut(block)
     found = {}
     for row, first, target in zip(samples.row, samples.first, samples.first_target, strict=True):
         place = block.offsets[row] + np.arange(first, target + 1)

@@ -178,7 +178,7 @@ def test_sharing_counts_are_those_of_the_pack(config, view, rows, tmp_path, pref
     inputs = Inputs.open(each, tmp_path / "tokenizer")
     batch, packs = inspection._read_pack(inputs, 1)
     items = items_of_units(batch, rows)
-    bounds = batch.unit_start[0].tolist()
+    bounds = batch.layout.unit_start[0].tolist()
     size = {item: bounds[u + 1] - bounds[u] - 1 for u, (item, _) in items.items()}
     times = Counter(item for item, _ in items.values())
     prefix_tokens = len(inputs.tokens.prefix)
@@ -199,9 +199,9 @@ def test_sharing_counts_are_those_of_the_pack(config, view, rows, tmp_path, pref
 def items_of_units(batch, rows):
     """Unit of the pack → (item id, label), by the data set's row that its sample comes from."""
     found = {}
-    first = batch.unit_first[0].tolist()
+    first = batch.layout.unit_first[0].tolist()
     for slot in range(int(batch.used.sum())):
-        target = int(batch.unit[0, batch.length + slot])
+        target = int(batch.layout.unit[0, batch.length + slot])
         items, labels = rows[int(batch.target_row[0, slot])]
         for unit in range(first[target], target + 1):
             position = int(batch.target_position[0, slot]) - (target - unit)

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dti_dist.attention.backend import AttentionPlans
 from dti_dist.cli import main
 from dti_dist.config import LoraConfig, load_config
-from dti_dist.data.packing import PackShape
+from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import click_loss, layout_of
+from dti_dist.model.ctr_model import click_loss
 from dti_dist.model.lora import add_adapters
 from dti_dist.reporting import gpus as gpu_table
 from dti_dist.reporting.cost_model import ModelShape, flops_of_pack, meta_model
@@ -184,7 +184,7 @@ def test_attention_pairs_are_those_of_the_dense_masks(policy, prefix):
     share = policy == "isolated"
     model = tiny.ctr_model("llama", policy, prefix=prefix, backend="dense")
     batch = a_batch(share, prefix)
-    plans = AttentionPlans(layout_of(batch), model.scheme, model.backbone.rotary_emb.inv_freq)
+    plans = AttentionPlans(batch.layout, model.scheme, model.backbone.rotary_emb.inv_freq)
     visible = sum(int(plans._body[window].mask.sum()) for window in plans._planned)
     visible += sum(int(plans._readout[w].mask.sum()) for w in model.scheme.windows.readout)
     found = count_pairs(model, [batch])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dti_dist.attention.policies import layer_windows
-from dti_dist.data.packing import PackShape
+from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import Batch
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import Pretrained

@@ -1,0 +1,338 @@
+"""Prompts laid out in a pack: token ids, and the layout that the attention's masks come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dti_dist.attention.layout import PackLayout, Record, SharedBody
+from dti_dist.data.item_tokens import ItemTokens
+from dti_dist.data.samples import IntArray, Samples
+from dti_dist.data.sequences import SequenceBlock
+
+
+@dataclass(frozen=True)
+class PackShape:
+    """Constants of a run.
+
+    Attributes:
+        length: L, tokens of a pack's samples end to end.
+        slots: S, [SUM] slots.
+        body: tokens that the layers run on where equal interactions are shared, about; a pack
+            that needs more gets more. None: no sharing, the body is the L tokens.
+    """
+
+    length: int
+    slots: int
+    body: int | None = None
+
+
+@dataclass(frozen=True)
+class Pack(Record):
+    """Packs as the model reads them, as tensors [B, …]; of one pack, without B.
+
+    Attributes:
+        tokens: [B, Tb] ids: of the L tokens of samples end to end, or of the Lb tokens of a shared
+            body; then of S [SUM] slots.
+        layout: what lies where.
+        labels: [B, S] float32, 0 or 1.
+        used: [B, S] float32, 1 for slots with a target, 0 for the others.
+        target_row, target_position: [B, S] which interaction of the split is the target; -1 unused.
+        body_tokens: tokens without padding that the layers run on, slots not counted.
+    """
+
+    tokens: Tensor
+    layout: PackLayout
+    labels: Tensor
+    used: Tensor
+    target_row: Tensor
+    target_position: Tensor
+    body_tokens: int
+
+    @property
+    def targets(self) -> int:
+        return int(self.used.sum())
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What goes into a pack: prompts end to end; I interactions.
+
+    The last interactions of a prompt may be candidates: each is a target behind the same context,
+    without a label token, and takes the place of the first of them.
+
+    Attributes:
+        count: [prompts] interactions of each.
+        items: [I] rows of the item tokens.
+        gaps: [I] bucket of the time since the interaction before; None without time gaps.
+        labels: [I] 0 or 1; a candidate's is not read.
+        is_target: [I] whether it gets a [SUM] slot.
+        target_row, target_position: [targets] which interaction of the split, or of the requests.
+        candidates: [prompts] how many of its interactions are candidates; None: no prompt has any.
+    """
+
+    count: IntArray
+    items: npt.NDArray[np.integer]
+    gaps: IntArray | None
+    labels: npt.NDArray[np.int8]
+    is_target: npt.NDArray[np.bool_]
+    target_row: IntArray
+    target_position: IntArray
+    candidates: IntArray | None = None
+
+    @property
+    def is_candidate(self) -> npt.NDArray[np.bool_]:
+        """[I]"""
+        if self.candidates is None:
+            return np.zeros(len(self.items), dtype=bool)
+        behind = self.count.cumsum().repeat(self.count) - np.arange(len(self.items))
+        return behind <= self.candidates.repeat(self.count)
+
+    def text_lengths(self, tokens: ItemTokens) -> IntArray:
+        """[I] tokens of each one's gap words and item text."""
+        lengths = tokens.lengths[self.items]
+        return lengths if self.gaps is None else lengths + tokens.gap_lengths[self.gaps]
+
+    def body_length(self, tokens: ItemTokens) -> int:
+        """L at least."""
+        labels = len(self.items) - int(self.is_candidate.sum())
+        prefixes = len(tokens.prefix) * len(self.count)
+        return int(self.text_lengths(tokens).sum()) + labels + prefixes
+
+    def units(self, tokens: ItemTokens) -> IntArray:
+        """[I] the unit of each; with a prefix, one more before each prompt's."""
+        unit = np.arange(len(self.items))
+        if len(tokens.prefix):
+            unit += np.arange(len(self.count)).repeat(self.count) + 1
+        return unit
+
+
+def build_pack(
+    samples: Samples, block: SequenceBlock, tokens: ItemTokens, shape: PackShape
+) -> Pack:
+    """Lay samples end to end in a pack. No samples at all give a pack without targets."""
+    count = samples.end - samples.first
+    first_of_sample = count.cumsum() - count
+    sample = np.arange(len(samples)).repeat(count)
+    position_in_row = np.arange(len(sample)) + (samples.first - first_of_sample)[sample]
+    source = position_in_row + block.offsets[samples.row][sample]
+    is_target = position_in_row >= samples.first_target[sample]
+    prompts = Prompts(
+        count=count,
+        items=block.item_ids[source],
+        gaps=block.gap_buckets[source] if tokens.gaps else None,
+        labels=block.labels[source],
+        is_target=is_target,
+        target_row=block.rows[samples.row[sample[is_target]]],
+        target_position=position_in_row[is_target],
+    )
+    return lay_out(prompts, tokens, shape)
+
+
+def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
+    """Lay prompts end to end: each one's prefix, then its interactions, text and label token.
+
+    Where the shape has a `body`, equal interactions are also laid out once each.
+    """
+    P, L = len(tokens.prefix), shape.length
+    items, gaps, labels, count = prompts.items, prompts.gaps, prompts.labels, prompts.count
+    end_of_prompt = count.cumsum()
+    first_of_prompt = end_of_prompt - count
+    prompt = np.arange(len(count)).repeat(count)
+
+    # Where each interaction lies in the body. Each prompt's prefix lies before its first one.
+    text = prompts.text_lengths(tokens)
+    labelled = slice(None) if prompts.candidates is None else ~prompts.is_candidate
+    lengths = text.copy()
+    lengths[labelled] += 1
+    end = lengths.cumsum()
+    if P:
+        end += P * (prompt + 1)
+    start = end - lengths
+    text_end = start + text
+    body_tokens = int(end[-1]) if len(end) else 0
+    prompt_start = start[first_of_prompt] - P
+    prompt_tokens = end[end_of_prompt - 1] - prompt_start
+
+    # Units in body order.
+    unit_of = prompts.units(tokens)
+    unit_lengths = lengths
+    if P:
+        unit_lengths = np.full(len(items) + len(count), P)
+        unit_lengths[unit_of] = lengths
+    units = len(unit_lengths)
+    unit_start = np.zeros(units + 1, dtype=np.int32)
+    unit_lengths.cumsum(out=unit_start[1:])
+    unit_first = np.arange(units, dtype=np.int32)
+    unit_first[unit_of] = unit_of[first_of_prompt][prompt]
+    prefix_start, prefix_end = np.zeros((2, units), dtype=np.int32)
+    if P:
+        prefix_start[unit_of] = prompt_start[prompt]
+        prefix_end[unit_of] = prompt_start[prompt] + P
+
+    # The body. Reading all of it as item text, and then writing what is none, is fastest. A run
+    # is an interaction with the prefix of the prompt after it.
+    place = np.arange(body_tokens)
+    runs = lengths
+    if P:
+        runs = lengths.copy()
+        runs[end_of_prompt[:-1] - 1] += P
+    text_at = np.asarray(tokens.offsets)[items] - start
+    if gaps is not None:
+        gap_lengths = tokens.gap_lengths[gaps]
+        text_at -= gap_lengths
+    item_tokens = np.asarray(tokens.tokens)  # indexing is faster without the memory map's class
+    ids = np.zeros(L + shape.slots, dtype=np.int64)
+    ids[P:body_tokens] = item_tokens.take(place[P:] + text_at.repeat(runs), mode="clip")
+    ids[text_end[labelled]] = np.asarray(tokens.label_ids)[labels[labelled]]
+    if gaps is not None:
+        flat_gaps = np.concatenate(tokens.gaps)
+        gap_offsets = tokens.gap_lengths.cumsum() - tokens.gap_lengths
+        ids[ranges(start, gap_lengths)] = flat_gaps[ranges(gap_offsets[gaps], gap_lengths)]
+    if P:
+        ids[prompt_start[:, None] + np.arange(P)] = tokens.prefix
+    position = np.zeros(L + shape.slots, dtype=np.int64)
+    np.subtract(place, prompt_start.repeat(prompt_tokens), out=position[:body_tokens])
+    unit = np.full(L + shape.slots, -1, dtype=np.int32)
+    unit[:body_tokens] = np.arange(units, dtype=np.int32).repeat(unit_lengths)
+
+    # Slots: one for each target, in order.
+    (target,) = prompts.is_target.nonzero()
+    used = len(target)
+    slots = slice(L, L + used)
+    ids[slots] = tokens.sum_id
+    position[slots] = text_end[target] - prompt_start[prompt[target]]
+    unit[slots] = unit_of[target]
+
+    unit_place = None
+    if prompts.candidates is not None:
+        first_candidate = end_of_prompt - prompts.candidates
+        (candidate,) = prompts.is_candidate.nonzero()
+        first = first_candidate[prompt[candidate]]
+        shift = start[candidate] - start[first]
+        position[ranges(start[candidate], text[candidate])] -= shift.repeat(text[candidate])
+        behind = np.zeros(len(items), dtype=np.int64)
+        behind[candidate] = shift
+        position[slots] -= behind[target]
+        unit_place = np.arange(units, dtype=np.int32)
+        unit_place[unit_of[candidate]] = unit_of[first]
+
+    def tail(values: np.ndarray | int, unused: int, dtype: type) -> Tensor:
+        array: np.ndarray = np.full(shape.slots, unused, dtype=dtype)
+        array[:used] = values
+        return torch.from_numpy(array)
+
+    shared = None
+    if shape.body is not None:
+        texts = items if gaps is None else gaps * len(tokens.lengths) + items
+        shared_ids, shared = _share(texts, labels, start, text, runs, prompt_start, P, ids[:L])
+        body_tokens = len(shared_ids)
+        ids = np.concatenate([shared_ids, ids[L:]])
+    return Pack(
+        tokens=torch.from_numpy(ids),
+        layout=PackLayout(
+            unit=torch.from_numpy(unit),
+            position=torch.from_numpy(position),
+            unit_start=torch.from_numpy(unit_start),
+            unit_first=torch.from_numpy(unit_first),
+            prefix_start=torch.from_numpy(prefix_start),
+            prefix_end=torch.from_numpy(prefix_end),
+            readout_end=tail(text_end[target], 0, np.int32),
+            unit_place=None if unit_place is None else torch.from_numpy(unit_place),
+            shared=shared,
+        ),
+        labels=tail(labels[target], 0, np.float32),
+        used=tail(1, 0, np.float32),
+        target_row=tail(prompts.target_row, -1, np.int64),
+        target_position=tail(prompts.target_position, -1, np.int32),
+        body_tokens=body_tokens,
+    )
+
+
+def _share(
+    texts: npt.NDArray[np.integer],
+    labels: npt.NDArray[np.int8],
+    start: IntArray,
+    lengths: IntArray,
+    runs: IntArray,
+    prefix_at: IntArray,
+    prefix_length: int,
+    body: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], SharedBody]:
+    """The distinct interactions, once each: token ids [Lb], and how they lie.
+
+    Args:
+        texts: [interactions] equal numbers mean equal texts (gap words and item).
+        labels: [interactions] 0 or 1.
+        start, lengths: [interactions] where each text lies in `body`, and its tokens.
+        runs: [interactions] tokens from the start of each text to that of the next.
+        prefix_at: [samples] where each sample's prefix lies in `body`.
+        body: [L] token ids of all samples end to end.
+    """
+    _, first, unit = np.unique(texts, return_index=True, return_inverse=True)
+    occurs = np.zeros((len(first), 2), dtype=np.int64)
+    occurs[unit, labels] = 1
+    prefix = prefix_length if len(prefix_at) else 0
+    unit_start, shared = distinct_texts(lengths[first], occurs.sum(axis=1), prefix)
+    used = len(shared.position)
+
+    end_of_samples = prefix + int(runs.sum())
+    source = np.zeros(len(body), dtype=np.int64)
+    np.add(
+        np.arange(prefix, end_of_samples),
+        (unit_start[unit] - start).repeat(runs),
+        out=source[prefix:end_of_samples],
+    )
+    source[start + lengths] = unit_start[unit] + lengths + occurs[unit, 0] * labels
+    if prefix:
+        source[prefix_at[:, None] + np.arange(prefix)] = np.arange(prefix)
+    tokens = np.empty(used, dtype=np.int64)
+    tokens[source[:end_of_samples]] = body[:end_of_samples]
+    return tokens, replace(shared, source=torch.from_numpy(source))
+
+
+def distinct_texts(
+    text_lengths: IntArray, labels: IntArray, prefix: int
+) -> tuple[IntArray, SharedBody]:
+    """Texts end to end behind a prefix, each with the label tokens that occur after it.
+
+    A text token sees the text before it; a label token, the whole text and no other label.
+
+    Args:
+        text_lengths: [texts] tokens of each.
+        labels: [texts] how many label tokens lie behind each, 1 or 2.
+        prefix: tokens of the prefix.
+
+    Returns:
+        [texts] where each begins, and the layout of one pack, with an empty `source`.
+    """
+    unit_length = text_lengths + labels
+    unit_end = prefix + unit_length.cumsum()
+    unit_start = unit_end - unit_length
+    used = int(unit_end[-1]) if len(unit_end) else prefix
+    place = np.arange(used)
+    start_seen = np.zeros(used, dtype=np.int32)
+    start_seen[prefix:] = unit_start.repeat(unit_length)
+    end_seen = place.astype(np.int32)
+    second_label = unit_end[labels == 2] - 1
+    end_seen[second_label] -= 1
+    position = place - start_seen
+    position[prefix:] += prefix
+    position[second_label] -= 1
+    return unit_start, SharedBody(
+        position=torch.from_numpy(position),
+        start=torch.from_numpy(start_seen),
+        end=torch.from_numpy(end_seen),
+        source=torch.empty(0, dtype=torch.int64),
+    )
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> IntArray:
+    """start, start + 1, …, start + length - 1 of each range, end to end."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
