@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from dti_dist.config import StorageConfig
@@ -143,14 +144,14 @@ def with_retries(
                     f"raise data.storage.retry_s ({settings.retry_s:g} s) or "
                     f"data.storage.timeout_s ({settings.timeout_s:g} s)."
                 ) from None
-        wait = min(settings.first_wait_s * 2.0 ** min(attempt - 1, 30), settings.greatest_wait_s)
+        pause = min(settings.first_wait_s * 2.0 ** min(attempt - 1, 30), settings.greatest_wait_s)
         # At random, or many workers that failed together would come back together.
-        wait = min(random.uniform(wait / 2, wait), left)
+        pause = min(random.uniform(pause / 2, pause), left)
         say(
-            f"{uri}: attempt {attempt} failed: {reason}. Trying again in {wait:.1f} s, for up to "
+            f"{uri}: attempt {attempt} failed: {reason}. Trying again in {pause:.1f} s, for up to "
             f"{left:.0f} s more."
         )
-        time.sleep(wait)
+        time.sleep(pause)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -237,24 +238,19 @@ def _is_no_access(error: BaseException) -> bool:
 
 def _within(call: Callable[[], T], seconds: float) -> T:
     """Run it in a thread; TimeoutError when it is not done in time, and the thread is left."""
-    result: list[T] = []
-    failure: list[BaseException] = []
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            result.append(call())
+            result.set_result(call())
         except BaseException as error:
-            failure.append(error)
+            result.set_exception(error)
 
     # A daemon: a request that hangs must not keep the process from ending.
-    thread = threading.Thread(target=run, daemon=True, name="storage request")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    threading.Thread(target=run, daemon=True, name="storage request").start()
+    if not wait([result], seconds).done:
         raise TimeoutError(f"no answer within {seconds:.0f} s")
-    if failure:
-        raise failure[0]
-    return result[0]
+    return result.result()
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

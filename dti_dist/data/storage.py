@@ -138,8 +138,11 @@ def _stop_silent_retries(fs: Any, settings: StorageConfig) -> None:
     with suppress(AttributeError):
         if name == "gs":
             fs._request = partial(type(fs)._request.__wrapped__, fs)
-            if isinstance(fs.requests_timeout, (int, float)):
-                fs.requests_timeout = _of_silence(fs.requests_timeout)
+            if isinstance(seconds := fs.requests_timeout, (int, float)):
+                import aiohttp
+
+                # It takes a number for the time of a whole request, however much that carries.
+                fs.requests_timeout = aiohttp.ClientTimeout(sock_connect=seconds, sock_read=seconds)
         if name == "az":
             client = fs.service_client
             client._config.retry_policy.total_retries = 0
@@ -147,13 +150,6 @@ def _stop_silent_retries(fs: Any, settings: StorageConfig) -> None:
             limits = client._pipeline._transport.connection_config
             limits.timeout = fs._timeout_kwargs.get("connection_timeout", settings.timeout_s)
             limits.read_timeout = fs._timeout_kwargs.get("read_timeout", settings.timeout_s)
-
-
-def _of_silence(seconds: float) -> Any:
-    """aiohttp takes a number for the time of a whole request, however much it carries."""
-    import aiohttp
-
-    return aiohttp.ClientTimeout(sock_connect=seconds, sock_read=seconds)
 
 
 def _protocol(fs: Any) -> str:
@@ -228,6 +224,14 @@ def request(
         ) from None
 
 
+def register(connection: Any, uri: str) -> None:
+    """Have DuckDB read what lies at the same store, with fsspec."""
+    fs, _ = filesystem(uri)
+    name = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    if not is_local(uri) and not connection.filesystem_is_registered(name):
+        connection.register_filesystem(fs)
+
+
 def is_local(uri: str) -> bool:
     """Whether it lies on this machine's disk, or a mounted one. Errors as those of `filesystem`."""
     if "://" not in os.fspath(uri):
@@ -285,17 +289,10 @@ def read_range(
         fs.invalidate_cache()
         found = fs.info(path)["size"]
         if found < end:
-            raise _Short(f"it has {found:,} bytes, expected {size or end:,}")
+            raise OSError(f"it has {found:,} bytes, expected {size or end:,}")
         raise CutOff(f"the answer has {len(content):,} bytes of {end - start:,}")
 
-    try:
-        return request(uri, settings, read, end - start)
-    except _Short as short:
-        raise OSError(str(short)) from None
-
-
-class _Short(Exception):
-    pass
+    return request(uri, settings, read, end - start)
 
 
 class RangeFile(io.RawIOBase):
@@ -374,10 +371,7 @@ def remove(uri: str, settings: StorageConfig = _DEFAULTS) -> None:
 
 def sha256(uri: str, settings: StorageConfig = _DEFAULTS) -> str:
     """Hex digest of one file, read in blocks. Raises FileNotFoundError where there is none."""
-    digest = hashlib.sha256()
-    for block in _blocks(uri, settings):
-        digest.update(block)
-    return digest.hexdigest()
+    return download(uri, os.devnull, settings)
 
 
 def download(uri: str, local: str, settings: StorageConfig = _DEFAULTS) -> str:
@@ -387,16 +381,12 @@ def download(uri: str, local: str, settings: StorageConfig = _DEFAULTS) -> str:
     """
     digest = hashlib.sha256()
     with open(local, "wb") as file:
-        for block in _blocks(uri, settings):
+        size = request(uri, settings, lambda fs, path: fs.info(path)["size"])
+        for start in range(0, size, _BLOCK):
+            block = read_range(uri, start, min(start + _BLOCK, size), settings, size)
             digest.update(block)
             file.write(block)
     return digest.hexdigest()
-
-
-def _blocks(uri: str, settings: StorageConfig) -> Iterator[bytes]:
-    size = request(uri, settings, lambda fs, path: fs.info(path)["size"])
-    for start in range(0, size, _BLOCK):
-        yield read_range(uri, start, min(start + _BLOCK, size), settings, size)
 
 
 def upload(local: str, uri: str, settings: StorageConfig = _DEFAULTS) -> None:

@@ -194,12 +194,7 @@ class _OldTables:
 
     def __init__(self, tables: DuckTables, dataset: Dataset):
         self._tables, self._limit = tables, dataset.manifest.context_limit
-        connection = tables.connection
-        fs, _ = storage.filesystem(dataset.uri)
-        if not storage.is_local(dataset.uri):
-            protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-            if not connection.filesystem_is_registered(protocol):
-                connection.register_filesystem(fs)
+        storage.register(tables.connection, dataset.uri)
 
         def read(folder: str, options: str = "") -> str:
             parts = sorted(path for path in dataset.manifest.files if path.startswith(folder + "/"))
@@ -348,27 +343,20 @@ def _manifest(
             "valid": splits["test"],
             "test": added,
         }
-        rule = rule.model_copy(
-            update={
-                "boundaries": {
-                    "valid": rule.boundaries["test"],
-                    "test": record.first_timestamp,
-                }
-            }
-        )
+        boundaries = {"valid": rule.boundaries["test"], "test": record.first_timestamp}
+        rule = rule.model_copy(update={"boundaries": boundaries})
     else:
         splits[record.append_to] = add_counts(splits[record.append_to], added)
     targets = sum(counts.targets for counts in splits.values())
+    counts = {
+        "interactions": targets,
+        "users": old.counts.users + record.new_users,
+        "items": old.counts.items + record.new_items,
+        "splits": splits,
+    }
     return old.model_copy(
         update={
-            "counts": old.counts.model_copy(
-                update={
-                    "interactions": targets,
-                    "users": old.counts.users + record.new_users,
-                    "items": old.counts.items + record.new_items,
-                    "splits": splits,
-                }
-            ),
+            "counts": old.counts.model_copy(update=counts),
             "label_rate": sum(counts.clicks for counts in splits.values()) / targets,
             "split": rule,
             # Of targets that were, and the new ones' probabilities are unknown.

@@ -10,7 +10,6 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
 from dti_dist.data import storage
 from dti_dist.data.prepare.build import FileScan, Source
@@ -206,13 +205,7 @@ def _expand(connection: duckdb.DuckDBPyConnection, path: str) -> list[str]:
     """The files that a file, folder, glob or URL stands for, sorted. Hidden ones and those that
     begin with an underscore, such as Spark's _SUCCESS, are no data."""
     fs, inner = storage.filesystem(path)
-    if isinstance(fs, LocalFileSystem):
-        prefix = ""
-    else:
-        protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-        prefix = f"{protocol}://"
-        if not connection.filesystem_is_registered(protocol):
-            connection.register_filesystem(fs)
+    storage.register(connection, path)
     if fs.isdir(inner):
         found = [
             file
@@ -225,18 +218,18 @@ def _expand(connection: duckdb.DuckDBPyConnection, path: str) -> list[str]:
     elif fs.isfile(inner):
         found = [inner]
     else:
-        found = [file for file in fs.glob(inner) if fs.isfile(file)] if _is_glob(inner) else []
+        is_glob = any(character in inner for character in "*?[")
+        found = [file for file in fs.glob(inner) if fs.isfile(file)] if is_glob else []
     if not found:
         endings = ", ".join(_FORMATS)
         raise UserError(
             f"{path}: expected a file, a folder or a glob of files ({endings}); found nothing "
             "there. Check the path."
         )
-    return [f"{prefix}{file.lstrip('/') if prefix else file}" for file in sorted(found)]
-
-
-def _is_glob(path: str) -> bool:
-    return any(character in path for character in "*?[")
+    if storage.is_local(path):
+        return sorted(found)
+    scheme = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+    return [f"{scheme}://{file.lstrip('/')}" for file in sorted(found)]
 
 
 def _kind(file: str, default: str | None = "unknown") -> str | None:

@@ -22,7 +22,7 @@ from dti_dist.data.prepare.build import Source
 from dti_dist.data.prepare.label import label_expression
 from dti_dist.errors import UserError
 from dti_dist.files import replacing
-from dti_dist.sql import Workspace
+from dti_dist.sql import Workspace, literal
 
 DOWNLOADS = {
     "100k": "ml-100k.zip",
@@ -127,12 +127,11 @@ def read_movielens(workspace: Workspace, path: str, label: str = DEFAULT_LABEL) 
     connection.register(
         "movielens_items", pa.table(columns, names=["source_id", "title", "genres"])
     )
-    ratings = str(folder / found.ratings).replace("'", "''")
     return Source(
         name=_name(origin),
         events=(
             f"SELECT user_id, item_id, timestamp * 1000000 AS time_us, {expression} AS label "
-            f"FROM read_csv('{ratings}', {found.ratings_csv})"
+            f"FROM read_csv({literal(str(folder / found.ratings))}, {found.ratings_csv})"
         ),
         items="SELECT * FROM movielens_items",
         text_columns=["title", "genres"],

@@ -366,8 +366,7 @@ def _read(
             row = number << _ROW_BITS
             connection = duckdb.connect(config={"threads": 1, "memory_limit": "1GB"})
             connection.execute(SET_UTC)
-            if not storage.is_local(file):
-                connection.register_filesystem(storage.filesystem(file)[0])
+            storage.register(connection, file)
             with sql_errors(doing):
                 select = query.replace("{}", scan.query((file,)), 1)
                 for found in stream(connection, select, _ROWS_AT_A_TIME):

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from dti_dist.console import progress
 from dti_dist.data.prepare.build import Source
 from dti_dist.errors import UserError
-from dti_dist.sql import Workspace
+from dti_dist.sql import Workspace, literal
 
 CATEGORIES = ("boots", "lamp", "guitar", "kettle", "novel", "tent", "watch", "chair")
 COLOURS = ("red", "blue", "green", "black", "white", "grey")
@@ -86,12 +86,11 @@ def read_synthetic(
             bar.advance(len(table))
     if parquet:
         parquet.close()
-    path = str(events).replace("'", "''")
     return Source(
         name="synthetic",
         events=(
             "SELECT 'u' || \"user\" AS user_id, 'i' || item AS item_id, time_us, label, "
-            f"probability FROM read_parquet('{path}')"
+            f"probability FROM read_parquet({literal(str(events))})"
         ),
         items="SELECT * FROM synthetic_items",
         text_columns=["title", "details"],

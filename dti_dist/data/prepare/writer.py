@@ -22,6 +22,7 @@ from dti_dist.data.dataset import (
     SplitCounts,
     item_schema,
 )
+from dti_dist.data.prepare.split import positions
 
 
 class DatasetWriter:
@@ -129,12 +130,7 @@ def sequence_lengths(batch: pa.RecordBatch) -> np.ndarray:
 def count_targets(batch: pa.RecordBatch) -> SplitCounts:
     """What SplitCounts says of a batch of SEQUENCE_SCHEMA that has at least one row."""
     lengths = sequence_lengths(batch)
-    first = np.cumsum(lengths) - lengths + np.asarray(batch["target_start"])
-    # +1 where a sequence's targets begin, -1 where they end; the sum is 1 on targets.
-    edges = np.zeros(lengths.sum() + 1, dtype=np.int64)
-    np.add.at(edges, first, 1)
-    np.add.at(edges, np.cumsum(lengths), -1)
-    is_target = np.cumsum(edges)[:-1] > 0
+    is_target = positions(lengths) >= np.repeat(np.asarray(batch["target_start"]), lengths)
     timestamps = np.asarray(batch["timestamps"].flatten())[is_target]
     return SplitCounts(
         rows=len(batch),
@@ -150,13 +146,11 @@ def add_counts(one: SplitCounts, other: SplitCounts) -> SplitCounts:
     """The counts of both together."""
     firsts = [c.first_timestamp for c in (one, other) if c.first_timestamp is not None]
     lasts = [c.last_timestamp for c in (one, other) if c.last_timestamp is not None]
+    sums = ("rows", "interactions", "targets", "clicks")
     return SplitCounts(
-        rows=one.rows + other.rows,
-        interactions=one.interactions + other.interactions,
-        targets=one.targets + other.targets,
-        clicks=one.clicks + other.clicks,
         first_timestamp=min(firsts, default=None),
         last_timestamp=max(lasts, default=None),
+        **{name: getattr(one, name) + getattr(other, name) for name in sums},
     )
 
 
