@@ -333,3 +333,15 @@ def test_no_files_import_each_other_in_a_circle():
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"a circle of imports: {error.args[1]}")
+
+
+def test_the_path_of_a_batch_goes_in_one_direction():
+    """The files that CONTRIBUTING.md lists, in order: none imports a later one."""
+    (path,) = re.findall(
+        r"^### The path of a batch\n(.*?)^#", text(ROOT / "CONTRIBUTING.md"), re.M | re.S
+    )
+    files = re.findall(r"`(dti_dist/[\w/]+\.py)`", path)
+    modules = [file.removesuffix(".py").replace("/", ".") for file in files]
+    assert len(modules) > 10
+    for at, module in enumerate(modules):
+        assert not set(imports(MODULES[module])) & set(modules[at + 1 :]), module
