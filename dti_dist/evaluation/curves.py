@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import duckdb
@@ -72,7 +73,7 @@ def roc(groups: Groups) -> list[tuple[float, float]]:
     return list(zip(*shares, strict=True))
 
 
-def is_skewed(bins: list[dict[str, Any]]) -> bool:
+def is_skewed(bins: Sequence[dict[str, Any]]) -> bool:
     """Whether reliability bins want logarithmic axes: half the predictions lie below a quarter of
     the highest."""
     means = [entry["mean_prediction"] for entry in bins]

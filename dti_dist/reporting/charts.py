@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dti_dist.evaluation.curves import is_skewed
 from dti_dist.reporting.words import plural, short, value_words
 
 Values = npt.NDArray[np.float64]
-Bin = tuple[float, float, float, float]  # mean prediction, label rate, and its interval's ends
-Labels = Callable[[Sequence[float]], list[str]]
 
 BOX = 1000.0
 MOST_POINTS = 1000  # of a path: more than a screen has columns
 _TICKS = 4
 _ROOM = 0.06  # above and below the curves, as a share of their range
 _FAR = 2.0  # beyond so many ranges of the middle 98 % a value is cut off, so that the rest is seen
-_SKEWED = 4.0  # times the median prediction is less than the greatest of a bin
 _LABEL_WIDTH, _LABEL_HEIGHT = 20.0, 9.0  # of a name, percent of a chart
 
 
@@ -53,6 +52,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Tick:
+    """A number beside an axis, percent from its beginning."""
+
     percent: float
     label: str
 
@@ -69,10 +70,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a page needs to draw a chart; percentages are from the left and from the top.
+    """What a page needs to draw a chart.
 
     Attributes:
-        marks: of vertical lines, percent.
+        marks: of vertical lines, percent from the left.
         above, below: where values are off the scale, percent from the left.
         notes: for people, below the chart.
         description: in words, for those who can't see it.
@@ -86,11 +87,11 @@ class Chart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     drawn: list[Drawn]
-    marks: list[float]
-    above: list[float]
-    below: list[float]
     notes: list[str]
     description: str
+    marks: list[float] = field(default_factory=list)
+    above: list[float] = field(default_factory=list)
+    below: list[float] = field(default_factory=list)
     shape: str = "wide"
 
 
@@ -98,25 +99,23 @@ def draw(
     title: str,
     y_label: str,
     series: Sequence[Series],
-    x_label: str = "targets seen",
     from_zero: bool = False,
+    over_time: bool = False,
     marks: Sequence[float] = (),
     notes: Sequence[str] = (),
-    x_ticks: Labels | None = None,
 ) -> Chart | None:
     """A chart of the series that have a value; None where none has.
 
     Args:
         from_zero: whether the vertical axis starts there.
+        over_time: whether x is seconds of training, or else targets seen.
         marks: where vertical lines stand, in units of x.
-        x_ticks: labels of the horizontal axis; numbers by default.
     """
     series = [one for one in series if np.isfinite(one.x + one.y).any()]
     if not series:
         return None
     x_range = (0.0, max(float(np.nanmax(one.x)) for one in series) or 1.0)
     least, most, low, high = _heights(series, from_zero)
-    y_range = low, high
     logged = [one for one in series if one.kind == "faint"] or series  # not their mean as well
     above = [place for one in logged for place in one.x[one.y > high].tolist()]
     below = [place for one in logged for place in one.x[one.y < low].tolist()]
@@ -125,35 +124,37 @@ def draw(
                               ("▼", below, f"least {value_words(least)}")):  # fmt: skip
         if places:
             notes.append(f"{sign} {plural(len(places), 'value')} beyond the axis, {far}")
-    drawn = [_draw(one, x_range, y_range) for one in series]
     return Chart(
         title=title,
-        x_label=x_label,
+        x_label="time of training" if over_time else "targets seen",
         y_label=y_label,
         x_range=x_range,
-        y_range=y_range,
-        x_ticks=_ticks(x_range, x_ticks or tick_labels),
-        y_ticks=[Tick(100 - tick.percent, tick.label) for tick in _ticks(y_range, tick_labels)],
-        drawn=_name_ends(drawn),
-        marks=[100 * _share(mark, x_range) for mark in marks if x_range[0] < mark < x_range[1]],
-        above=_apart([100 * _share(place, x_range) for place in above]),
-        below=_apart([100 * _share(place, x_range) for place in below]),
+        y_range=(low, high),
+        x_ticks=_ticks(x_range, seconds=over_time),
+        y_ticks=_ticks((low, high)),
+        drawn=_name_ends([_draw(one, x_range, (low, high)) for one in series]),
         notes=notes,
         description=_description(series),
+        marks=[100 * _share(mark, x_range) for mark in marks if x_range[0] < mark < x_range[1]],
+        above=distinct(100 * _share(np.array(above), x_range)),
+        below=distinct(100 * _share(np.array(below), x_range)),
     )
 
 
-def draw_calibration(bins: Sequence[Bin]) -> Chart:
-    """The reliability diagram; an interval may be not a number.
-
-    The axes are logarithmic where most predictions are small beside the greatest.
-    """
-    values = np.array(bins, dtype=np.float64)
-    predicted, rate = values[:, 0], values[:, 1]
-    positive = values[values > 0]
-    logarithmic = bool(len(positive) and _SKEWED * np.median(predicted) < predicted.max())
+def draw_calibration(bins: Sequence[dict[str, Any]]) -> Chart:
+    """The reliability diagram of an evaluation's bins, each with a mean_prediction and a label_rate
+    that are numbers; an interval may be missing."""
+    values = np.array(
+        [
+            [b["mean_prediction"], b["label_rate"], *(b.get("interval") or (math.nan, math.nan))]
+            for b in bins
+        ],
+        dtype=np.float64,
+    )
+    description = ", ".join(f"{p:.3g}: {r:.3g}" for p, r in values[:, :2])
+    logarithmic = is_skewed(bins)
     if logarithmic:
-        values = np.log10(np.maximum(values, positive.min() / 2))  # there is no zero
+        values = np.log10(np.maximum(values, values[values > 0].min() / 2))  # there is no zero
     least, most = float(np.nanmin(values)), float(np.nanmax(values))
     room = max((most - least) * _ROOM, 1e-3)
     both = (least - room, most + room)
@@ -167,7 +168,7 @@ def draw_calibration(bins: Sequence[Bin]) -> Chart:
         Series(f"1/{len(bins)} of the targets each", x, y, 0, "dots"),
     ]
     series = [one for one in series if np.isfinite(one.y).any()]
-    ticks = _logarithmic_ticks(both) if logarithmic else _ticks(both, tick_labels)
+    ticks = _logarithmic_ticks(both) if logarithmic else _ticks(both)
     with_bars = len(series) > 2
     return Chart(
         title="Reliability",
@@ -176,16 +177,17 @@ def draw_calibration(bins: Sequence[Bin]) -> Chart:
         x_range=both,
         y_range=both,
         x_ticks=ticks,
-        y_ticks=[Tick(100 - tick.percent, tick.label) for tick in ticks],
+        y_ticks=ticks,
         drawn=[_draw(one, both, both) for one in series],
-        marks=[],
-        above=[],
-        below=[],
         notes=["Bars: 95 % over users."] * with_bars + ["Logarithmic axes."] * logarithmic,
-        description="Label rate over mean prediction: "
-        + ", ".join(f"{p:.3g}: {r:.3g}" for p, r in zip(predicted, rate, strict=True)),
+        description=f"Label rate over mean prediction: {description}",
         shape="square",
     )
+
+
+def distinct(places: Values) -> list[float]:
+    """Places in percent, without those that can't be told apart."""
+    return sorted({round(float(place) * 2) / 2 for place in places})
 
 
 def thinned(x: Values, y: Values, limit: int = MOST_POINTS) -> tuple[Values, Values]:
@@ -246,13 +248,6 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     return [f"{value:,.{decimals}f}" for value in values]
 
 
-def duration_labels(values: Sequence[float]) -> list[str]:
-    """Of seconds, in one unit."""
-    largest = max(values, default=0.0)
-    size, unit = next(((size, unit) for size, unit in _UNITS if largest >= 2 * size), (1.0, "s"))
-    return [f"{label} {unit}" for label in tick_labels([value / size for value in values])]
-
-
 _UNITS = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -274,25 +269,17 @@ def _heights(series: Sequence[Series], from_zero: bool) -> tuple[float, float, f
     return least, most, low if from_zero else low - room, high + room
 
 
-def _apart(places: Sequence[float], least: float = 1.0) -> list[float]:
-    """Of places nearer to each other than can be seen, one."""
-    kept: list[float] = []
-    for place in sorted(places):
-        if not kept or place - kept[-1] >= least:
-            kept.append(place)
-    return kept
-
-
-def _ticks(ends: tuple[float, float], labels: Labels) -> list[Tick]:
-    """Round numbers between the ends; of times in the unit that they are told in."""
+def _ticks(ends: tuple[float, float], seconds: bool = False) -> list[Tick]:
+    """Round numbers between the ends; seconds in the unit that suits them."""
     low, high = ends
-    unit = 1.0
-    if labels is duration_labels:
-        unit = next((size for size, _ in _UNITS if high >= 2 * size), 1.0)
-    values = [value * unit for value in _round_numbers(low / unit, high / unit)]
+    unit, name = 1.0, ""
+    if seconds:
+        unit, name = next((one for one in _UNITS if high >= 2 * one[0]), _UNITS[-1])
+        name = f" {name}"
+    values = _round_numbers(low / unit, high / unit)
     return [
-        Tick(round(100 * _share(value, ends), 2), label)
-        for value, label in zip(values, labels(values), strict=True)
+        Tick(round(100 * _share(value * unit, ends), 2), f"{label}{name}")
+        for value, label in zip(values, tick_labels(values), strict=True)
     ]
 
 
@@ -317,7 +304,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def _share(value: float, ends: tuple[float, float]) -> float:
+def _share(value: Any, ends: tuple[float, float]) -> Any:
     return (value - ends[0]) / (ends[1] - ends[0])
 
 
@@ -350,7 +337,7 @@ def _draw(series: Series, x_range: tuple[float, float], y_range: tuple[float, fl
 
 
 def _in_box(values: Values, ends: tuple[float, float], turned: bool = False) -> Values:
-    shares = (values - ends[0]) / (ends[1] - ends[0])
+    shares = _share(values, ends)
     return np.clip(BOX * (1 - shares if turned else shares), -BOX, 2 * BOX)
 
 

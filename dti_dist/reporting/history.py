@@ -119,6 +119,10 @@ class History:
         found = [line for line in self.lines if isinstance(line.get("valid"), dict)]
         return list({line["step"]: line for line in found}.values())
 
+    @property
+    def validation_steps(self) -> list[int]:
+        return [line["step"] for line in self.validations]
+
     @cached_property
     def steps(self) -> Values:
         return self.column("step")

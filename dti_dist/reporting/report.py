@@ -1,7 +1,7 @@
 """`dti-dist report`: one HTML file about a run, or about several beside each other.
 
-The page needs nothing outside itself, and its policy lets it load nothing. Whatever comes from a
-run is escaped by the template, and hidden where it is a credential.
+The page needs nothing outside itself, and its policy lets it load nothing. The template engine
+escapes every value and hides credentials in it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dti_dist.evaluation.labels import LABELS, prompt_name
 from dti_dist.files import replacing
 from dti_dist.redaction import redact
 from dti_dist.reporting import words
-from dti_dist.reporting.charts import Bin, Chart, draw_calibration
+from dti_dist.reporting.charts import Chart, draw_calibration
 from dti_dist.reporting.curves import curves
 from dti_dist.reporting.history import History, number
 
@@ -92,6 +92,7 @@ def page(runs: Sequence[History], picture: bytes | None = None) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: redact(value) if type(value) is str else value,
     )
     script = (_PAGE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -107,7 +108,7 @@ def page(runs: Sequence[History], picture: bytes | None = None) -> str:
     if len(runs) > 1:
         template = environment.get_template("comparison.html")
         return template.render(common, **_comparison(runs))
-    data = None if picture is None else base64.b64encode(picture).decode()
+    data = None if picture is None else Markup(base64.b64encode(picture).decode())
     return environment.get_template("run.html").render(common, picture=data, **_one(runs[0]))
 
 
@@ -147,7 +148,7 @@ def _what(run: History) -> str:
     sizes = f" ({words.short(parameters)} parameters)" if isinstance(parameters, int) else ""
     lora = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
     paradigm = "DTI" if sample.paradigm == "dti" else "sliding window"
-    return redact(
+    return (
         f"{name}{sizes}{lora} on {_data_name(run)}: {paradigm}, n = {sample.context}, "
         f"k = {sample.k}; policy {attention.policy}, positions {attention.positions}, head "
         f"{model.head}"
@@ -192,7 +193,7 @@ def _warnings(run: History) -> list[str]:
     """What a reader should know before the figures."""
     found = []
     if run.state.kind in ("failed", "lost") and run.state.why:
-        found.append(redact(f"The run {run.state.words}: {run.state.why}"))
+        found.append(f"The run {run.state.words}: {run.state.why}")
     counts = {kind: sum(event.kind == kind for event in run.events) for kind in _KINDS}
     if counts["left_out"]:
         steps = words.plural(counts["left_out"], "step")
@@ -216,7 +217,7 @@ def _events(run: History) -> list[dict[str, str]]:
             "after": words.duration(event.seconds),
             "kind": event.kind,
             "name": _KINDS[event.kind],
-            "words": redact(event.words),
+            "words": event.words,
         }
         for event in run.events[:_MOST_EVENTS]
     ]
@@ -247,7 +248,7 @@ def _evaluation_table(run: History) -> dict[str, Any] | None:
         ways = [_shown(_way_to_ceiling(figures), "{:.1%}") for figures in run.evaluations]
         rows += [("AUC's ceiling", ceilings), ("of the way from 0.5 to it", list(map(Cell, ways)))]
     checkpoints = [str(figures.get("checkpoint", words.NONE)) for figures in run.evaluations]
-    rows.append(("checkpoint", [Cell(redact(name)) for name in checkpoints]))
+    rows.append(("checkpoint", list(map(Cell, checkpoints))))
     return {"heads": [_evaluation_name(figures) for figures in run.evaluations], "rows": rows}
 
 
@@ -264,7 +265,7 @@ def _metric_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, list[
 def _evaluation_name(figures: dict[str, Any]) -> str:
     limit = figures.get("max_targets")
     first = f", first {limit:,} targets" if isinstance(limit, int) else ""
-    return redact(f"{figures['split']}, {prompt_name(figures)}{first}")
+    return f"{figures['split']}, {prompt_name(figures)}{first}"
 
 
 def _metric(figures: dict[str, Any], key: str) -> Cell:
@@ -293,17 +294,21 @@ def _shown(value: Any, form: str) -> str:
 def _calibrations(run: History) -> list[tuple[str, Chart]]:
     charts = []
     for figures in run.evaluations:
-        bins: list[Bin] = []
-        for entry in figures.get("reliability") or []:
-            if isinstance(entry, dict):
-                low, high = entry.get("interval") or (None, None)
-                found = (entry.get("mean_prediction"), entry.get("label_rate"), low, high)
-                predicted, rate, low, high = map(number, found)
-                bins.append((predicted, rate, low, high))
-        bins = [entry for entry in bins if math.isfinite(entry[0] + entry[1])]
+        bins = [_bin(entry) for entry in figures.get("reliability") or []]
+        bins = [one for one in bins if math.isfinite(one["mean_prediction"] + one["label_rate"])]
         if bins:
             charts.append((_evaluation_name(figures), draw_calibration(bins)))
     return charts
+
+
+def _bin(entry: Any) -> dict[str, Any]:
+    """A bin as `dti-dist evaluate` writes it; what is no number in the file is nan."""
+    found = entry if isinstance(entry, dict) else {}
+    return {
+        "mean_prediction": number(found.get("mean_prediction")),
+        "label_rate": number(found.get("label_rate")),
+        "interval": [number(end) for end in found.get("interval") or (None, None)],
+    }
 
 
 def _slice_tables(run: History) -> Iterable[dict[str, Any]]:
@@ -352,7 +357,7 @@ def _jobs(run: History) -> list[dict[str, str]]:
 def _data_facts(run: History) -> list[tuple[str, str]]:
     found = run.dataset
     counts = found.get("counts")
-    facts = [("data set", redact(_data_name(run)))]
+    facts = [("data set", _data_name(run))]
     if isinstance(counts, dict):
         for name in ("users", "items", "interactions"):
             facts.append((name, words.count(counts.get(name))))
@@ -362,7 +367,7 @@ def _data_facts(run: History) -> list[tuple[str, str]]:
     if math.isfinite(rate):
         facts.append(("label rate", f"{rate:.4f}"))
     if "created_by" in found:
-        facts.append(("prepared by", redact(str(found["created_by"]))))
+        facts.append(("prepared by", str(found["created_by"])))
     return facts
 
 
@@ -384,7 +389,7 @@ def _commands(run: History) -> list[str]:
         f"--prompt {shlex.quote(str(figures['prompt']))}"
         for figures in run.evaluations
     ]
-    return [redact(line) for line in lines]
+    return lines
 
 
 # -- settings
@@ -431,8 +436,8 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return redact(repr(value) if value != value.strip() or not value else value)
-    return redact(f"{value:g}" if isinstance(value, float) else str(value))
+        return repr(value) if value != value.strip() or not value else value
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # -- several runs
@@ -507,7 +512,7 @@ def _evaluations_beside(runs: Sequence[History]) -> list[dict[str, Any]]:
         targets = {figures["targets"] for figures in found if "targets" in figures}
         tables.append(
             {
-                "name": redact(f"{split}, {prompt_name({'prompt': prompt})}"),
+                "name": f"{split}, {prompt_name({'prompt': prompt})}",
                 "rows": _metric_rows(found),
                 "unequal": len(targets) > 1,
             }

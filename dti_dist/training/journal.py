@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dti_dist.console import say
 from dti_dist.files import replacing
 from dti_dist.redaction import redact
+from dti_dist.runs.metrics_log import how_ended, last_step, read_lines
 from dti_dist.training.job import Job
 from dti_dist.training.progress import Progress
 from dti_dist.training.step import Step
@@ -155,15 +156,14 @@ def _drop_later_lines(path: Path, step: int) -> dict[str, Any]:
         ``last_step`` that an earlier job logged, and, where it said so, how it ``ended``; empty for
         the first job.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+    lines, _ = read_lines(path)
     with replacing(path) as staging:
-        staging.write_text("".join(f"{line}\n" for line, entry in found if entry["step"] <= step))
-    if not found:
-        return {}
-    last = found[-1][1]
-    ended = {"ended": last["ended"]} if "ended" in last else {}
-    return {"last_step": max(entry["step"] for _, entry in found), **ended}
+        staging.write_text("".join(json.dumps(e) + "\n" for e in lines if e["step"] <= step))
+    ended = how_ended(lines)
+    return {
+        **({"last_step": last_step(lines)} if lines else {}),
+        **({"ended": ended} if ended else {}),
+    }
 
 
 class Interval:

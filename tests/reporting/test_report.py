@@ -275,7 +275,8 @@ def test_ticks_are_round_and_within_the_axis():
     assert charts.tick_labels([0.72, 0.74, 0.76]) == ["0.72", "0.74", "0.76"]
     assert charts.tick_labels([0, 50_000_000]) == ["0", "50M"]
     assert charts.tick_labels([0, 5e-5, 1e-4]) == ["0", "5e-5", "1e-4"]
-    assert charts.duration_labels([0, 7200, 14_400]) == ["0 h", "2 h", "4 h"]
+    hours = [tick.label for tick in charts._ticks((0, 28_800), seconds=True)]
+    assert hours == ["0 h", "2 h", "4 h", "6 h", "8 h"]
 
 
 def test_one_spike_does_not_flatten_a_curve_and_is_told():
@@ -298,11 +299,14 @@ def test_names_of_curves_that_end_together_lie_apart_and_inside():
 
 
 def test_small_probabilities_are_told_apart_in_the_reliability_diagram():
-    bins = [(p, p * 1.1, p, p * 1.3) for p in (0.001, 0.002, 0.004, 0.009, 0.05, 0.3)]
-    chart = charts.draw_calibration([*bins, (0.0005, 0.0, 0.0, math.nan)])
+    def a_bin(predicted, rate, interval=None):
+        return {"mean_prediction": predicted, "label_rate": rate, "interval": interval}
+
+    bins = [a_bin(p, p * 1.1, [p, p * 1.3]) for p in (0.001, 0.002, 0.004, 0.009, 0.05, 0.3)]
+    chart = charts.draw_calibration([a_bin(0.0005, 0.0, [0.0, math.nan]), *bins])
     assert "Logarithmic axes." in chart.notes
     assert [tick.label for tick in chart.x_ticks] == ["0.001", "0.01", "0.1"]
-    even = charts.draw_calibration([(p, p, math.nan, math.nan) for p in (0.2, 0.4, 0.6)])
+    even = charts.draw_calibration([a_bin(p, p) for p in (0.2, 0.4, 0.6)])
     assert even.notes == []
 
 
