@@ -100,11 +100,9 @@ def _around(values: Any, logarithmic: bool) -> tuple[float, float]:
 
 
 def _blank(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), facecolor=_PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

@@ -34,6 +34,7 @@ from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.sources import load_model_config
+from dti_dist.reporting.words import plural
 
 MOST_TARGETS = 12  # the rows and columns of more can't be told apart on a page
 _MOST_CONTEXT = 24  # interactions before the shown targets that get a line each
@@ -196,14 +197,14 @@ class PackView:
             f"pack {self.pack:,} of {self.packs:,} in the first epoch: {self.used_tokens:,} of "
             f"{self.length:,} tokens ({self.used_tokens / self.length:.1%}), "
             f"{self.used_slots:,} of {self.slots:,} [SUM] slots; "
-            f"{_count(len(self.sample_targets), 'sample')}, {_count(self.used_slots, 'target')}"
+            f"{plural(len(self.sample_targets), 'sample')}, {plural(self.used_slots, 'target')}"
         )
 
     @property
     def about_interactions(self) -> str:
         sizes = self.interaction_tokens
         return (
-            f"{_count(len(sizes), 'interaction')} of {_span(sizes)} tokens, mean "
+            f"{plural(len(sizes), 'interaction')} of {_span(sizes)} tokens, mean "
             f"{sizes.mean():.1f}; samples of {_span(self.sample_interactions)} interactions, "
             f"{_span(self.sample_targets)} targets, {_span(self.sample_tokens)} tokens"
         )
@@ -218,13 +219,13 @@ class PackView:
         return (
             f"sample {self.sample} of {len(self.sample_targets)}, from interaction {self.position} "
             f"of row {self.row} of train: {before_first} context interactions, "
-            f"{_count(targets, 'target')}; shown: {which} with what lies before"
+            f"{plural(targets, 'target')}; shown: {which} with what lies before"
         )
 
     @property
     def verdict(self) -> str:
         """What the composed masks of all layers say about these targets."""
-        through = f"through {'all ' * (self.layers > 1)}{_count(self.layers, 'layer')}"
+        through = f"through {'all ' * (self.layers > 1)}{plural(self.layers, 'layer')}"
         if self.outside:
             return f"BROKEN: {self.outside:,} pairs of tokens see what lies outside the picture."
         targets = range(len(self.targets))
@@ -266,8 +267,7 @@ def view_pack(
         )
     with Inputs.open_for_reading(config) as inputs:
         batch, packs = _read_pack(inputs, pack)
-        opened = _OpenedPack.of(inputs, batch)
-    return opened.view(pack, packs, sample, target, targets)
+        return _OpenedPack(inputs, batch).view(pack, packs, sample, target, targets)
 
 
 def _read_pack(inputs: Inputs, pack: int) -> tuple[Batch, int]:
@@ -283,11 +283,11 @@ def _read_pack(inputs: Inputs, pack: int) -> tuple[Batch, int]:
     return next(iter(stream)), packs
 
 
-@dataclass(frozen=True)
 class _OpenedPack:
     """A batch of one pack, in the order of its samples.
 
     Attributes:
+        length: of the body, with padding.
         tokens: [T] token ids of the samples end to end, then of the slots.
         unit: [T]; -1 for padding.
         units: how many units are used.
@@ -296,50 +296,26 @@ class _OpenedPack:
         slots: used ones.
     """
 
-    inputs: Inputs
-    batch: Batch
-    layout: PackLayout
-    tokens: npt.NDArray[np.int64]
-    unit: npt.NDArray[np.int64]
-    unit_start: npt.NDArray[np.int64]
-    units: int
-    first: npt.NDArray[np.int64]
-    stands: npt.NDArray[np.int64]
-    slots: int
-
-    @staticmethod
-    def of(inputs: Inputs, batch: Batch) -> _OpenedPack:
-        layout = batch.layout
+    def __init__(self, inputs: Inputs, batch: Batch):
+        self.inputs, self.batch = inputs, batch
+        layout = self.layout = batch.layout
+        self.length = layout.length
         tokens, unit = batch.tokens[0], layout.unit[0].long()
         if layout.shared is not None:
             body = tokens[layout.shared.source[0]]
             tokens = torch.cat([body, tokens[layout.body_length :]])
-        units = int(unit[: layout.length].max()) + 1
-        unit_start = layout.unit_start[0].long().numpy()
-        first = layout.unit_first[0, :units].long().numpy().copy()
+        self.tokens, self.unit = tokens.numpy(), unit.numpy()
+        self.unit_start = layout.unit_start[0].long().numpy()
+        self.units = int(unit[: layout.length].max()) + 1
+        self.first = layout.unit_first[0, : self.units].long().numpy().copy()
         if len(inputs.tokens.prefix):
-            first[layout.prefix_end[0, :units].numpy() == 0] = -1
-        stands = np.ones(units, dtype=np.int64)
+            self.first[layout.prefix_end[0, : self.units].numpy() == 0] = -1
+        self.stands = np.ones(self.units, dtype=np.int64)
         if layout.shared is not None:
-            text = layout.shared.source[0].numpy()[unit_start[:units]]
+            text = layout.shared.source[0].numpy()[self.unit_start[: self.units]]
             _, which, times = np.unique(text, return_inverse=True, return_counts=True)
-            stands = times[which]
-        return _OpenedPack(
-            inputs,
-            batch,
-            layout,
-            tokens.numpy(),
-            unit.numpy(),
-            unit_start,
-            units,
-            first,
-            stands,
-            int(batch.used[0].sum()),
-        )
-
-    @property
-    def length(self) -> int:
-        return self.layout.length
+            self.stands = times[which]
+        self.slots = int(batch.used[0].sum())
 
     def view(
         self, pack: int, packs: int, sample: int | None, target: int, targets: int
@@ -369,8 +345,7 @@ class _OpenedPack:
         ends = np.append(sample_start[1:], self.units)
         config = self.inputs.config
         model = load_model_config(config.model, self.inputs.vocabulary)
-        masks = self._masks(lines, cells, slots, model.num_hidden_layers)
-        place = int(starts[chosen])
+        first_in_sample = int(slot_unit[slots[0]]) - int(starts[chosen])
         return PackView(
             policy=config.attention.policy,
             n=config.sample.context,
@@ -388,14 +363,12 @@ class _OpenedPack:
             interaction_tokens=(self.unit_start[interactions + 1] - self.unit_start[interactions]),
             sample=chosen + 1,
             row=int(self.batch.target_row[0, slots[0]]),
-            position=int(self.batch.target_position[0, slots[0]])
-            - (int(slot_unit[slots[0]]) - place)
-            + 1,
+            position=int(self.batch.target_position[0, slots[0]]) - first_in_sample + 1,
             lines=lines,
             cells=cells,
             notes=self._notes(model.num_attention_heads),
             sharing=self._sharing(interactions),
-            **masks,
+            **self._masks(lines, cells, slots, model.num_hidden_layers),
         )
 
     def _lines(self, start: int, target_units: npt.NDArray[np.int64]) -> tuple[Line, ...]:
@@ -521,13 +494,13 @@ class _OpenedPack:
         body_sees, readout_sees = sees_prefix(config.attention.policy, prefix_length)
         if layout.shared is None:
             intervals = body_intervals(layout, w_body, body_sees)
-            body = dense_mask(_queries(intervals, body_places))
+            body = _mask_of(intervals, body_places)
         else:
             places = layout.shared.source[0].long()[body_places]
             intervals = shared_body_intervals(layout.shared, prefix_length)
-            body = self._in_sample_order(dense_mask(_queries(intervals, places)), body_places)
+            body = self._in_sample_order(_mask_of(intervals, places), body_places)
         readout = readout_intervals(layout, w_readout, readout_sees)
-        return layer_mask(body, dense_mask(_queries(readout, torch.from_numpy(slots))))[0]
+        return layer_mask(body, _mask_of(readout, torch.from_numpy(slots)))[0]
 
     def _in_sample_order(self, mask: Tensor, places: Tensor) -> Tensor:
         """A mask over a shared body as one over the samples.
@@ -564,7 +537,7 @@ class _OpenedPack:
             slopes = alibi_slopes(heads)
             notes.append(
                 "positions alibi: a score of [SUM] falls by slope × (tokens between), with slopes "
-                f"from {slopes[0]:.3g} to {slopes[-1]:.3g} over {_count(heads, 'head')}"
+                f"from {slopes[0]:.3g} to {slopes[-1]:.3g} over {plural(heads, 'head')}"
             )
         if attention.policy == "reset":
             forgetting = attention.forgetting
@@ -612,11 +585,10 @@ def _spans(
     ]
 
 
-def _queries(intervals: VisibleIntervals, queries: Tensor) -> VisibleIntervals:
-    """The intervals of some queries of all packs."""
-    return replace(
-        intervals, start=intervals.start[:, :, queries], end=intervals.end[:, :, queries]
-    )
+def _mask_of(intervals: VisibleIntervals, queries: Tensor) -> Tensor:
+    """bool [B, queries, keys]: what some queries see."""
+    start, end = intervals.start[:, :, queries], intervals.end[:, :, queries]
+    return dense_mask(replace(intervals, start=start, end=end))
 
 
 def _shares(seen: Tensor, parts: Tensor) -> Shares:
@@ -642,10 +614,6 @@ def _ranges_of(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _span(values: npt.NDArray[np.int64]) -> str:
@@ -674,7 +642,7 @@ def text(view: PackView) -> str:
     name_width = max(len(line.name) for line in view.lines)
     for line in view.lines:
         if not line.tokens:
-            words = f"… {_count(line.last - line.first + 1, 'interaction')} …"
+            words = f"… {plural(line.last - line.first + 1, 'interaction')} …"
         else:
             summed = ["[SUM]"] if line.role == "target" else []
             label = [line.label] if line.label else []
@@ -686,7 +654,7 @@ def text(view: PackView) -> str:
 
 def about_sharing(sharing: Sharing) -> str:
     return (
-        f"{_count(sharing.interactions, 'interaction')} of {_count(sharing.texts, 'text')}, each "
+        f"{plural(sharing.interactions, 'interaction')} of {plural(sharing.texts, 'text')}, each "
         f"computed once: {sharing.end_to_end:,} tokens end to end, {sharing.computed:,} computed "
         f"({sharing.computed / sharing.end_to_end:.1%})"
     )

@@ -65,13 +65,14 @@ def check_picture(out: str) -> Path:
 
 def draw(view: PackView, path: Path) -> None:
     """Draw the view and write it, over an older picture if there is one."""
-    page = _Page.blank(_height(view))
+    page = _Page()
     with warnings.catch_warnings():
         # Scripts that the font lacks are drawn as boxes; the terminal shows them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         _draw_heading(page, view)
         _draw_prompt(page, view)
         _draw_masks(page, view)
+        page.set_height(page.y + _MARGIN)
         try:
             page.figure.savefig(path, dpi=_DPI, format="png")
         except OSError as error:
@@ -81,26 +82,20 @@ def draw(view: PackView, path: Path) -> None:
             ) from error
 
 
-@dataclass
 class _Page:
     """A figure with one axes in inches from its upper left corner; `y` is where to go on."""
 
-    figure: Any
-    axes: Any
-    height: float
-    y: float = _MARGIN
-
-    @staticmethod
-    def blank(height: float) -> _Page:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    def __init__(self) -> None:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(_WIDTH, height), facecolor=_PAPER)
-        FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
-        axes.axis("off")
-        return _Page(figure, axes, height)
+        self.y = _MARGIN
+        self.figure = Figure(facecolor=_PAPER)
+        self.axes: Any = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.axis("off")
+
+    def set_height(self, height: float) -> None:
+        self.figure.set_size_inches(_WIDTH, height)
+        self.axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
 
     def text(self, x: float, y: float, words: str, size: float = _FONT, **more: Any) -> None:
         # A title may hold a $, which is no formula.
@@ -116,13 +111,9 @@ class _Page:
         self.axes.plot([x], [y], "x", ms=size, mew=max(size / 4, 0.8), color=colour)
 
     def paragraph(self, words: str, size: float = _FONT, **more: Any) -> None:
-        for line in _wrapped(words):
+        for line in textwrap.wrap(words, 165):
             self.text(_MARGIN, self.y, line, size, **more)
             self.y += _LINE
-
-
-def _wrapped(words: str) -> list[str]:
-    return textwrap.wrap(words, 165)
 
 
 def _about(view: PackView) -> list[str]:
@@ -152,7 +143,8 @@ def _draw_prompt(page: _Page, view: PackView) -> None:
     )
     targets = view.targets
     width = min(0.62, (_WIDTH - _MARGIN - reads_at) / len(targets))
-    page.text(reads_at, page.y - 0.22, _about_reads(view), color=_FAINT)
+    weighed = ", and with what weight" if view.policy == "reset" else ""
+    page.text(reads_at, page.y - 0.22, f"read by the [SUM] of{weighed}", color=_FAINT)
     for nth, target in enumerate(targets):
         x = reads_at + (nth + 0.5) * width
         page.text(x, page.y, target.name, ha="center", weight="bold")
@@ -164,7 +156,8 @@ def _draw_prompt(page: _Page, view: PackView) -> None:
         y = top + number * _LINE
         middle = y + _LINE / 2
         page.text(_MARGIN + 0.45, middle, line.name if line.first else "", ha="right")
-        page.text(_MARGIN + 0.58, middle, _role(line), 8, color=_FAINT)
+        role = "older than n" if line.role == "older" else line.role
+        page.text(_MARGIN + 0.58, middle, role, 8, color=_FAINT)
         _draw_tokens(page, line, y)
         if view.sharing is not None and line.tokens and line.first:
             weight = "bold" if line.stands > 1 else "normal"
@@ -173,15 +166,6 @@ def _draw_prompt(page: _Page, view: PackView) -> None:
             x = reads_at + nth * width + 0.06
             _draw_read(page, view, nth, number, x, y, width - 0.12)
     page.y = top + len(view.lines) * _LINE
-
-
-def _about_reads(view: PackView) -> str:
-    weighed = ", and with what weight" if view.policy == "reset" else ""
-    return f"read by the [SUM] of{weighed}"
-
-
-def _role(line: Line) -> str:
-    return {"older": "older than n", "prefix": "prefix"}.get(line.role, line.role)
 
 
 def _tokens_end(line: Line) -> float:
@@ -203,14 +187,8 @@ def _draw_tokens(page: _Page, line: Line, y: float) -> None:
     for word, kind in [*_fitting(line.tokens, room), *tail]:
         w = _width(word)
         page.box(x, y + 0.02, w, _LINE - 0.04, _KIND[kind] if kind != "more" else _PAPER)
-        page.text(
-            x + w / 2,
-            y + _LINE / 2,
-            word,
-            ha="center",
-            family="monospace",
-            color=_PAPER if kind == "label" else _INK,
-        )
+        ink = _PAPER if kind == "label" else _INK
+        page.text(x + w / 2, y + _LINE / 2, word, ha="center", family="monospace", color=ink)
         x += w + 0.03
 
 
@@ -241,37 +219,6 @@ def _draw_read(
         page.cross(x + width / 2, y + _LINE / 2, 6, _PAPER)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Where the mask panels lie."""
-
-    columns: int
-    panel: float
-    pitch: float
-
-    @staticmethod
-    def of(view: PackView) -> _Grid:
-        panels = len(view.groups) + 1
-        columns = panels if panels < 4 else 4
-        pitch = (_WIDTH - 2 * _MARGIN) / max(columns, 2)
-        return _Grid(columns, min(pitch - 0.75, _LARGEST_PANEL), pitch)
-
-    def rows(self, view: PackView) -> int:
-        return -(-(len(view.groups) + 1) // self.columns)
-
-    @property
-    def row_height(self) -> float:
-        return self.panel + 1.0
-
-
-def _height(view: PackView) -> float:
-    heading = 0.38 + _LINE * sum(len(_wrapped(words)) for words in [view.verdict, *_about(view)])
-    prompt = 0.55 + len(view.lines) * _LINE
-    grid = _Grid.of(view)
-    masks = 0.8 + grid.rows(view) * grid.row_height
-    return 2 * _MARGIN + heading + prompt + masks
-
-
 def _draw_masks(page: _Page, view: PackView) -> None:
     page.y += 0.4
     page.text(_MARGIN, page.y, "Who sees whom", 12, weight="bold")
@@ -280,20 +227,23 @@ def _draw_masks(page: _Page, view: PackView) -> None:
     page.y += 0.27
     _draw_legend(page, view)
     page.y += 0.35
-    grid = _Grid.of(view)
     panels = [
         (group.name, f"w_body {group.body}, w_sum {group.readout}", group.seen, False)
         for group in view.groups
     ]
     through = "through all layers" if view.layers > 1 else "through the layer"
     panels.append((through, "what reaches whom", view.reached, True))
+    columns = min(len(panels), 4)
+    pitch = (_WIDTH - 2 * _MARGIN) / columns
+    size = min(pitch - 0.75, _LARGEST_PANEL)
     for at, (name, detail, shares, mark_older) in enumerate(panels):
-        x = _MARGIN + 0.45 + (at % grid.columns) * grid.pitch
-        y = page.y + (at // grid.columns) * grid.row_height
-        page.text(x, y, _cut(name, 26), 10, weight="bold")
-        page.text(x, y + 0.19, detail, 8.5, color=_FAINT)
-        _draw_panel(page, view, x, y + 0.56, grid.panel, shares, mark_older)
-    page.y += grid.rows(view) * grid.row_height
+        if at and at % columns == 0:
+            page.y += size + 1.0
+        x = _MARGIN + 0.45 + (at % columns) * pitch
+        page.text(x, page.y, _cut(name, 26), 10, weight="bold")
+        page.text(x, page.y + 0.19, detail, 8.5, color=_FAINT)
+        _draw_panel(page, view, x, page.y + 0.56, size, shares, mark_older)
+    page.y += size + 0.78
 
 
 def _draw_legend(page: _Page, view: PackView) -> None:
@@ -343,6 +293,8 @@ def _draw_panel(
     page: _Page, view: PackView, x: float, y: float, size: float, shares: Shares, mark_older: bool
 ) -> None:
     """One mask, its upper left corner at (x, y)."""
+    from matplotlib.collections import PolyCollection
+
     cells = view.cells
     scale = _Scale.of(cells, size)
     start, end = scale.start, scale.end
@@ -350,18 +302,18 @@ def _draw_panel(
     for top, bottom in [(0.0, end[tail - 1]), (start[tail], end[-1])]:
         for left, right in [(0.0, end[tail - 1]), (start[tail], end[-1])]:
             page.box(x + left, y + top, right - left, bottom - top, _EMPTY)
-    boxes: list[tuple[float, float, float, float]] = []
-    colours: list[tuple[float, ...]] = []
+    boxes, colours = [], []
     for row, column in np.argwhere(shares > 0).tolist():
         leaked = mark_older and view.older[row, column]
         colour = _LEAK if leaked else _SUM if cells[row].kind == "sum" else _BODY
-        boxes.append((x + start[column], y + start[row], x + end[column], y + end[row]))
+        left, top = x + start[column], y + start[row]
+        w, h = end[column] - start[column], end[row] - start[row]
+        right, bottom = x + end[column] - scale.gap, y + end[row] - scale.gap
+        boxes.append([(left, top), (right, top), (right, bottom), (left, bottom)])
         colours.append(_mixed(colour, 0.35 + 0.65 * shares[row, column]))
         if leaked:
-            w, h = end[column] - start[column], end[row] - start[row]
-            middle = x + start[column] + w / 2, y + start[row] + h / 2
-            page.cross(*middle, min(min(w, h) * 72 * 0.45, 6), _PAPER)
-    _add_boxes(page, boxes, scale.gap, colours)
+            page.cross(left + w / 2, top + h / 2, min(min(w, h) * 72 * 0.45, 6), _PAPER)
+    page.axes.add_collection(PolyCollection(boxes, facecolors=colours, linewidths=0))
     _draw_edges(page, cells, view.lines, scale, x, y)
 
 
@@ -415,22 +367,6 @@ def _groups(cells: tuple[Cell, ...]) -> Iterator[list[int]]:
                 group = []
         group.append(index)
     yield group
-
-
-def _add_boxes(
-    page: _Page,
-    boxes: list[tuple[float, float, float, float]],
-    gap: float,
-    colours: list[tuple[float, ...]],
-) -> None:
-    """Many boxes at once: left, top, right and bottom of each, the gap taken off."""
-    from matplotlib.collections import PolyCollection
-
-    shapes = [
-        [(left, top), (right - gap, top), (right - gap, bottom - gap), (left, bottom - gap)]
-        for left, top, right, bottom in boxes
-    ]
-    page.axes.add_collection(PolyCollection(shapes, facecolors=colours, linewidths=0))
 
 
 def _mixed(colour: str, share: float) -> tuple[float, ...]:
