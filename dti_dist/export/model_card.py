@@ -57,7 +57,9 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
         licence: `license` and what belongs to it; empty where it is unknown.
     """
     config, manifest = inputs.config, inputs.dataset.manifest
-    evaluations = _evaluations(run.evaluations)
+    measured = [figures for figures in run.read_evaluations() if "checkpoint" in figures]
+    once = {(e["split"], e["prompt"], e["checkpoint"]): e for e in measured}
+    evaluations = list(once.values())
     base = _base(config)
     about = (
         f"A language model fine-tuned by [Dynamic Target Isolation]"
@@ -261,19 +263,6 @@ def _versions(packages: Iterable[str]) -> Iterable[str]:
     for package in packages:
         with suppress(PackageNotFoundError):
             yield f"{package} {version(package)}"
-
-
-def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """What `dti-dist evaluate` wrote, each split and kind of prompt once."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            figures = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(figures, dict) and {"split", "prompt", "checkpoint"} <= set(figures):
-            found[figures["split"], figures["prompt"], figures["checkpoint"]] = figures
-    return list(found.values())
 
 
 def _metrics(evaluations: list[dict[str, Any]], checkpoint: str) -> str:

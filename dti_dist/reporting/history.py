@@ -6,7 +6,6 @@ Everything but the config may be missing, cut or of an older program; what is th
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from dti_dist.config import RunConfig
 from dti_dist.data.storage import is_local
 from dti_dist.errors import UserError
-from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.folder import RunFolder, read_json_object
 from dti_dist.runs.metrics_log import Line, how_ended, last_step, read_lines
 
 Values = npt.NDArray[np.float64]
@@ -32,7 +31,7 @@ _SPLITS = ("test", "valid", "train")
 @dataclass(frozen=True)
 class State:
     """How a run stands. `kind`: ``done``, ``early``, ``stopped``, ``failed``, ``running``,
-    ``lost`` (it ended without a word) or ``unknown``."""
+    ``lost`` (it did not say how it ended) or ``unknown``."""
 
     kind: str
     words: str
@@ -47,16 +46,6 @@ class Event:
     step: int
     seconds: float
     words: str
-
-
-@dataclass(frozen=True)
-class Start:
-    """A job that trained the run, from `step` on."""
-
-    step: int
-    time: float | None
-    seconds: float
-    about: Line
 
 
 @dataclass(frozen=True)
@@ -102,8 +91,8 @@ class History:
             lines=lines,
             broken=broken,
             running=_is_held(path / ".lock"),
-            evaluations=_read_evaluations(run.evaluations),
-            best=_read_json(run.checkpoints / "best.json"),
+            evaluations=_each_once(run.read_evaluations()),
+            best=read_json_object(run.checkpoints / "best.json"),
             dataset=_read_dataset(config.data.path),
         )
 
@@ -179,18 +168,18 @@ class History:
             seconds[at] = total
         return seconds
 
-    def _places(self, lines: Iterable[Line]) -> list[float]:
-        by_line = {id(line): at for at, line in enumerate(self.lines)}
-        return [float(self.line_seconds[by_line[id(line)]]) for line in lines]
+    def _seconds_of(self, lines: Iterable[Line]) -> Values:
+        by_line = dict(zip(map(id, self.lines), self.line_seconds, strict=True))
+        return np.array([by_line[id(line)] for line in lines], dtype=np.float64)
 
     @cached_property
     def seconds(self) -> Values:
         """Of training, until each logged line."""
-        return np.array(self._places(self.logged), dtype=np.float64)
+        return self._seconds_of(self.logged)
 
     @cached_property
     def validation_seconds(self) -> Values:
-        return np.array(self._places(self.validations), dtype=np.float64)
+        return self._seconds_of(self.validations)
 
     def targets_at(self, steps: Any) -> Values:
         """Targets seen after steps."""
@@ -199,17 +188,14 @@ class History:
     # -- what happened
 
     @cached_property
-    def starts(self) -> list[Start]:
-        found = [line for line in self.lines if isinstance(line.get("started"), dict)]
-        return [
-            Start(line["step"], line.get("time"), seconds, line["started"])
-            for line, seconds in zip(found, self._places(found), strict=True)
-        ]
+    def starts(self) -> list[Line]:
+        """Lines of jobs that trained the run, each from its step on."""
+        return [line for line in self.lines if isinstance(line.get("started"), dict)]
 
     @property
     def latest(self) -> Line:
         """What the last start says of sizes, machine and versions."""
-        return self.starts[-1].about if self.starts else {}
+        return self.starts[-1]["started"] if self.starts else {}
 
     @cached_property
     def events(self) -> list[Event]:
@@ -227,10 +213,6 @@ class History:
     @cached_property
     def checkpoints(self) -> list[Line]:
         return [line for line in self.lines if isinstance(line.get("checkpoint"), dict)]
-
-    @cached_property
-    def checkpoint_seconds(self) -> list[float]:
-        return self._places(self.checkpoints)
 
     @cached_property
     def state(self) -> State:
@@ -318,27 +300,20 @@ def _how_it_had_ended(ended: Any) -> str:
     return ". The job before was stopped by a signal" if ended.get("how") == "signal" else ""
 
 
-def _read_json(path: Path) -> Line:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _read_evaluations(folder: Path) -> list[Line]:
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        figures = _read_json(path)
-        if {"split", "prompt"} <= set(figures):
-            found[str(figures["split"]), str(figures["prompt"])] = figures
+def _each_once(evaluations: Iterable[Line]) -> list[Line]:
+    """Test before valid and train, sliding-window before streaming prompts, others last."""
+    found = {(str(figures["split"]), str(figures["prompt"])): figures for figures in evaluations}
     order = [(split, prompt) for split in _SPLITS for prompt in _PROMPTS]
     return [found[key] for key in (*order, *sorted(set(found) - set(order))) if key in found]
 
 
 def _read_dataset(path: str) -> Line:
     """Of a local data set; opening a remote one may take long or fail."""
-    return _read_json(Path(path.removeprefix("file://")) / "dataset.json") if is_local(path) else {}
+    return (
+        read_json_object(Path(path.removeprefix("file://")) / "dataset.json")
+        if is_local(path)
+        else {}
+    )
 
 
 def _is_held(lock: Path) -> bool | None:

@@ -34,7 +34,7 @@ from dti_dist.reporting.history import History, number
 NAME = "report.html"
 
 _PAGE = Path(__file__).with_name("page")
-_MOST_EVENTS = 100  # told one by one
+_MOST_EVENTS = 100  # listed one by one
 _SLICE_COLUMNS = (
     *("targets", "users", "label_rate", "mean_prediction"),
     *("auc", "gauc", "log_loss", "ne"),
@@ -94,6 +94,7 @@ def page(runs: Sequence[History], picture: bytes | None = None) -> str:
         lstrip_blocks=True,
         finalize=lambda value: redact(value) if type(value) is str else value,
     )
+    environment.filters |= {"grouped": words.count, "duration": words.duration}
     script = (_PAGE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     common = {
@@ -103,7 +104,6 @@ def page(runs: Sequence[History], picture: bytes | None = None) -> str:
         "version": dti_dist.__version__,
         "written": words.moment(time.time()),
         "groups": curves(runs),
-        "words": words,
     }
     if len(runs) > 1:
         template = environment.get_template("comparison.html")
@@ -122,8 +122,8 @@ def _one(run: History) -> dict[str, Any]:
         "what": _what(run),
         "tiles": _tiles(run),
         "warnings": _warnings(run),
-        "events": _events(run),
-        "events_left_out": max(len(run.events) - _MOST_EVENTS, 0),
+        "kinds": _KINDS,
+        "most_events": _MOST_EVENTS,
         "validations": _validation_rows(run),
         "evaluation": _evaluation_table(run),
         "calibration": _calibrations(run),
@@ -131,7 +131,6 @@ def _one(run: History) -> dict[str, Any]:
         "settings": _settings(run.config),
         "changed": [row for s in _settings(run.config) for row in s["rows"] if row["changed"]],
         "jobs": _jobs(run),
-        "versions": run.latest.get("versions", {}),
         "data_facts": _data_facts(run),
         "commands": _commands(run),
     }
@@ -208,19 +207,6 @@ def _warnings(run: History) -> list[str]:
     if run.broken:
         found.append(f"{words.plural(run.broken, 'line')} of metrics.jsonl could not be read")
     return found
-
-
-def _events(run: History) -> list[dict[str, str]]:
-    return [
-        {
-            "step": f"{event.step:,}",
-            "after": words.duration(event.seconds),
-            "kind": event.kind,
-            "name": _KINDS[event.kind],
-            "words": event.words,
-        }
-        for event in run.events[:_MOST_EVENTS]
-    ]
 
 
 def _validation_rows(run: History) -> list[list[Cell]]:
@@ -336,15 +322,15 @@ def _jobs(run: History) -> list[dict[str, str]]:
     """What each start ran on."""
     rows = []
     for start in run.starts:
-        about = start.about
+        about = start["started"]
         devices = about.get("devices")
         devices = devices if isinstance(devices, dict) else {}
         machines = about.get("machines", 1)
         more = f" and {words.plural(machines - 1, 'more machine')}" if machines != 1 else ""
         rows.append(
             {
-                "when": words.moment(start.time),
-                "step": f"{start.step:,}",
+                "when": words.moment(start.get("time")),
+                "step": f"{start['step']:,}",
                 "ranks": str(about.get("ranks", words.NONE)),
                 "devices": ", ".join(f"{n} × {name}" for name, n in devices.items()) or words.NONE,
                 "host": f"{about.get('host', words.NONE)}{more}",

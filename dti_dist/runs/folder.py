@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 import time
 from pathlib import Path
@@ -88,6 +89,11 @@ class RunFolder:
             )
         return load_config(self.config_file)
 
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """What `dti-dist evaluate` wrote: figures with their split and kind of prompt."""
+        found = (read_json_object(path) for path in sorted(self.evaluations.glob("*.json")))
+        return [figures for figures in found if {"split", "prompt"} <= set(figures)]
+
     def prepare(self, config: RunConfig) -> None:
         """Make the folder and keep the config; refuse a folder of a run that computes otherwise."""
         if self.config_file.exists() and any(self.checkpoints.glob("step-*")):
@@ -131,6 +137,15 @@ class RunFolder:
         """Remove the folder if this object made it and no training has begun in it."""
         if self._made_here and not self.metrics.exists():
             shutil.rmtree(self.path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or it can't be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def refuse_other_settings(place: str, old: RunConfig, new: RunConfig, key: str) -> None:
