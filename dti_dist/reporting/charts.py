@@ -186,7 +186,7 @@ def draw_calibration(bins: Sequence[dict[str, Any]]) -> Chart:
 
 
 def distinct(places: Values) -> list[float]:
-    """Places in percent, without those that can't be told apart."""
+    """Places in percent, without those too close to be seen as two."""
     return sorted({round(float(place) * 2) / 2 for place in places})
 
 
@@ -252,7 +252,7 @@ _UNITS = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def _heights(series: Sequence[Series], from_zero: bool) -> tuple[float, float, float, float]:
-    """The least and the greatest value, and the ends of an axis on which most can be told apart."""
+    """The least and the greatest value, and the ends of an axis that shows most values apart."""
     values = np.concatenate([one.y for one in series])
     values = values[np.isfinite(values)]
     least, most = float(values.min()), float(values.max())
@@ -309,19 +309,14 @@ def _share(value: Any, ends: tuple[float, float]) -> Any:
 
 
 def _draw(series: Series, x_range: tuple[float, float], y_range: tuple[float, float]) -> Drawn:
-    if series.kind == "bars":
-        assert series.low is not None
-        x, low, high = (
-            _in_box(values, ends, turned)
-            for values, ends, turned in (
-                (series.x, x_range, False), (series.low, y_range, True), (series.y, y_range, True)
-            )
-        )  # fmt: skip
-        bars = [f"M{a:.1f},{b:.1f}V{c:.1f}" for a, b, c in zip(x, low, high, strict=True)
-                if math.isfinite(b + c)]  # fmt: skip
+    down = y_range[::-1]  # y is counted from the top of the box
+    if series.low is not None:
+        ends = _in_box(series.x, x_range), _in_box(series.low, down), _in_box(series.y, down)
+        bars = [f"M{x:.1f},{low:.1f}V{high:.1f}" for x, low, high in zip(*ends, strict=True)
+                if math.isfinite(low + high)]  # fmt: skip
         return Drawn(series, "".join(bars))
     thin_x, thin_y = thinned(series.x, series.y)
-    x, y = _in_box(thin_x, x_range), _in_box(thin_y, y_range, turned=True)
+    x, y = _in_box(thin_x, x_range), _in_box(thin_y, down)
     finite = np.isfinite(x + y)
     path, drawing = [], False
     for across, down, there in zip(x.tolist(), y.tolist(), finite.tolist(), strict=True):
@@ -336,9 +331,8 @@ def _draw(series: Series, x_range: tuple[float, float], y_range: tuple[float, fl
     return Drawn(series, "".join(path), end)
 
 
-def _in_box(values: Values, ends: tuple[float, float], turned: bool = False) -> Values:
-    shares = _share(values, ends)
-    return np.clip(BOX * (1 - shares if turned else shares), -BOX, 2 * BOX)
+def _in_box(values: Values, ends: tuple[float, float]) -> Values:
+    return np.clip(BOX * _share(values, ends), -BOX, 2 * BOX)
 
 
 def _name_ends(drawn: Sequence[Drawn]) -> list[Drawn]:

@@ -104,7 +104,7 @@ class History:
 
     @cached_property
     def validations(self) -> list[Line]:
-        """Lines of validations, of which a step has one."""
+        """Lines of validations, one for each step."""
         found = [line for line in self.lines if isinstance(line.get("valid"), dict)]
         return list({line["step"]: line for line in found}.values())
 
@@ -199,13 +199,13 @@ class History:
 
     @cached_property
     def events(self) -> list[Event]:
-        """All but checkpoints, in order; what was skipped is told once."""
+        """All but checkpoints, in order; what was skipped is listed once."""
         found: list[Event] = []
-        told: set[str] = set()
+        known_skips: set[str] = set()
         first = True
         for line, seconds in zip(self.lines, self.line_seconds.tolist(), strict=True):
             step = line["step"]
-            for kind, words in _told(line, first, told):
+            for kind, words in _events_of(line, first, known_skips):
                 found.append(Event(kind, step, seconds, words))
             first = first and "started" not in line
         return found
@@ -234,7 +234,9 @@ class History:
             return State("unknown", "no step logged")
         if not self.starts:  # written by an older program, which said neither
             return State("unknown", f"{step:,} steps logged")
-        return State("lost", f"ended without a word after {at}", "killed, or the machine was lost")
+        return State(
+            "lost", f"ended without a message after {at}", "killed, or the machine was lost"
+        )
 
     # -- figures
 
@@ -271,7 +273,7 @@ def number(value: Any) -> float:
     return float(value)
 
 
-def _told(line: Line, first: bool, told: set[str]) -> Iterable[tuple[str, str]]:
+def _events_of(line: Line, first: bool, known_skips: set[str]) -> Iterable[tuple[str, str]]:
     if isinstance(started := line.get("started"), dict) and not first:
         last = started.get("last_step")
         again = isinstance(last, int) and last > line["step"]
@@ -287,8 +289,8 @@ def _told(line: Line, first: bool, told: set[str]) -> Iterable[tuple[str, str]]:
         module = f"; first in {line['module']}" if line.get("module") else ""
         yield "left_out", f"loss or gradients not finite (loss sum {line['not_finite']}){module}"
     for reason in line["skipped"] if isinstance(line.get("skipped"), list) else []:
-        if str(reason) not in told:
-            told.add(str(reason))
+        if str(reason) not in known_skips:
+            known_skips.add(str(reason))
             yield "skipped", str(reason)
 
 

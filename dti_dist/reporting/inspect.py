@@ -36,7 +36,7 @@ from dti_dist.inputs import Inputs
 from dti_dist.model.sources import load_model_config
 from dti_dist.reporting.words import plural
 
-MOST_TARGETS = 12  # the rows and columns of more can't be told apart on a page
+MOST_TARGETS = 12  # the rows and columns of more are too small to read on a page
 _MOST_CONTEXT = 24  # interactions before the shown targets that get a line each
 _MOST_OLDER = 4
 _MOST_TOKEN_CELLS = 48  # of the shown targets, beyond which a text is one cell
@@ -262,8 +262,8 @@ def view_pack(
     """
     if targets > MOST_TARGETS:
         raise UserError(
-            f"--targets: expected at most {MOST_TARGETS}, found {targets}: more can't be told "
-            "apart in one picture. Show others with --target, or lower it."
+            f"--targets: expected at most {MOST_TARGETS}, found {targets}: more are too "
+            "small to read in one picture. Show others with --target, or lower it."
         )
     with Inputs.open_for_reading(config) as inputs:
         batch, packs = _read_pack(inputs, pack)

@@ -49,14 +49,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s"
 
 
-def size(amount: float) -> str:
-    """Bytes."""
-    for unit, letters in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if amount >= unit:
-            return f"{_three_digits(amount / unit)} {letters}"
-    return f"{amount:.0f} B"
-
-
 def moment(seconds: float | None) -> str:
     """A time of day, in UTC."""
     if seconds is None or not math.isfinite(seconds):

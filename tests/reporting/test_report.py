@@ -82,7 +82,7 @@ def write_ended(run, how, why=None):
         (lambda run: write_ended(run, "patience"), "finished early at step 40 of 1,000"),
         (lambda run: write_ended(run, "signal"), "stopped by a signal at step 40 of 1,000"),
         (lambda run: write_ended(run, "failed", "disk full"), "failed at step 40 of 1,000"),
-        (lambda run: None, "ended without a word after step 40 of 1,000"),
+        (lambda run: None, "ended without a message after step 40 of 1,000"),
         (lambda run: write_ended(run, "unheard of"), "failed at step 40"),
     ],
     ids=["done", "patience", "signal", "failed", "killed", "of a newer program"],
@@ -149,7 +149,7 @@ def test_a_restart_says_what_was_taken_again_and_why(tmp_path):
         assert counted in text
 
 
-def test_what_a_restart_skips_again_is_told_once(tmp_path):
+def test_what_a_restart_skips_again_is_listed_once(tmp_path):
     folder = RunFolder(tmp_path / "run")
     for _ in range(2):
         folder.started()
@@ -279,7 +279,7 @@ def test_ticks_are_round_and_within_the_axis():
     assert hours == ["0 h", "2 h", "4 h", "6 h", "8 h"]
 
 
-def test_one_spike_does_not_flatten_a_curve_and_is_told():
+def test_one_spike_does_not_flatten_a_curve_and_is_noted():
     x = np.arange(1.0, 101.0)
     y = 0.5 + 0.1 / x
     y[50] = 900.0
