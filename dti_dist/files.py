@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dti_dist.errors import UserError
+
 
 @contextmanager
 def replacing(
@@ -40,6 +42,19 @@ def replacing(
             flush_to_disk(path.parent)
     finally:
         _remove(staging)
+
+
+def write_out(path: Path, content: bytes) -> None:
+    """Write the file that --out names. Raises UserError where that can't be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as staging:
+            staging.write_bytes(content)
+    except OSError as error:
+        raise UserError(
+            f"--out: {path} can't be written: {error.strerror or error}. Name a file in a folder "
+            "that you may write to."
+        ) from error
 
 
 def _replace(path: Path, staging: Path, keep: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 import unicodedata
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dti_dist.errors import UserError
+from dti_dist.files import write_out
 from dti_dist.reporting.inspect import (
     Cell,
     Line,
@@ -46,13 +48,7 @@ def check_picture(out: str) -> Path:
             f"--out: expected a file that ends in .png, found {out!r}. The picture is a PNG: name "
             f"it {path.with_suffix('.png').name or 'pack.png'!r}."
         )
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--out: pictures are drawn with matplotlib, and {error.name!r} is missing. Install it "
-            "with: pip install 'dti-dist[plots]'"
-        ) from error
+    require_matplotlib()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,9 +59,24 @@ def check_picture(out: str) -> Path:
     return path
 
 
+def require_matplotlib() -> None:
+    """Raises UserError where it is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--out: pictures are drawn with matplotlib, and {error.name!r} is missing. Install it "
+            "with: pip install 'dti-dist[plots]'"
+        ) from error
+
+
 def draw(view: PackView, path: Path) -> None:
     """Draw the view and write it, over an older picture if there is one."""
-    page = _Page()
+    write_out(path, png(view))
+
+
+def png(view: PackView) -> bytes:
+    page, content = _Page(), io.BytesIO()
     with warnings.catch_warnings():
         # Scripts that the font lacks are drawn as boxes; the terminal shows them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -73,13 +84,8 @@ def draw(view: PackView, path: Path) -> None:
         _draw_prompt(page, view)
         _draw_masks(page, view)
         page.set_height(page.y + _MARGIN)
-        try:
-            page.figure.savefig(path, dpi=_DPI, format="png")
-        except OSError as error:
-            raise UserError(
-                f"--out: {path} can't be written: {error.strerror or error}. Name a file in a "
-                "folder that you may write to."
-            ) from error
+        page.figure.savefig(content, dpi=_DPI, format="png")
+    return content.getvalue()
 
 
 class _Page:

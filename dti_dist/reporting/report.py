@@ -10,7 +10,6 @@ import base64
 import hashlib
 import math
 import shlex
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import dti_dist
 from dti_dist.config import RunConfig
 from dti_dist.errors import UserError
 from dti_dist.evaluation.labels import LABELS, prompt_name
-from dti_dist.files import replacing
+from dti_dist.files import write_out
 from dti_dist.redaction import redact
 from dti_dist.reporting import words
 from dti_dist.reporting.charts import Chart, draw_calibration
@@ -75,7 +74,7 @@ def report(folders: Sequence[str], out: str | None = None, pack: bool = False) -
     runs = [History.read(folder, name) for folder, name in zip(folders, names, strict=True)]
     path = Path(out) if out else (Path(folders[0]) if len(folders) == 1 else Path()) / NAME
     picture = _pack_picture(runs[0].config) if pack else None
-    _write(page(runs, picture), path)
+    write_out(path, page(runs, picture).encode("utf-8", "replace"))
     return path
 
 
@@ -520,23 +519,8 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 
 def _pack_picture(config: RunConfig) -> bytes:
-    from dti_dist.reporting.picture import check_picture, draw
+    from dti_dist.reporting.inspect import view_pack
+    from dti_dist.reporting.picture import png, require_matplotlib
 
-    with tempfile.TemporaryDirectory() as scratch:
-        path = check_picture(str(Path(scratch) / "pack.png"))
-        from dti_dist.reporting.inspect import view_pack
-
-        draw(view_pack(config), path)
-        return path.read_bytes()
-
-
-def _write(html: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as staging:
-            staging.write_bytes(html.encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(
-            f"--out: {path} can't be written: {error.strerror or error}. Name a file in a folder "
-            "that you may write to."
-        ) from error
+    require_matplotlib()
+    return png(view_pack(config))
