@@ -22,7 +22,6 @@ from dti_dist.attention.intervals import (
     readout_intervals,
     shared_body_intervals,
 )
-from dti_dist.attention.layout import PackLayout
 from dti_dist.attention.policies import (
     forgetting_weights,
     layer_windows,
