@@ -1,4 +1,4 @@
-"""Requests to a store that fail for a passing reason are tried again, aloud and not for ever."""
+"""Requests to a store that fail for a passing reason are tried again for a limited time."""
 
 from __future__ import annotations
 

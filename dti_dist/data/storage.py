@@ -106,7 +106,7 @@ def _instance(uri: str, settings: StorageConfig) -> tuple[Any, str]:
 
 
 def _options(protocol: str, settings: StorageConfig) -> dict[str, Any]:
-    """What the protocol's library is told: its time-outs where it has some, then the user's."""
+    """Options for the protocol's library: time-outs where it has some, then the user's options."""
     name = protocol_of(protocol)
     given = {**settings.options.get(name, {}), **settings.options.get(protocol, {})}
     if name == "s3":

@@ -1,4 +1,4 @@
-"""A store in this process, at faulty://, that counts what is asked of it and fails when told to."""
+"""A store in this process, at faulty://, that records requests and fails where a test says so."""
 
 from __future__ import annotations
 

@@ -413,7 +413,7 @@ ACTS = {
 
 @OF_OTHERS
 @pytest.mark.parametrize("fault", ["kill", "stall"])
-def test_every_request_keeps_the_time_out_and_is_tried_again_aloud(server, fault, capfd):
+def test_every_request_keeps_the_time_out_and_reports_each_attempt(server, fault, capfd):
     limits = settings(timeout_s=1, retry_s=0.2, first_wait_s=0.1)
     for name, act in ACTS.items():
         with (
@@ -436,7 +436,7 @@ def test_a_bucket_that_does_not_exist_is_named(server, name, capfd):
     assert "Trying again" not in capfd.readouterr().err
 
 
-@OF_OTHERS  # SeaweedFS makes a bucket for whoever writes into it
+@OF_OTHERS  # SeaweedFS makes a missing bucket at the first write
 @pytest.mark.parametrize("name", ["write", "upload"])
 def test_a_bucket_to_write_to_that_does_not_exist_is_named(server, name, capfd):
     test_a_bucket_that_does_not_exist_is_named(server, name, capfd)

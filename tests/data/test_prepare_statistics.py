@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from dti_dist.data.dataset import Dataset, DayCounts
-from dti_dist.data.prepare.ceiling import Ceiling
 from dti_dist.data.prepare.statistics import (
+    Ceiling,
     add_text_sizes,
     date_of_day,
     distribution,

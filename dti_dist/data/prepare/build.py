@@ -22,7 +22,6 @@ from dti_dist.console import progress, say
 from dti_dist.data import storage
 from dti_dist.data.dataset import Manifest, SplitRule, item_schema
 from dti_dist.data.prepare import statistics
-from dti_dist.data.prepare.ceiling import Ceiling
 from dti_dist.data.prepare.split import (
     Histories,
     cut_sequences,
@@ -267,7 +266,7 @@ class DuckTables:
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
     ) -> tuple[int, dict[str, float]]:
         out_of_order = 0
-        ceilings = {"valid": Ceiling(), "test": Ceiling()}
+        ceilings = {split: statistics.Ceiling() for split in ("valid", "test")}
         with (
             sql_errors("sorting the interactions"),
             progress("writing", users.interactions, "interactions") as bar,

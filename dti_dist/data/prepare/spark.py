@@ -1,4 +1,4 @@
-"""Group, sort and split interactions with Spark, on the cluster of whoever runs it.
+"""Group, sort and split interactions on a Spark cluster.
 
 The data set equals DuckDB's for the same input, file for file: the same items and ids, rows, row
 groups and parts, counts and statistics. With the same release of pyarrow on driver and executors
@@ -169,8 +169,8 @@ def _task_errors() -> Iterator[None]:
         yield
     except PythonException as error:
         name = re.escape(f"{UserError.__module__}.{UserError.__qualname__}")
-        if told := re.findall(rf"^{name}: (.*)$", str(error), flags=re.MULTILINE):
-            raise UserError(told[-1]) from error
+        if found := re.findall(rf"^{name}: (.*)$", str(error), flags=re.MULTILINE):
+            raise UserError(found[-1]) from error
         if missing := re.findall(r"^ModuleNotFoundError: (.*)$", str(error), flags=re.MULTILINE):
             raise UserError(
                 f"--engine spark: expected dti-dist in the Python of the executors; found: "
