@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The container's entrypoint: dti-dist, on the ranks that the environment lays out.
+"""The container's entrypoint: starts dti-dist on the ranks that the environment describes.
 
-``docs/containers.md`` says which. A program that is not dti-dist is started as it is.
+See ``docs/containers.md``. Any other program is started unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(words: list[str]) -> int:
 def torchrun_options(
     environ: Mapping[str, str], gpus: Callable[[], int | None]
 ) -> list[str] | None:
-    """What torchrun is told, or None where this container is one rank and needs no torchrun."""
+    """Options for torchrun, or None if this container is one rank and needs no torchrun."""
     ranks = environ.get("NPROC_PER_NODE")
     if "PET_NNODES" in environ or "PET_NPROC_PER_NODE" in environ:
         # Kubernetes laid out nodes, and torchrun reads PET_* itself.
@@ -53,7 +53,7 @@ def torchrun_options(
 
 
 def count_gpus() -> int:
-    """What torch sees. Asked in another process, which does not stay in memory."""
+    """GPUs that torch sees; asked in another process, to free its memory."""
     code = "import torch; print(torch.cuda.device_count())"
     return int(subprocess.run(["python", "-c", code], stdout=subprocess.PIPE, check=True).stdout)
 
@@ -101,7 +101,7 @@ def run_ranks(torchrun: list[str], words: list[str]) -> int:
 
 
 def ranks_of(torchrun: int) -> list[int]:
-    """Its ranks, and not what it starts for a moment: those have no LOCAL_RANK."""
+    """Its ranks; other short-lived children have no LOCAL_RANK."""
     found: list[int] = []
     for thread in Path(f"/proc/{torchrun}/task").glob("*/children"):
         try:
@@ -119,7 +119,7 @@ def send(pid: int, number: int) -> None:
 
 
 def exit_code(code: int, status: Path, received: list[int]) -> int:
-    """Rank 0's own where it left one; where a signal came before it could, that signal's."""
+    """Rank 0's exit code if it wrote one; else that of a signal that came before it could."""
     if code == 0:
         return 0
     try:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train with DeepSpeed's launcher, from one machine, on all that a hostfile names:
+# Train with DeepSpeed's launcher, from one machine, on all machines in a hostfile:
 #
 #   ./launch/deepspeed.sh HOSTFILE CONFIG [key=value …]
 #
-# HOSTFILE has a line for each machine: `worker-1 slots=8`, a slot a rank. They are reached by ssh
-# without a password, and have the project and the run's folder at the same paths. A hostfile that
-# names this machine alone needs no ssh. More options of the launcher: DEEPSPEED_OPTIONS.
+# HOSTFILE has a line per machine, such as `worker-1 slots=8`, with a slot per rank. All must be
+# reachable by ssh without a password, and have the project and the run's folder at the same paths.
+# A hostfile with only this machine needs no ssh. DEEPSPEED_OPTIONS: more options of the launcher.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

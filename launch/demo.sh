@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install into .venv, then run the main job on the embedded default: synthetic data, CPU, two ranks
-# of DeepSpeed ZeRO-3. Extra arguments are config overrides: ./launch/demo.sh training.epochs=2
+# Install into .venv, then train, evaluate and export a small model: synthetic data, two CPU ranks,
+# DeepSpeed ZeRO-3. Arguments are config overrides: ./launch/demo.sh training.epochs=2
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train on several machines by hand: the same command on each of them, in any order.
+# Train on several machines without a scheduler. Run the same command on each, in any order.
 #
 #   ./launch/torchrun.sh HOST[:PORT] NODES CONFIG [key=value …]
 #
-# HOST is one of the machines, as the others can reach it. There is a rank for each GPU of a machine,
-# or RANKS_PER_NODE of them; CPU ranks where there is no GPU. The run's folder must be on a disk that
-# all machines share. A machine alone: torchrun --standalone --nproc-per-node N -m dti_dist.training
+# HOST is the address of one of the machines. Each machine runs one rank per GPU, or RANKS_PER_NODE;
+# without GPUs, CPU ranks. The run's folder must be on a disk that all machines share. On a single
+# machine: torchrun --standalone --nproc-per-node N -m dti_dist.training
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
