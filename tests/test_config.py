@@ -269,7 +269,7 @@ def test_a_missing_file_is_named(tmp_path):
         ),
     ],
 )
-def test_a_file_that_is_no_mapping_in_yaml_is_refused(tmp_path, content, expected):
+def test_a_yaml_file_without_a_mapping_is_refused(tmp_path, content, expected):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as raised:

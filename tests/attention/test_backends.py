@@ -147,7 +147,7 @@ def blocks_of(mask: Tensor) -> Tensor:
     window=st.sampled_from([0, 3, 100]),
     prefix=st.booleans(),
 )
-def test_flex_visits_exactly_the_blocks_it_must_and_full_ones_are_full(random, window, prefix):
+def test_flex_visits_only_blocks_with_visible_keys_and_marks_full_ones(random, window, prefix):
     layout = flex_packs(random)
     for intervals in (
         body_intervals(layout, window, prefix),

@@ -115,7 +115,7 @@ def test_nproc_per_node_is_asked_before_gpus_are_counted(programs):
     assert started("train", "c", NPROC_PER_NODE="1")[0] == "dti-dist train c"
 
 
-def test_a_task_of_slurm_is_one_rank_and_a_job_of_one_task_is_not_laid_out(programs):
+def test_a_slurm_task_is_one_rank_unless_the_job_has_only_one_task(programs):
     programs(python="#!/bin/sh\necho 4\n")
     assert started("train", "c", SLURM_PROCID="3", SLURM_NTASKS="16")[0] == "dti-dist train c"
     assert "--nproc-per-node 4" in started("train", "c", SLURM_PROCID="0", SLURM_NTASKS="1")[0]
@@ -167,7 +167,7 @@ def test_a_signal_reaches_the_rank_and_its_exit_code_comes_back(programs, tmp_pa
     assert log.read_text().split() == ["ready", "saved"]
 
 
-def test_a_signal_before_the_ranks_are_there_is_kept_for_them(programs, tmp_path):
+def test_a_signal_before_the_ranks_start_is_delivered_to_them(programs, tmp_path):
     programs(
         torchrun=TORCHRUN.replace("sleep", "echo ready; sleep"),
         dti_dist="#!/bin/sh\nexec sleep 20\n",
@@ -175,7 +175,7 @@ def test_a_signal_before_the_ranks_are_there_is_kept_for_them(programs, tmp_path
     assert stopped(tmp_path / "log", signal.SIGTERM, "train", "c") == 128 + signal.SIGTERM
 
 
-def test_ranks_that_torchrun_starts_again_after_a_stop_end_with_it(programs, tmp_path):
+def test_ranks_that_torchrun_restarts_after_a_stop_are_ended_too(programs, tmp_path):
     restarting = """#!/usr/bin/env bash
     trap 'kill $rank; exit 1' QUIT
     while [ "$1" != --no-python ]; do shift; done
@@ -204,7 +204,9 @@ def test_ranks_that_torchrun_starts_again_after_a_stop_end_with_it(programs, tmp
         (-9, None, [], 137),
     ],
 )
-def test_the_exit_code_is_rank_0s_where_it_left_one(tmp_path, torchrun, left, signals, expected):
+def test_the_exit_code_is_that_of_rank_0_if_it_wrote_one(
+    tmp_path, torchrun, left, signals, expected
+):
     if left:
         (tmp_path / "status").write_text(left)
     exit_code = runpy.run_path(str(ENTRYPOINT))["exit_code"]
@@ -212,7 +214,7 @@ def test_the_exit_code_is_rank_0s_where_it_left_one(tmp_path, torchrun, left, si
 
 
 @pytest.mark.slow
-def test_two_ranks_that_get_sigterm_save_end_with_75_and_go_on(synthetic, tmp_path):
+def test_sigterm_makes_two_ranks_save_and_exit_with_75(synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic)
     words = [str(ENTRYPOINT), "train", str(config)]
     # As Kubeflow's elastic jobs have it: torchrun would start the ranks again.

@@ -59,7 +59,7 @@ def test_sbatch_trains_on_two_nodes_of_two_ranks_to_the_end(
     assert of_ranks == {(f"node-{node}", str(rank)) for node in (0, 1) for rank in (0, 1)}
 
 
-def test_ahead_of_its_time_limit_a_job_is_saved_requeued_and_ends_as_if_nothing_had_happened(
+def test_a_job_near_its_time_limit_is_saved_and_requeued_with_unchanged_losses(
     cluster, uninterrupted, synthetic, tmp_path
 ):
     config = write_config(tmp_path / "config.yaml", synthetic)

@@ -143,7 +143,9 @@ def test_label_of_a_target_cannot_reach_its_own_prediction_or_an_earlier_one(
 
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
 @pytest.mark.parametrize("policy", ["budget", "isolated"])
-def test_what_lies_more_than_n_back_cannot_reach_a_target_under_exact_policies(policy, positions):
+def test_interactions_more_than_n_back_cannot_reach_a_target_under_exact_policies(
+    policy, positions
+):
     tokens, block = world()
     model = ctr_model("llama", policy, N, positions=positions)
     before = logits_by_target(model, batch_of(block, tokens, N, K, SHAPE))
@@ -157,7 +159,7 @@ def test_what_lies_more_than_n_back_cannot_reach_a_target_under_exact_policies(p
 
 
 @pytest.mark.parametrize("policy", ["windowed", "reset"])
-def test_what_lies_more_than_n_back_does_reach_a_target_under_leaking_policies(policy):
+def test_interactions_more_than_n_back_reach_a_target_under_leaking_policies(policy):
     tokens, block = world()
     model = ctr_model("llama", policy, N)
     before = logits_by_target(model, batch_of(block, tokens, N, K, SHAPE))

@@ -107,7 +107,7 @@ def test_seed_alone_decides_the_adapters():
     assert not torch.equal(one, first(1))
 
 
-def test_base_models_are_told_apart_by_their_weights_and_adapters_do_not_matter():
+def test_base_models_are_distinguished_by_their_weights_whatever_the_adapters():
     fingerprint = base_fingerprint(adapted()[0])
     moved, other = adapted()[0], adapted(seed=1)[0]
     move(moved)

@@ -38,7 +38,7 @@ if step == 3 and rank == 1:
     assert printed.index("KeyError") < printed.index("torch.distributed.elastic")
 
 
-def test_a_rank_that_is_killed_is_said_to_be_lost(synthetic, tmp_path):
+def test_a_killed_rank_is_reported_as_lost(synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic)
     script = job_with(
         "if step == 3 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)", tmp_path / "job.py"
@@ -124,7 +124,7 @@ if step == 1: module.click_loss = bad
     assert line["step"] == 3
 
 
-def test_memory_that_runs_out_is_said_with_what_helps(synthetic, tmp_path):
+def test_running_out_of_memory_is_reported_with_remedies(synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic, training={"micro_batch_packs": 4})
     script = job_with("if step == 2: torch.empty(1 << 50)  # a pebibyte", tmp_path / "job.py")
     printed = run(job(1, config, script=script), tmp_path / "log", expect=1)
