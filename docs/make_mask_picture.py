@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from dti_dist.attention.dense import dense_mask, layer_mask, through_layers
-from dti_dist.attention.intervals import body_intervals, readout_intervals
 from dti_dist.attention.layout import stack
-from dti_dist.attention.policies import LayerWindows, layer_windows
+from dti_dist.attention.policies import POLICIES, Windowed
+from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.layout import Pack, PackShape, build_pack
 from dti_dist.data.samples import SampleSettings
@@ -59,14 +59,13 @@ def small_pack() -> Pack:
     return build_pack(samples, block, tokens, PackShape(length=BODY, slots=K))
 
 
-def layer_masks(pack: Pack, windows: LayerWindows) -> list[np.ndarray]:
+def layer_masks(pack: Pack, scheme: AttentionScheme) -> list[np.ndarray]:
     """Per layer a boolean [T, T] matrix, T = body tokens + [SUM] slots: who sees whom."""
-    layout = stack([pack.layout])
+    layout, windows = stack([pack.layout]), scheme.windows
     masks = []
     for w_body, w_sum in zip(windows.body, windows.readout, strict=True):
-        body = dense_mask(body_intervals(layout, w_body, False))
-        readout = dense_mask(readout_intervals(layout, w_sum, False))
-        masks.append(layer_mask(body, readout)[0].numpy())
+        body, readout = scheme.body(layout, w_body), scheme.readout(layout, w_sum)
+        masks.append(layer_mask(dense_mask(body), dense_mask(readout))[0].numpy())
     return masks
 
 
@@ -212,7 +211,7 @@ def draw() -> str:
     drawing.box(0.5, 0.5, 999, 989, PAPER, rx=10, stroke=GRID)
     about = "one user's five interactions, in time order"
     drawing.heading(32, 42, "A streaming prompt", about, (17, 13))
-    once = layer_masks(pack, layer_windows("windowed", N, 1))[0]
+    once = layer_masks(pack, AttentionScheme(Windowed(), N, 1))[0]
     draw_prompt(drawing, 32, 96, seen=once[BODY:, :BODY])
 
     of_body = np.repeat(np.arange(INTERACTIONS), TOKENS_PER_ITEM + 1)
@@ -222,8 +221,8 @@ def draw() -> str:
         (230, "windowed", "w = n in every layer: layer upon layer, what is older than n leaks in"),
         (602, "budget", "the layers share n: nothing older than n reaches a prediction"),
     ]:
-        windows = layer_windows(policy, N, LAYERS)
-        masks = layer_masks(pack, windows)
+        scheme = AttentionScheme(POLICIES[policy](), N, LAYERS)
+        masks, windows = layer_masks(pack, scheme), scheme.windows
         each = torch.eye(BODY + K, dtype=torch.bool)
         reached = through_layers(each, [torch.from_numpy(mask) for mask in masks]).numpy()
         drawing.lines([(32, top - 26), (968, top - 26)], GRID)

@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from dti_dist.attention.policies import POLICIES, Policy
 from dti_dist.errors import UserError, nearest
 from dti_dist.redaction import secret_options, url_has_secret
 
@@ -288,8 +289,12 @@ class AttentionConfig(Section):
     )
 
     @property
+    def chosen_policy(self) -> Policy:
+        return POLICIES[self.policy].of(self)
+
+    @property
     def shares_interactions(self) -> bool:
-        return self.policy == "isolated" and self.share_interactions
+        return self.share_interactions and self.chosen_policy.isolated
 
     @field_validator("budget", mode="wrap")
     @classmethod
@@ -429,13 +434,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _budget_has_no_prefix(self) -> RunConfig:
-        if self.attention.policy == "budget" and self.template.prefix:
+    def _policy_allows_a_prefix(self) -> RunConfig:
+        refused = self.attention.chosen_policy.no_prefix
+        if refused and self.template.prefix:
             raise ValueError(
-                "template.prefix must be empty under attention.policy budget: with rotary "
-                "positions a target's distance to the prefix depends on its place in the prompt, "
-                "so streaming and sliding-window prompts would differ; leave the prefix out or "
-                "choose policy isolated, which is exact with one"
+                f"template.prefix must be empty under attention.policy {self.attention.policy}: "
+                f"{refused}"
             )
         return self
 

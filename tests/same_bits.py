@@ -85,31 +85,25 @@ def packs_and_masks(data: Path, work: Path) -> dict[str, str]:
 def packs_of(overrides: list[str]) -> str:
     from dti_dist import read_packs
     from dti_dist.attention.dense import dense_mask
-    from dti_dist.attention.intervals import (
-        body_intervals,
-        readout_intervals,
-        shared_body_intervals,
-    )
-    from dti_dist.attention.policies import layer_windows, sees_prefix
+    from dti_dist.attention.intervals import readout_intervals
+    from dti_dist.attention.scheme import AttentionScheme
     from dti_dist.config import load_config
 
     config = load_config(RECIPE, overrides)
-    windows = layer_windows(config.attention.policy, config.sample.context, 3, "even")
-    parts = []
+    policy, n = config.attention.chosen_policy, config.sample.context
+    parts: list[Any] = []
     for batch in islice(read_packs(config), PACKS):
         layout = batch.layout
         prefix = int((layout.prefix_end - layout.prefix_start).max())
-        body_sees, readout_sees = sees_prefix(config.attention.policy, prefix)
+        scheme = AttentionScheme(policy, n, layers=3, prefix_length=prefix)
         parts += [batch.tokens, batch.labels, batch.used, batch.target_row, batch.target_position]
-        for window in sorted(set(windows.body)):
-            seen = (
-                body_intervals(layout, window, body_sees)
-                if layout.shared is None
-                else shared_body_intervals(layout.shared, prefix)
-            )
-            parts.append(dense_mask(seen))
-        for window in sorted(set(windows.readout)):
-            parts.append(dense_mask(readout_intervals(layout, window, readout_sees)))
+        parts += [
+            dense_mask(scheme.body(layout, window)) for window in sorted(set(scheme.windows.body))
+        ]
+        parts += [
+            dense_mask(readout_intervals(layout, window, scheme.readout_sees_prefix))
+            for window in sorted(set(scheme.windows.readout))
+        ]
         if layout.shared is not None:
             parts += [layout.shared.position, layout.shared.source]
     return digest(*(np.asarray(part) for part in parts))

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dti_dist.attention.backend import AttentionPlans, AttentionScheme
+from dti_dist.attention.backend import AttentionPlans
 from dti_dist.attention.dense import dense_mask
 from dti_dist.attention.intervals import body_intervals, readout_intervals
-from dti_dist.attention.policies import layer_windows
+from dti_dist.attention.policies import Windowed
+from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.benchmarks.attention import HEAD_DIM, HEADS, KV_HEADS, TOKENS, N, full_pack
 from dti_dist.benchmarks.data import data_table
 from dti_dist.benchmarks.data_peers import PEERS, SampleDigest, exchange
@@ -78,11 +79,10 @@ def test_attention_measures_body_and_readout_of_full_streaming_prompts(capsys):
     assert result["step_memory_mib"] > 0
 
     layout = full_pack(1024, torch.device("cpu"))
-    windows = layer_windows("windowed", N, 2)
     q, k, v = (
         torch.randn(1, h, layout.unit.shape[1], HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS)
     )
-    out = AttentionPlans(layout, AttentionScheme(windows)).attend(0, q, k, v, 1.0)
+    out = AttentionPlans(layout, AttentionScheme(Windowed(), N, 2)).attend(0, q, k, v, 1.0)
     assert (out != 0).any(dim=-1).all()
     seen = readout_intervals(layout, N, False)
     used = layout.unit[0, 1024:] >= 0

@@ -14,12 +14,8 @@ from dti_dist.attention.dense import DensePlan, dense_attention
 from dti_dist.attention.flex import FlexPlan, flex_attention_call
 from dti_dist.attention.intervals import (
     VisibleIntervals,
-    body_intervals,
-    readout_intervals,
-    shared_body_intervals,
 )
 from dti_dist.attention.layout import PackLayout, SharedBody
-from dti_dist.attention.policies import LayerWindows
 from dti_dist.attention.readout import (
     ScoreBias,
     Turn,
@@ -28,8 +24,8 @@ from dti_dist.attention.readout import (
     restarted_positions,
     score_bias,
     states_of,
-    with_initial_memory,
 )
+from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.errors import UserError, nearest
 
 ATTENTION_NAME = "dti"
@@ -57,41 +53,6 @@ _BACKENDS = {
     ),
     "dense": _Backend(DensePlan.build, DensePlan.build, dense_attention),
 }
-
-
-@dataclass(frozen=True)
-class AttentionScheme:
-    """What the attention of a model is, whatever the batch.
-
-    Attributes:
-        windows: of every layer.
-        positions: of [SUM], ``rope`` or ``alibi``.
-        isolated: whether body tokens see their own interaction alone; positions restart then.
-        forgetting: [n + 1] alpha by distance under ``reset``, else None.
-        initial_memory: (layer, [B, L, hidden] initial embeddings) → un-rotated keys and values
-            [B, L, Hkv, D] that the layer makes of them; needed for forgetting alone.
-        rotary_layers: whether each layer rotates queries and keys.
-        rotary_scaling: factor that the model's rotary tables carry.
-        heads: Hq.
-        body_sees_prefix, readout_sees_prefix: whether they see their sample's prefix.
-        prefix_length: tokens of the prefix.
-        longest_span: most tokens of a sample that a token may look back on; None: all of a pack.
-        backend: ``flex`` (GPUs), ``chunked`` (CPU), ``dense`` (tests), or ``auto``: by device.
-    """
-
-    windows: LayerWindows
-    positions: str = "rope"
-    isolated: bool = False
-    forgetting: Tensor | None = None
-    initial_memory: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None = None
-    rotary_layers: tuple[bool, ...] = ()
-    rotary_scaling: float = 1.0
-    heads: int = 1
-    body_sees_prefix: bool = False
-    readout_sees_prefix: bool = False
-    prefix_length: int = 0
-    longest_span: int | None = None
-    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -160,47 +121,38 @@ class AttentionPlans:
         self._planned = windows.body[: -1 if self._has_slots or record else None]
         if kept is not None:
             self._planned = ()
-        self._body = {w: self._plan_body(layout, w) for w in set(self._planned)}
+        self._body = {
+            w: self._backend.plan_body(scheme.body(layout, w)) for w in set(self._planned)
+        }
         if self._has_slots:
-            alibi = scheme.positions == "alibi"
-            slopes = alibi_slopes(scheme.heads, layout.unit.device) if alibi else None
+            falling = scheme.positions.falling
+            slopes = alibi_slopes(scheme.heads, layout.unit.device) if falling else None
             bias = score_bias(layout, slopes, scheme.forgetting)
-            self._readout = {w: self._plan_readout(layout, w, bias) for w in set(windows.readout)}
+            self._readout = {
+                w: self._backend.plan_readout(scheme.readout(layout, w), bias)
+                for w in set(windows.readout)
+            }
 
     def _place_positions(self, layout: PackLayout, inverse_frequencies: Tensor | None) -> None:
         """Positions that the model rotates by, and by how much [SUM] must turn what it reads."""
-        length, alibi = layout.length, self.scheme.positions == "alibi"
+        scheme, length = self.scheme, layout.length
         in_sample = layout.position[:, :length].long()
         if layout.shared is not None:
             body = layout.shared.position.long()
             rotated_by = body.gather(1, layout.shared.source.long())
         else:
-            body = restarted_positions(layout).long() if self.scheme.isolated else in_sample
+            body = restarted_positions(layout).long() if scheme.isolated else in_sample
             rotated_by = body
         slots = layout.position[:, length:].long()
-        if alibi:
+        if not scheme.positions.rotated:
             slots = torch.zeros_like(slots)
         self.positions = slots if self._kept else torch.cat([body, slots], dim=1)
         self._turn = self._turn_initial = None
-        wanted = torch.zeros_like(in_sample) if alibi else in_sample
-        if alibi or self.scheme.isolated:
+        wanted = in_sample if scheme.positions.rotated else torch.zeros_like(in_sample)
+        if scheme.turns_keys:
             self._turn = Turn.by(wanted - rotated_by, _needed(inverse_frequencies))
-        if self.scheme.forgetting is not None and not alibi:
+        if scheme.policy.forgets and scheme.positions.rotated:
             self._turn_initial = Turn.by(wanted, _needed(inverse_frequencies))
-
-    def _plan_body(self, layout: PackLayout, window: int) -> Any:
-        scheme = self.scheme
-        if layout.shared is not None:
-            intervals = shared_body_intervals(layout.shared, scheme.prefix_length)
-        else:
-            intervals = body_intervals(layout, window, scheme.body_sees_prefix)
-        return self._backend.plan_body(intervals)
-
-    def _plan_readout(self, layout: PackLayout, window: int, bias: ScoreBias | None) -> Any:
-        intervals = readout_intervals(layout, window, self.scheme.readout_sees_prefix)
-        if self.scheme.forgetting is not None:
-            intervals = with_initial_memory(intervals, layout.length)
-        return self._backend.plan_readout(intervals, bias)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of one layer over whole packs.
@@ -247,7 +199,7 @@ class AttentionPlans:
         rotary = scheme.rotary_layers[layer] if scheme.rotary_layers else True
         turn = self._turn if rotary else None
         own_order = self._rows is None and self._kept is None
-        if turn is None and own_order and scheme.forgetting is None:
+        if turn is None and own_order and not scheme.policy.forgets:
             return k, v
         keys, values = k[:, :, :length].transpose(1, 2), v[:, :, :length].transpose(1, 2)
         if self._kept is not None:

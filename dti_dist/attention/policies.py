@@ -1,17 +1,21 @@
-"""Leakage policies: the window of every layer, and how fast [SUM] forgets."""
+"""Leakage policies: the windows of every layer, and what [SUM] forgets.
+
+A policy is a class here and a name in `AttentionConfig.policy`. What others ask of it, it says
+itself; no other file knows it by name.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dti_dist.errors import UserError, nearest
 
-# Leakage policies, and whether streaming and sliding-window prompts are the same function.
-_POLICY_IS_EXACT = {"windowed": False, "reset": False, "budget": True, "isolated": True}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _BUDGET_PRESETS = ("even", "early", "late")
 
 
@@ -28,74 +32,147 @@ class LayerWindows:
     readout: tuple[int, ...]
 
 
-def is_exact(policy: str) -> bool:
-    """Whether the policy makes streaming and sliding-window prompts the same function.
+class Policy(ABC):
+    """What the tokens of each layer see.
 
-    Raises:
-        UserError: the policy is unknown.
+    Attributes:
+        exact: streaming and sliding-window prompts are the same function.
+        isolated: an interaction's states depend on its own text alone, so equal ones can be shared.
+        forgets: [SUM] also reads initial embeddings.
+        no_prefix: why prompts can't have a prefix; None: they can.
     """
-    _check_policy(policy)
-    return _POLICY_IS_EXACT[policy]
+
+    exact: ClassVar[bool] = False
+    isolated: ClassVar[bool] = False
+    forgets: ClassVar[bool] = False
+    no_prefix: ClassVar[str | None] = None
+
+    @classmethod
+    def of(cls, settings: Any) -> Policy:
+        """The policy with what concerns it in the config's section `attention`."""
+        return cls()
+
+    @abstractmethod
+    def windows(self, n: int, num_layers: int) -> LayerWindows:
+        """The windows of all layers.
+
+        Raises:
+            UserError: the settings do not fit n or the number of layers.
+        """
+
+    def forgetting(self, n: int) -> Tensor | None:
+        """How far [SUM] has forgotten a context token, by the distance d in interactions.
+
+        It reads a token's state with weight 1 - alpha(d), and with weight alpha(d) what the token
+        was before the first layer.
+
+        Returns:
+            [n + 1] float64 alpha; None where nothing is forgotten.
+        """
+        return None
+
+    @property
+    def details(self) -> str:
+        """Its settings in words, for people; empty without any."""
+        return ""
 
 
-def sees_prefix(policy: str, prefix_length: int) -> tuple[bool, bool]:
-    """Whether body tokens, and whether [SUM], see the prefix of their sample.
+@dataclass(frozen=True)
+class Windowed(Policy):
+    """n everywhere: the states that layer l reads have seen l·n interactions back. DTI-."""
 
-    Under ``isolated`` [SUM] has the prefix from the states it reads: its own distance to it would
-    depend on the target's place in the prompt.
+    def windows(self, n: int, num_layers: int) -> LayerWindows:
+        return LayerWindows(body=(n,) * num_layers, readout=(n,) * num_layers)
+
+
+@dataclass(frozen=True)
+class Reset(Windowed):
+    """`windowed`, and [SUM] forgets: ``alpha(d) = strength · (d / n) ** shape``. The paper's DTI.
+
+    Attributes:
+        strength: alpha at the oldest context interaction, in [0, 1].
+        shape: more than 0; 1 is linear, less forgets sooner, more forgets later.
     """
-    return prefix_length > 0, prefix_length > 0 and policy != "isolated"
+
+    forgets: ClassVar[bool] = True
+    strength: float = 1.0
+    shape: float = 1.0
+
+    @classmethod
+    def of(cls, settings: Any) -> Reset:
+        return cls(settings.forgetting.strength, settings.forgetting.shape)
+
+    def forgetting(self, n: int) -> Tensor:
+        import torch
+
+        distance = torch.arange(n + 1, dtype=torch.float64) / max(n, 1)
+        return self.strength * distance**self.shape
+
+    @property
+    def details(self) -> str:
+        return f"strength {self.strength:g}, shape {self.shape:g}"
 
 
-def _check_policy(policy: str) -> None:
-    if policy not in _POLICY_IS_EXACT:
-        raise UserError(
-            f"Expected a leakage policy among {', '.join(_POLICY_IS_EXACT)}; found {policy!r}."
-            f"{nearest(policy, _POLICY_IS_EXACT)}"
-        )
+@dataclass(frozen=True)
+class Budget(Policy):
+    """The layers share n: body windows sum to n at most, and [SUM] gets what those below left.
 
+    w_readout[l] = n - Σ_{l'<l} w_body[l'], so nothing older than n reaches a prediction.
 
-def layer_windows(
-    policy: str,
-    n: int,
-    num_layers: int,
-    budget: str | Sequence[int] = "even",
-    share: float = 0.5,
-) -> LayerWindows:
-    """The windows of all layers under a leakage policy.
-
-    ``windowed`` and ``reset``: n everywhere, so the states that layer l reads have seen l·n
-    interactions back.
-
-    ``budget`` (exact): the body windows sum to at most n, and [SUM] gets what the layers below
-    have left: w_readout[l] = n - Σ_{l'<l} w_body[l']. Nothing older than n interactions reaches a
-    prediction.
-
-    ``isolated`` (exact): body tokens see their own interaction alone, [SUM] sees n.
-
-    Args:
-        policy: a leakage policy.
-        n: context interactions a target may see.
-        num_layers: layers of the model.
-        budget: the body windows, one per layer, or a preset that spends ``share`` of n on the
+    Attributes:
+        spread: the body windows, one per layer, or a preset that spends ``share`` of n on the
             layers below the last (nobody reads the last layer's body states): ``even`` over all
             of them, ``early`` over their lower half, ``late`` over their upper half.
-        share: share of n that a preset spends on the body, in [0, 1].
-
-    Raises:
-        UserError: the policy or preset is unknown, or the list breaks exactness.
+        share: of n that a preset spends on the body, in [0, 1].
     """
-    _check_policy(policy)
-    if policy in ("windowed", "reset"):
-        return LayerWindows(body=(n,) * num_layers, readout=(n,) * num_layers)
-    if policy == "isolated":
+
+    exact: ClassVar[bool] = True
+    no_prefix: ClassVar[str | None] = (
+        "with rotary positions a target's distance to the prefix depends on its place in the "
+        "prompt, so streaming and sliding-window prompts would differ; leave the prefix out or "
+        "choose policy isolated, which is exact with one"
+    )
+    spread: str | Sequence[int] = "even"
+    share: float = 0.5
+
+    @classmethod
+    def of(cls, settings: Any) -> Budget:
+        return cls(settings.budget)
+
+    def windows(self, n: int, num_layers: int) -> LayerWindows:
+        if isinstance(self.spread, str):
+            body = _preset_budget(self.spread, n, num_layers, self.share)
+        else:
+            body = _checked_budget(self.spread, n, num_layers)
+        readout = tuple(n - sum(body[:layer]) for layer in range(num_layers))
+        return LayerWindows(body=body, readout=readout)
+
+    @property
+    def details(self) -> str:
+        return f"{self.spread}"
+
+
+@dataclass(frozen=True)
+class Isolated(Policy):
+    """Body tokens see their own interaction alone, [SUM] sees n.
+
+    [SUM] has the prefix from the states it reads: its own distance to it would depend on the
+    target's place in the prompt.
+    """
+
+    exact: ClassVar[bool] = True
+    isolated: ClassVar[bool] = True
+
+    def windows(self, n: int, num_layers: int) -> LayerWindows:
         return LayerWindows(body=(0,) * num_layers, readout=(n,) * num_layers)
-    if isinstance(budget, str):
-        body = _preset_budget(budget, n, num_layers, share)
-    else:
-        body = _checked_budget(budget, n, num_layers)
-    readout = tuple(n - sum(body[:layer]) for layer in range(num_layers))
-    return LayerWindows(body=body, readout=readout)
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "windowed": Windowed,
+    "reset": Reset,
+    "budget": Budget,
+    "isolated": Isolated,
+}
 
 
 def _preset_budget(preset: str, n: int, num_layers: int, share: float) -> tuple[int, ...]:
@@ -137,22 +214,3 @@ def _checked_budget(budget: Sequence[int], n: int, num_layers: int) -> tuple[int
             f"{reason}."
         )
     return tuple(budget)
-
-
-def forgetting_weights(n: int, strength: float, shape: float) -> Tensor:
-    """How far [SUM] has forgotten a context token, by the distance d in interactions.
-
-    ``alpha(d) = strength · (d / n) ** shape``: 0 for the target's own text, and ``strength`` at the
-    oldest context interaction. [SUM] reads a token's state with weight 1 - alpha(d), and with
-    weight alpha(d) what the token was before the first layer.
-
-    Args:
-        n: context interactions a target may see.
-        strength: in [0, 1].
-        shape: more than 0; 1 is linear, less forgets sooner, more forgets later.
-
-    Returns:
-        [n + 1] float64.
-    """
-    distance = torch.arange(n + 1, dtype=torch.float64) / max(n, 1)
-    return strength * distance**shape

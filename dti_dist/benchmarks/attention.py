@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dti_dist.attention.backend import AttentionPlans, AttentionScheme
+from dti_dist.attention.backend import AttentionPlans
 from dti_dist.attention.flex import FlexPlan
 from dti_dist.attention.intervals import body_intervals, readout_intervals
 from dti_dist.attention.layout import PackLayout
-from dti_dist.attention.policies import layer_windows
+from dti_dist.attention.policies import Windowed
+from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.benchmarks import measure
 from dti_dist.console import say, table
 
@@ -109,17 +111,16 @@ def _at_length(
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     ]
     weight = torch.randn(1, HEADS, total, HEAD_DIM, device=device, dtype=dtype)
-    windows = layer_windows("windowed", window, 2)  # the last layer spares the body
+    layers = 2  # the last one spares the body
+    scheme = AttentionScheme(Windowed(), window, layers)
     names = ["flex" if device.type == "cuda" else "chunked"]
     if length <= _LONGEST_DENSE:
         names.append("dense")
-    plans = {name: AttentionPlans(layout, AttentionScheme(windows, backend=name)) for name in names}
+    plans = {name: AttentionPlans(layout, replace(scheme, backend=name)) for name in names}
     works: dict[str, Callable[[], Any]] = {
         **{name: _training_pass(plan, qkv, weight) for name, plan in plans.items()},
         "plain causal": _causal_pass(qkv, weight),
-        f"plan, {names[0]}": lambda: AttentionPlans(
-            layout, AttentionScheme(windows, backend=names[0])
-        ),
+        f"plan, {names[0]}": lambda: AttentionPlans(layout, replace(scheme, backend=names[0])),
         "plan, block masks": lambda: (
             FlexPlan.build(body_intervals(layout, window, False)),
             FlexPlan.build(readout_intervals(layout, window, False)),
@@ -216,7 +217,7 @@ def _step_memory_mib(length: int) -> float:
 
     def step(length: int) -> None:
         layout = full_pack(length, device)
-        plans = AttentionPlans(layout, AttentionScheme(layer_windows("windowed", N, 4)))
+        plans = AttentionPlans(layout, AttentionScheme(Windowed(), N, 4))
         ids = torch.zeros(layout.unit.shape, dtype=torch.long, device=device)
         out = model(ids, position_ids=plans.positions, attention_plans=plans, use_cache=False)
         out.last_hidden_state[:, length:].square().sum().backward()

@@ -19,7 +19,8 @@ from dti_dist.config import RunConfig, validate_config
 from dti_dist.console import say, table
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import CTRModel, click_loss
+from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.heads import Head
 from dti_dist.ranks import choose_device
 
 BASELINE = "sliding_window"
@@ -190,7 +191,7 @@ def _step(
         batch = next(turn)
         tokens = batch.body_tokens + int(batch.used.sum())
         say(f"{name}: {batch.step_targets:,} targets, {tokens:,} tokens")
-        loss = click_loss(model(batch), batch) / max(batch.step_targets, 1)
+        loss = Head.loss(model(batch), batch) / max(batch.step_targets, 1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

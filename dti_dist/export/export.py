@@ -148,11 +148,10 @@ def save_adapter(model: CTRModel, dtype: torch.dtype, base_model: str, folder: P
     settings.base_model_name_or_path = base_model
     settings.inference_mode = True
     settings.trainable_token_indices = {"embed_tokens": [embeddings.sum_id]}
-    settings.task_type = "CAUSAL_LM"
-    if model.head_kind == "linear":
-        settings.task_type = "SEQ_CLS"
-        settings.modules_to_save = ["score"]
-        weights["score.weight"] = model.head.weight
+    settings.task_type = model.head.peft_task
+    if model.head.is_new:
+        settings.modules_to_save = [model.head.exported_weight.partition(".")[0]]
+        weights[model.head.exported_weight] = model.head.weight
     settings.save_pretrained(folder)
     save_file(
         {
@@ -169,20 +168,13 @@ def hugging_face_model(model: CTRModel) -> Any:
 
     A fresh model, because one that was read from GGUF can't be saved as safetensors.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     family = copy.deepcopy(model.config)
     family.vocab_size = model.backbone.get_input_embeddings().num_embeddings
     if hasattr(family, "quantization_config"):
         del family.quantization_config
     weights = {f"model.{name}": value for name, value in model.backbone.state_dict().items()}
-    if model.head_kind == "yes_no":
-        fresh = AutoModelForCausalLM.from_config(family)
-        weights["lm_head.weight"] = model.head.weight.detach()
-    else:
-        family.num_labels = 1
-        fresh = AutoModelForSequenceClassification.from_config(family)
-        weights["score.weight"] = model.head.weight.detach()
+    weights[model.head.exported_weight] = model.head.weight.detach()
+    fresh = model.head.empty_export(family)
     fresh.load_state_dict(weights, strict=True)
     return fresh
 
@@ -230,7 +222,7 @@ def why_not_plain(model: CTRModel, n: int) -> str | None:
     """
     scheme = model.scheme
     body, readout = scheme.windows.body, scheme.windows.readout
-    if scheme.positions == "alibi":
+    if not scheme.positions.rotated:
         return (
             "attention.positions is alibi: [SUM] has no position, and its attention falls with the "
             "distance, which a plain causal forward pass doesn't know of."

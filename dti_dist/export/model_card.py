@@ -19,6 +19,7 @@ from dti_dist.data.template import TIME_GAPS
 from dti_dist.evaluation.labels import LABELS
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
+from dti_dist.model.heads import HEADS
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
@@ -123,9 +124,7 @@ def _front_matter(
             if made.settings["plain_transformers"]
             else "dti-dist"
         ),
-        "pipeline_tag": (
-            "text-generation" if config.model.head == "yes_no" else "text-classification"
-        ),
+        "pipeline_tag": HEADS[config.model.head].pipeline_tag,
         "tags": [
             "ctr-prediction",
             "click-through-rate",
@@ -158,12 +157,7 @@ def _use(made: Exported, base: str | None) -> str:
             "or `dti-dist score FOLDER --requests URI --out URI`. Both build the prompts and apply "
             "the windows and positions of the training."
         )
-    reading = (
-        "the sigmoid of the difference of the two label words' logits at [SUM], label 1 minus "
-        "label 0"
-        if made.settings["head"] == "yes_no"
-        else "the sigmoid of the classifier's one logit at [SUM]"
-    )
+    reading = HEADS[made.settings["head"]].reading
     return f"{start}\n\n{verdict}\n\nThe probability of a click is {reading}."
 
 
@@ -189,15 +183,11 @@ def _data(manifest: Manifest) -> dict[str, str]:
 
 def _settings(config: RunConfig) -> dict[str, str]:
     sample, attention, template = config.sample, config.attention, config.template
-    forgetting = attention.forgetting
-    details = {
-        "budget": f", {attention.budget}",
-        "reset": f", strength {forgetting.strength:g}, shape {forgetting.shape:g}",
-    }
+    policy = filter(None, (attention.policy, attention.chosen_policy.details))
     return {
         "context n": f"{sample.context} interactions, at least {sample.min_context}",
         "targets k": f"{sample.k} a prompt in training (paradigm {_code(sample.paradigm)})",
-        "leakage policy": attention.policy + details.get(attention.policy, ""),
+        "leakage policy": ", ".join(policy),
         "positions of [SUM]": attention.positions,
         "head": config.model.head,
         "`template.prefix`": _code(json.dumps(template.prefix, ensure_ascii=False)),

@@ -9,56 +9,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from dti_dist.attention import backend as attention_backend
-from dti_dist.attention.backend import AttentionPlans, AttentionScheme, KeptStates
+from dti_dist.attention.backend import AttentionPlans, KeptStates
 from dti_dist.attention.flex import compiled_graphs
 from dti_dist.attention.layout import PackLayout, SharedBody
-from dti_dist.attention.policies import forgetting_weights, layer_windows, sees_prefix
+from dti_dist.attention.scheme import POSITIONS, AttentionScheme
 from dti_dist.config import AttentionConfig
 from dti_dist.data.layout import Pack
 from dti_dist.model.families import (
     check_family,
-    check_head,
     initial_memory,
-    logits_divisor,
     make_rotary_tables_exact,
     rotary_layers,
 )
-
-
-class LabelWordHead(nn.Module):
-    """The language-model head, asked for the label words alone.
-
-    Computing two rows of the vocabulary's logits instead of all gives the same softmax over the
-    two words at a small part of the cost.
-    """
-
-    def __init__(self, lm_head: nn.Linear, label_ids: tuple[int, int], divisor: float = 1.0):
-        super().__init__()
-        self.weight = lm_head.weight
-        self.divisor = divisor
-        self.label_ids: torch.Tensor
-        self.register_buffer("label_ids", torch.tensor(label_ids), persistent=False)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, S, hidden] → [B, S] float32: the logit of label 1 minus that of label 0."""
-        no, yes = _at_least_float32(F.embedding(self.label_ids, self.weight))
-        return _at_least_float32(hidden) @ (yes - no) / self.divisor
-
-
-class LinearHead(nn.Module):
-    """One new linear layer on [SUM]'s last hidden state."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, S, hidden] → [B, S] float32 logits."""
-        return _at_least_float32(hidden) @ _at_least_float32(self.weight[0])
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from dti_dist.model.heads import HEADS
 
 
 class CTRModel(nn.Module):
@@ -66,7 +29,7 @@ class CTRModel(nn.Module):
 
     Args:
         causal_lm: a transformers causal LM of a supported family.
-        head: ``yes_no`` or ``linear``.
+        head: a name in heads.HEADS.
         label_ids: token ids of label 0 and label 1.
         n: context interactions.
         attention: policy, positions and backend.
@@ -86,49 +49,38 @@ class CTRModel(nn.Module):
     ):
         super().__init__()
         check_family(causal_lm.config, longest_span)
-        check_head(causal_lm.config, head)
+        HEADS[head].check(causal_lm.config)
         attention_backend.register()
         self.config = causal_lm.config
         self.backbone = causal_lm.base_model
         self.backbone.set_attn_implementation("dti")
         make_rotary_tables_exact(self.backbone.rotary_emb)
-        self.head_kind = head
-        self.head: LabelWordHead | LinearHead = (
-            LabelWordHead(causal_lm.get_output_embeddings(), label_ids, logits_divisor(self.config))
-            if head == "yes_no"
-            else LinearHead(self.config.hidden_size)
-        )
+        self.head = HEADS[head].of(causal_lm, label_ids)
         self.scheme = self._scheme(n, attention, prefix_length, longest_span)
         _feed_forward_slots_alone(self.backbone.layers[-1])
-        if self.scheme.forgetting is not None:
+        if self.scheme.policy.forgets:
             self.backbone.layers[0].register_forward_pre_hook(_keep_initial, with_kwargs=True)
 
     def _scheme(
         self, n: int, attention: AttentionConfig, prefix_length: int, longest_span: int | None
     ) -> AttentionScheme:
-        isolated, reset = attention.policy == "isolated", attention.policy == "reset"
         layers = self.backbone.layers
-        body_sees_prefix, readout_sees_prefix = sees_prefix(attention.policy, prefix_length)
+        policy = attention.chosen_policy
+        memory = (
+            (lambda layer, initial: initial_memory(layers[layer], initial))
+            if policy.forgets
+            else None
+        )
         return AttentionScheme(
-            windows=layer_windows(
-                attention.policy, n, self.config.num_hidden_layers, attention.budget
-            ),
-            positions=attention.positions,
-            isolated=isolated,
-            forgetting=(
-                forgetting_weights(n, attention.forgetting.strength, attention.forgetting.shape)
-                if reset
-                else None
-            ),
-            initial_memory=(
-                (lambda layer, initial: initial_memory(layers[layer], initial)) if reset else None
-            ),
+            policy=policy,
+            n=n,
+            layers=self.config.num_hidden_layers,
+            positions=POSITIONS[attention.positions],
+            prefix_length=prefix_length,
+            initial_memory=memory,
             rotary_layers=rotary_layers(self.backbone),
             rotary_scaling=float(self.backbone.rotary_emb.attention_scaling),
             heads=self.config.num_attention_heads,
-            body_sees_prefix=body_sees_prefix,
-            readout_sees_prefix=readout_sees_prefix,
-            prefix_length=prefix_length,
             longest_span=longest_span,
             backend=attention.backend,
         )
@@ -198,9 +150,3 @@ def _keep_initial(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Before the first layer: what it reads is what `reset` forgets toward."""
     plans: AttentionPlans = kwargs["attention_plans"]
     plans.initial = args[0] if args else kwargs["hidden_states"]
-
-
-def click_loss(logits: torch.Tensor, batch: Pack) -> torch.Tensor:
-    """Sum of the binary cross-entropies of the used [SUM] slots, in float32."""
-    losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-    return (losses * batch.used).sum()

@@ -59,17 +59,6 @@ def check_family(config: Any, longest_span: int | None = None) -> None:
         )
 
 
-def check_head(config: Any, head: str) -> None:
-    """Raises UserError for a head that could be trained and not exported."""
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    if head == "linear" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"model.head linear is exported as a sequence classifier, which transformers does not "
-            f"have for the family {config.model_type!r}. Set model.head=yes_no."
-        )
-
-
 def _sliding_window(config: Any) -> int | None:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:

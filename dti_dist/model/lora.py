@@ -10,7 +10,7 @@ from torch import nn
 
 from dti_dist.config import LoraConfig
 from dti_dist.errors import UserError, nearest
-from dti_dist.model.ctr_model import CTRModel, LinearHead
+from dti_dist.model.ctr_model import CTRModel
 
 _SAMPLED_VALUES = 4096  # of each weight: enough to tell models apart, and read at once
 
@@ -68,7 +68,7 @@ def add_adapters(model: CTRModel, config: LoraConfig, sum_id: int, seed: int) ->
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(adapters, backbone)
     backbone.set_input_embeddings(SumEmbedding(backbone.get_input_embeddings(), sum_id))
-    model.head.requires_grad_(isinstance(model.head, LinearHead))
+    model.head.requires_grad_(model.head.is_new)
 
 
 def _target_modules(backbone: Any, wanted: list[str] | None) -> list[str]:

@@ -15,7 +15,7 @@ from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import click_loss
+from dti_dist.model.heads import Head
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.reporting.gpus import rank_threads
 from dti_dist.training.engine import Engine
@@ -103,7 +103,7 @@ def _measure(engine: Engine, stream: PackStream, ranks: Ranks, micro_steps: int)
         return batch.to(device)
 
     def forward_and_backward(batch: Batch, scale: float) -> None:
-        engine.backward(click_loss(engine(batch), batch) * scale)
+        engine.backward(Head.loss(engine(batch), batch) * scale)
 
     for _ in range(_STEPS + 1):
         for micro_step in range(micro_steps):

@@ -88,11 +88,10 @@ class ModelShape:
     norms: int
     norms_trained: bool
     head_table: int
-    positions: str
-    policy: str
+    copies_states: bool
 
     @staticmethod
-    def of(model: CTRModel, policy: str) -> ModelShape:
+    def of(model: CTRModel) -> ModelShape:
         config, layer = model.config, model.backbone.layers[0]
         attention = layer.self_attn
         head_dim = int(attention.head_dim)
@@ -104,7 +103,7 @@ class ModelShape:
         }
         per_head = {"q_norm": heads * head_dim, "k_norm": key_value_heads * head_dim}
         initial = Linear(0, 0)
-        if policy == "reset":
+        if model.scheme.policy.forgets:
             names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["k_proj", "v_proj"]
             initial = sum((Linear.of(getattr(attention, n)) for n in names), initial)
         table = model.head.weight
@@ -129,8 +128,7 @@ class ModelShape:
             norms=sum(per_head.get(name.rpartition(".")[2], config.hidden_size) for name in norms),
             norms_trained=any(weight.requires_grad for weight in norms.values()),
             head_table=table.numel() if table.requires_grad else 0,
-            positions=model.scheme.positions,
-            policy=policy,
+            copies_states=model.scheme.copies_states,
         )
 
 
@@ -352,9 +350,9 @@ def activation_bytes(shape: ModelShape, work: Workload, width: int) -> tuple[flo
     feed_forward = 4 * width * shape.intermediate
     per_token = of_norm * shape.norms + attention + feed_forward + width * shape.adapter_width
     readout = 0.0
-    if shape.positions == "alibi" or shape.policy in ("isolated", "reset"):
+    if shape.copies_states:
         readout += width * states * (work.length + work.slots)
-    if shape.policy == "reset":
+    if shape.initial.weights:
         initial = width * (1 + shape.norms_trained) + (4 if width == 2 else 0)
         readout += work.body * (width * states + initial * shape.hidden)
     return per_token * tokens + readout, float(feed_forward * tokens)

@@ -18,16 +18,10 @@ from torch import Tensor
 from dti_dist.attention.dense import dense_mask, layer_mask, through_layers
 from dti_dist.attention.intervals import (
     VisibleIntervals,
-    body_intervals,
     readout_intervals,
-    shared_body_intervals,
-)
-from dti_dist.attention.policies import (
-    forgetting_weights,
-    layer_windows,
-    sees_prefix,
 )
 from dti_dist.attention.readout import alibi_slopes
+from dti_dist.attention.scheme import POSITIONS, AttentionScheme
 from dti_dist.config import RunConfig
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.errors import UserError
@@ -131,7 +125,7 @@ class PackView:
     """One pack, and a few targets of one of its samples.
 
     Attributes:
-        policy, n, k, layers: of the run.
+        policy, forgets, n, k, layers: of the run.
         pack, packs: which pack of the first epoch this is, and of how many.
         length, slots: L and S; used_tokens, used_slots: without padding.
         sample_interactions, sample_targets, sample_tokens: [samples].
@@ -154,6 +148,7 @@ class PackView:
     """
 
     policy: str
+    forgets: bool
     n: int
     k: int
     layers: int
@@ -347,6 +342,7 @@ class _OpenedPack:
         first_in_sample = int(slot_unit[slots[0]]) - int(starts[chosen])
         return PackView(
             policy=config.attention.policy,
+            forgets=config.attention.chosen_policy.forgets,
             n=config.sample.context,
             k=config.sample.k,
             layers=model.num_hidden_layers,
@@ -437,7 +433,7 @@ class _OpenedPack:
         layers: int,
     ) -> dict[str, Any]:
         """The fields of PackView that come from the masks."""
-        config, n = self.inputs.config, self.inputs.config.sample.context
+        n = self.inputs.config.sample.context
         body_places = torch.arange(lines[0].start, lines[-1].end)
         shown = torch.cat([body_places, self.length + torch.from_numpy(slots)])
         column = torch.full((self.layout.unit.shape[1],), -1)
@@ -451,9 +447,12 @@ class _OpenedPack:
             return table
 
         of_cell, of_line = sets(cells), sets(lines)
-        windows = layer_windows(config.attention.policy, n, layers, config.attention.budget)
+        scheme = self._scheme(layers)
+        windows = scheme.windows
         pairs = list(zip(windows.body, windows.readout, strict=True))
-        whole = {pair: self._mask(body_places, slots, *pair) for pair in dict.fromkeys(pairs)}
+        whole = {
+            pair: self._mask(scheme, body_places, slots, *pair) for pair in dict.fromkeys(pairs)
+        }
         mask_of = {pair: mask[:, shown] for pair, mask in whole.items()}
         groups = tuple(
             LayerGroup(
@@ -470,9 +469,8 @@ class _OpenedPack:
         apart = _apart([lines[cell.line] for cell in cells])
         between = _apart([*lines, *lines[-len(slots) :]])[-len(slots) :, : len(lines)]
         weights = np.ones(between.shape)
-        if config.attention.policy == "reset":
-            forgetting = config.attention.forgetting
-            alpha = forgetting_weights(n, forgetting.strength, forgetting.shape).numpy()
+        if scheme.forgetting is not None:
+            alpha = scheme.forgetting.numpy()
             weights = np.where(between >= 0, 1 - alpha[between.clip(0, n)], 1)
         return {
             "groups": groups,
@@ -485,21 +483,31 @@ class _OpenedPack:
         }
 
     def _mask(
-        self, body_places: Tensor, slots: npt.NDArray[np.int64], w_body: int, w_readout: int
+        self,
+        scheme: AttentionScheme,
+        body_places: Tensor,
+        slots: npt.NDArray[np.int64],
+        w_body: int,
+        w_readout: int,
     ) -> Tensor:
         """bool [places + slots, T]: what some body tokens and some slots see in a layer."""
-        config, layout = self.inputs.config, self.layout
-        prefix_length = len(self.inputs.tokens.prefix)
-        body_sees, readout_sees = sees_prefix(config.attention.policy, prefix_length)
+        layout, intervals = self.layout, scheme.body(self.layout, w_body)
         if layout.shared is None:
-            intervals = body_intervals(layout, w_body, body_sees)
             body = _mask_of(intervals, body_places)
         else:
             places = layout.shared.source[0].long()[body_places]
-            intervals = shared_body_intervals(layout.shared, prefix_length)
             body = self._in_sample_order(_mask_of(intervals, places), body_places)
-        readout = readout_intervals(layout, w_readout, readout_sees)
+        readout = readout_intervals(layout, w_readout, scheme.readout_sees_prefix)
         return layer_mask(body, _mask_of(readout, torch.from_numpy(slots)))[0]
+
+    def _scheme(self, layers: int) -> AttentionScheme:
+        config = self.inputs.config
+        return AttentionScheme(
+            policy=config.attention.chosen_policy,
+            n=config.sample.context,
+            layers=layers,
+            prefix_length=len(self.inputs.tokens.prefix),
+        )
 
     def _in_sample_order(self, mask: Tensor, places: Tensor) -> Tensor:
         """A mask over a shared body as one over the samples.
@@ -532,15 +540,14 @@ class _OpenedPack:
         config = self.inputs.config
         attention, n = config.attention, config.sample.context
         notes = []
-        if attention.positions == "alibi":
+        if POSITIONS[attention.positions].falling:
             slopes = alibi_slopes(heads)
             notes.append(
                 "positions alibi: a score of [SUM] falls by slope × (tokens between), with slopes "
                 f"from {slopes[0]:.3g} to {slopes[-1]:.3g} over {plural(heads, 'head')}"
             )
-        if attention.policy == "reset":
-            forgetting = attention.forgetting
-            alpha = forgetting_weights(n, forgetting.strength, forgetting.shape)
+        alpha = attention.chosen_policy.forgetting(n)
+        if alpha is not None:
             some = sorted({0, n // 4, n // 2, n})
             listed = ", ".join(f"alpha({d}) = {alpha[d]:.2g}" for d in some)
             notes.append(

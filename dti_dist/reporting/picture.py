@@ -149,7 +149,7 @@ def _draw_prompt(page: _Page, view: PackView) -> None:
     )
     targets = view.targets
     width = min(0.62, (_WIDTH - _MARGIN - reads_at) / len(targets))
-    weighed = ", and with what weight" if view.policy == "reset" else ""
+    weighed = ", and with what weight" if view.forgets else ""
     page.text(reads_at, page.y - 0.22, f"read by the [SUM] of{weighed}", color=_FAINT)
     for nth, target in enumerate(targets):
         x = reads_at + (nth + 0.5) * width
@@ -218,7 +218,7 @@ def _draw_read(
     if share:
         page.box(x, y + 0.012, width * share, _LINE - 0.024, _SUM)
         weight = view.weights[target, number]
-        if view.policy == "reset" and line.tokens and width > 0.3:
+        if view.forgets and line.tokens and width > 0.3:
             page.text(x + width / 2, y + _LINE / 2, f"{weight:.2f}", 7.5, ha="center")
     if view.leaks[target, number]:
         page.box(x, y + 0.012, width, _LINE - 0.024, _LEAK)

@@ -187,7 +187,7 @@ def _variant(inputs: Inputs, targets: int | None = None) -> _Variant:
     validation = inputs.stream_plan("valid", max_targets=config.validation.max_targets)
     packs = validation.epochs[0].packs * len(_validations(config, stream, work.steps))
     model = meta_model(inputs)
-    shape = ModelShape.of(model, config.attention.policy)
+    shape = ModelShape.of(model)
     first = first_packs(stream)
     pairs = count_pairs(model, first)
     flops = flops_of_pack(shape, work, pairs.visible, training.activation_checkpointing)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from dti_dist import console
-from dti_dist.attention.policies import is_exact
 from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.index import read_block
@@ -19,7 +18,8 @@ from dti_dist.data.packing import assign_packs, multiple_of_128, pack_shape, wit
 from dti_dist.data.samples import Samples, SampleSettings, sample_lengths
 from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import CTRModel, LinearHead, click_loss
+from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.heads import Head
 from dti_dist.ranks import choose_device
 from dti_dist.runs import commits
 from dti_dist.runs.folder import RunFolder
@@ -146,7 +146,7 @@ class _Subject:
             ]
 
         alone = [packed(samples.take(np.array([i])))[0] for i in range(len(samples))]
-        exact = is_exact(config.attention.policy)
+        exact = config.attention.chosen_policy.exact
         shares = config.attention.shares_interactions
         return _Subject(
             model,
@@ -305,7 +305,7 @@ class _Subject:
     def _gradients(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
         self.model.zero_grad(set_to_none=True)
         for batch in batches:
-            (click_loss(self.model(batch), batch) / batch.step_targets).backward()
+            (Head.loss(self.model(batch), batch) / batch.step_targets).backward()
         found = {
             name: parameter.grad.double().cpu()
             for name, parameter in self.model.named_parameters()
@@ -333,7 +333,7 @@ def _model(inputs: Inputs, run: RunFolder) -> CTRModel:
         return trained_model(inputs, commit)
     say(f"model: {inputs.config.model.name}, before training")
     model = inputs.untrained_model()
-    if isinstance(model.head, LinearHead):
+    if model.head.is_new:
         # Zeros would hide every difference; so scaled, logits are about as large as trained ones.
         torch.nn.init.normal_(model.head.weight, std=model.head.weight.shape[1] ** -0.5)
     return model

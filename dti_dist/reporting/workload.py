@@ -13,11 +13,7 @@ from dti_dist.attention.chunked import ChunkedPlan
 from dti_dist.attention.flex import FlexPlan
 from dti_dist.attention.intervals import (
     VisibleIntervals,
-    body_intervals,
-    readout_intervals,
-    shared_body_intervals,
 )
-from dti_dist.attention.readout import with_initial_memory
 from dti_dist.console import progress
 from dti_dist.data.epochs import EpochPlan
 from dti_dist.data.index import read_block
@@ -228,15 +224,8 @@ def layer_intervals(model: CTRModel, batch: Batch) -> list[VisibleIntervals]:
         zip(scheme.windows.body, scheme.windows.readout, strict=True)
     ):
         if layer < len(scheme.windows.body) - 1:  # nobody reads the last layer's body
-            calls.append(
-                body_intervals(layout, body, scheme.body_sees_prefix)
-                if layout.shared is None
-                else shared_body_intervals(layout.shared, scheme.prefix_length)
-            )
-        of_slots = readout_intervals(layout, readout, scheme.readout_sees_prefix)
-        if scheme.forgetting is not None:
-            of_slots = with_initial_memory(of_slots, layout.length)
-        calls.append(of_slots)
+            calls.append(scheme.body(layout, body))
+        calls.append(scheme.readout(layout, readout))
     return calls
 
 

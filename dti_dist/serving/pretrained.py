@@ -18,6 +18,7 @@ from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs, cache_dir_of
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.heads import HEADS
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.serving.item_texts import ItemTexts
@@ -119,8 +120,6 @@ def load_exported(
         prefix_length=prefix,
         longest_span=prefix + (sample.context + 1) * items.longest_interaction,
     )
-    if head == "linear":
-        model.head.weight = causal_lm.score.weight
     return Pretrained(model.to(dtype).eval(), items, sample.context, dataset)
 
 
@@ -143,9 +142,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _read_model(folder: Path, head: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    kind = AutoModelForCausalLM if head == "yes_no" else AutoModelForSequenceClassification
+    kind = getattr(transformers, HEADS[head].auto_class)
     try:
         with without_library_chatter():
             model, loading = kind.from_pretrained(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dti_dist.data.stream import Batch
-from dti_dist.model.ctr_model import click_loss
+from dti_dist.model.heads import Head
 from dti_dist.ranks import Ranks
 from dti_dist.training.engine import Engine
 from dti_dist.training.signals import StopSignal
@@ -61,7 +61,7 @@ def take_step(
         waited += time.perf_counter() - began
         assert batch.step == step, "the stream and the loop must count alike"
         batches.append(batch.to(ranks.device))
-        loss = click_loss(engine(batches[-1]), batches[-1])
+        loss = Head.loss(engine(batches[-1]), batches[-1])
         loss_sum += loss.detach()
         tokens += batch.body_tokens + int(batch.used.sum())
         # DeepSpeed averages over ranks and micro-steps. Wanted is the mean over the step's targets,

@@ -13,13 +13,14 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from dti_dist.attention import flex
-from dti_dist.attention.backend import AttentionPlans, AttentionScheme
+from dti_dist.attention.backend import AttentionPlans
 from dti_dist.attention.chunked import ChunkedPlan, chunked_attention
 from dti_dist.attention.dense import dense_mask
 from dti_dist.attention.flex import BLOCK, FlexPlan, compiled_graphs
 from dti_dist.attention.intervals import VisibleIntervals, body_intervals, readout_intervals
 from dti_dist.attention.layout import PackLayout
-from dti_dist.attention.policies import layer_windows
+from dti_dist.attention.policies import POLICIES, Budget
+from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.errors import UserError
 from tests.attention.random_packs import random_packs
 
@@ -27,10 +28,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
 def make_plans(layout: PackLayout, policy: str, backend: str, prefix: bool) -> AttentionPlans:
-    windows = layer_windows(policy, n=3, num_layers=3, share=0.7)
-    scheme = AttentionScheme(
-        windows, backend=backend, body_sees_prefix=prefix, readout_sees_prefix=prefix
-    )
+    chosen = Budget(share=0.7) if policy == "budget" else POLICIES[policy]()
+    scheme = AttentionScheme(chosen, 3, 3, prefix_length=int(prefix), backend=backend)
     return AttentionPlans(layout, scheme)
 
 

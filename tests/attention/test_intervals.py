@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from dti_dist.attention.dense import dense_mask
 from dti_dist.attention.intervals import body_intervals, readout_intervals
-from dti_dist.attention.policies import forgetting_weights, is_exact, layer_windows
+from dti_dist.attention.policies import POLICIES, Budget, Isolated, Reset
 from dti_dist.attention.readout import alibi_slopes
+from dti_dist.config import AttentionConfig, validate_config
 from dti_dist.errors import UserError
 from tests.attention.random_packs import Token, random_packs
 
@@ -61,30 +63,30 @@ def test_ranges_of_a_query_are_disjoint(random, window, prefix):
 
 @pytest.mark.parametrize("policy", ["windowed", "reset"])
 def test_windowed_and_reset_give_n_to_every_layer(policy):
-    windows = layer_windows(policy, n=20, num_layers=3)
+    windows = POLICIES[policy]().windows(n=20, num_layers=3)
     assert windows.body == windows.readout == (20, 20, 20)
 
 
 def test_isolated_gives_n_to_sum_alone():
-    windows = layer_windows("isolated", n=20, num_layers=3)
+    windows = Isolated().windows(n=20, num_layers=3)
     assert windows.body == (0, 0, 0)
     assert windows.readout == (20, 20, 20)
 
 
 def test_an_even_budget_reaches_up_where_there_are_more_layers_than_interactions():
-    windows = layer_windows("budget", n=20, num_layers=30)
+    windows = Budget().windows(n=20, num_layers=30)
     spent = [layer for layer, window in enumerate(windows.body) if window]
     assert len(spent) == sum(windows.body) == 10
     assert {later - earlier for earlier, later in pairwise(spent)} <= {2, 3}
     assert spent[-1] > 24
-    early = layer_windows("budget", n=20, num_layers=30, budget="early").body
-    late = layer_windows("budget", n=20, num_layers=30, budget="late").body
+    early = Budget("early").windows(n=20, num_layers=30).body
+    late = Budget("late").windows(n=20, num_layers=30).body
     assert sum(early[:15]) == sum(late[14:29]) == 10
 
 
 def test_forgetting_grows_from_nothing_at_the_target_to_its_strength_at_n():
-    assert forgetting_weights(4, 1.0, 1.0).tolist() == [0, 0.25, 0.5, 0.75, 1]
-    assert forgetting_weights(2, 0.8, 2.0).tolist() == pytest.approx([0, 0.2, 0.8])
+    assert Reset(1.0, 1.0).forgetting(4).tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert Reset(0.8, 2.0).forgetting(2).tolist() == pytest.approx([0, 0.2, 0.8])
 
 
 def test_alibi_slopes_are_those_of_the_paper():
@@ -103,7 +105,7 @@ def test_alibi_slopes_are_those_of_the_paper():
     ],
 )
 def test_budget_leaves_readout_what_the_layers_below_have_not_spent(budget, body, readout):
-    windows = layer_windows("budget", n=10, num_layers=4, budget=budget)
+    windows = Budget(budget).windows(n=10, num_layers=4)
     assert windows.body == body
     assert windows.readout == readout
 
@@ -115,7 +117,7 @@ def test_budget_leaves_readout_what_the_layers_below_have_not_spent(budget, body
     share=st.floats(0, 1),
 )
 def test_nothing_older_than_n_reaches_a_prediction_under_budget(n, num_layers, budget, share):
-    windows = layer_windows("budget", n, num_layers, budget, share)
+    windows = Budget(budget, share).windows(n, num_layers)
     seen = 0  # how far back the body states that a layer reads have seen
     for body, readout in zip(windows.body, windows.readout, strict=True):
         assert body >= 0
@@ -136,11 +138,12 @@ def test_nothing_older_than_n_reaches_a_prediction_under_budget(n, num_layers, b
 )
 def test_a_budget_that_cannot_be_exact_is_refused_with_the_reason(budget, reason):
     with pytest.raises(UserError, match=reason):
-        layer_windows("budget", n=4, num_layers=3, budget=budget)
+        Budget(budget).windows(n=4, num_layers=3)
 
 
-def test_an_unknown_policy_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match=r"budget, isolated.*Did you mean 'windowed'"):
-        layer_windows("window", n=4, num_layers=3)
-    assert is_exact("budget")
-    assert not is_exact("windowed")
+def test_every_policy_that_a_config_can_name_exists_and_two_are_exact():
+    named = get_args(AttentionConfig.model_fields["policy"].annotation)
+    assert set(named) == set(POLICIES)
+    assert [name for name in named if POLICIES[name].exact] == ["budget", "isolated"]
+    with pytest.raises(UserError, match=r"'isolated'.*Did you mean 'windowed'"):
+        validate_config({"run_dir": "r", "data": {"path": "d"}, "attention": {"policy": "window"}})

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel
 
-from dti_dist.attention import AttentionPlans, AttentionScheme, layer_windows, register
-from dti_dist.attention.backend import attention_forward
+from dti_dist.attention.backend import AttentionPlans, attention_forward, register
+from dti_dist.attention.policies import POLICIES, Budget
+from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.errors import UserError
 from tests.attention.random_packs import Packs, one_sample
 
@@ -37,8 +38,8 @@ def tiny(config_class=LlamaConfig, model_class=LlamaModel, attention="dti", **ch
 
 
 def make_plans(packs: Packs, policy: str = "budget", n: int = N) -> AttentionPlans:
-    windows = layer_windows(policy, n, num_layers=3, share=0.7)
-    return AttentionPlans(packs.layout, AttentionScheme(windows, backend="chunked"))
+    chosen = Budget(share=0.7) if policy == "budget" else POLICIES[policy]()
+    return AttentionPlans(packs.layout, AttentionScheme(chosen, n, 3, backend="chunked"))
 
 
 @pytest.fixture

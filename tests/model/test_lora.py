@@ -11,7 +11,7 @@ import torch
 from dti_dist.config import LoraConfig, validate_config
 from dti_dist.data.layout import PackShape
 from dti_dist.errors import UserError
-from dti_dist.model.ctr_model import click_loss
+from dti_dist.model.heads import Head
 from dti_dist.model.lora import add_adapters, base_fingerprint, merge_adapters, require_peft
 from tests.tiny import FAMILIES, SUM, batch_of, ctr_model, item_tokens, users
 
@@ -50,7 +50,7 @@ def test_adapters_the_sum_row_and_the_linear_head_get_gradients_and_nothing_else
     model.enable_activation_checkpointing()
     model.train()
     move(model)
-    click_loss(model(batch), batch).backward()
+    Head.loss(model(batch), batch).backward()
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     linear = {
         f"backbone.{name}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
-from dti_dist.attention.policies import forgetting_weights, layer_windows
+from dti_dist.attention.policies import POLICIES, Reset
 from dti_dist.attention.readout import alibi_slopes
 from dti_dist.data.layout import PackShape
 from dti_dist.data.samples import SampleSettings
@@ -169,10 +169,11 @@ def by_hand(
     backbone, config = causal.model, causal.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width, layers = config.head_dim, config.num_hidden_layers
-    windows = layer_windows(policy, N, layers)
+    chosen = Reset(**FORGETTING) if policy == "reset" else POLICIES[policy]()
+    windows = chosen.windows(N, layers)
     inv_freq = backbone.rotary_emb.inv_freq
     slopes = alibi_slopes(heads).double()
-    alpha = forgetting_weights(N, **FORGETTING) if policy == "reset" else torch.zeros(N + 1)
+    alpha = chosen.forgetting(N) if policy == "reset" else torch.zeros(N + 1)
     target = len(interactions) - 1
 
     ids, unit = list(prefix), [-1] * len(prefix)

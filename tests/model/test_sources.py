@@ -8,7 +8,8 @@ import torch
 from dti_dist.config import ModelConfig
 from dti_dist.errors import UserError
 from dti_dist.model import sources
-from dti_dist.model.families import check_family, check_head
+from dti_dist.model.families import check_family
+from dti_dist.model.heads import LabelWordHead, LinearHead
 from dti_dist.model.tokenizer import SUM_TOKEN, add_sum_token
 from tests.tiny import FAMILIES, VOCABULARY, causal_lm
 
@@ -82,10 +83,10 @@ def test_rotary_positions_that_depend_on_the_batch_are_refused():
 def test_a_head_that_could_not_be_exported_is_refused():
     from transformers import GraniteConfig, LlamaConfig
 
-    check_head(LlamaConfig(), "linear")
-    check_head(GraniteConfig(), "yes_no")
+    LinearHead.check(LlamaConfig())
+    LabelWordHead.check(GraniteConfig())
     with pytest.raises(UserError, match=r"'granite'\. Set model\.head=yes_no"):
-        check_head(GraniteConfig(), "linear")
+        LinearHead.check(GraniteConfig())
 
 
 def test_scratch_weights_depend_on_the_seed_alone():

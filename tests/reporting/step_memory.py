@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from dti_dist.config import load_config
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import click_loss
+from dti_dist.model.heads import Head
 from dti_dist.ranks import end_process, join_process_group, leave_process_group
 from dti_dist.reporting.plan import plan
 from dti_dist.training.engine import Engine
@@ -76,7 +76,7 @@ def measure(config, ranks, folder):
     def step():
         for _ in range(engine.micro_steps):
             batch = next(stream)
-            engine.backward(click_loss(engine(batch), batch) / batch.step_targets)
+            engine.backward(Head.loss(engine(batch), batch) / batch.step_targets)
             engine.step()
 
     for _ in range(STEPS - 1):

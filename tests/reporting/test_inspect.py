@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dti_dist.attention import intervals
+from dti_dist.attention import intervals, scheme
 from dti_dist.cli import main
 from dti_dist.config import load_config
 from dti_dist.data.dataset import Dataset, iter_sequences
@@ -147,26 +147,26 @@ def test_a_window_one_too_wide_would_be_seen_in_the_picture(view, monkeypatch):
 
 
 def test_samples_that_see_each_other_would_be_reported(view, monkeypatch):
-    right = inspection.body_intervals
+    right = scheme.body_intervals
 
     def sees_all(*arguments):
         seen = right(*arguments)
         return intervals.VisibleIntervals(seen.start * 0, seen.end, seen.key_length)
 
-    monkeypatch.setattr(inspection, "body_intervals", sees_all)
+    monkeypatch.setattr(scheme, "body_intervals", sees_all)
     shown = view(sample=2)
     assert shown.outside > 0
     assert "BROKEN" in shown.verdict
 
 
 def test_a_shared_body_that_sees_other_texts_would_be_reported(view, monkeypatch):
-    right = inspection.shared_body_intervals
+    right = scheme.shared_body_intervals
 
     def sees_all(*arguments):
         seen = right(*arguments)
         return intervals.VisibleIntervals(seen.start * 0, seen.end, seen.key_length)
 
-    monkeypatch.setattr(inspection, "shared_body_intervals", sees_all)
+    monkeypatch.setattr(scheme, "shared_body_intervals", sees_all)
     assert "BROKEN" in view("attention.policy=isolated").verdict
 
 

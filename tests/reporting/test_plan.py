@@ -15,7 +15,7 @@ from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import click_loss
+from dti_dist.model.heads import Head
 from dti_dist.model.lora import add_adapters
 from dti_dist.reporting import gpus as gpu_table
 from dti_dist.reporting.cost_model import ModelShape, flops_of_pack, meta_model
@@ -133,7 +133,7 @@ def work_of(batch):
 def counted_flops(model, batch):
     """Matrix products that torch really runs; the CPU's fused attention is not among them."""
     with FlopCounterMode(display=False) as counter:
-        click_loss(model(batch), batch).backward()
+        Head.loss(model(batch), batch).backward()
     return counter.get_total_flops()
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dti_dist.attention import backend, intervals
+from dti_dist.attention import backend, intervals, scheme
 from dti_dist.cli import main
 from tests.launching import write_config
 
@@ -92,7 +92,7 @@ def test_a_readout_that_sees_its_own_label_is_found_out(capsys, config, monkeypa
         end[0] += (end[0] > 0).int()
         return intervals.VisibleIntervals(seen.start, end, seen.key_length)
 
-    monkeypatch.setattr(backend, "readout_intervals", sees_label)
+    monkeypatch.setattr(scheme, "readout_intervals", sees_label)
     verdicts, _ = verify(capsys, config, expect=1)
     assert verdicts[0] == "BROKEN"
 
@@ -104,7 +104,7 @@ def test_samples_that_see_each_other_are_found_out(capsys, config, monkeypatch):
         seen = right(layout, window, prefix_visible)
         return intervals.VisibleIntervals(torch.zeros_like(seen.start), seen.end, seen.key_length)
 
-    monkeypatch.setattr(backend, "body_intervals", sees_all)
+    monkeypatch.setattr(scheme, "body_intervals", sees_all)
     verdicts, _ = verify(capsys, config, expect=1)
     assert verdicts[2] == "BROKEN"
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dti_dist.attention.policies import layer_windows
+from dti_dist.attention.policies import Budget
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import Batch
 from dti_dist.serving.item_texts import ItemTexts
@@ -235,7 +235,7 @@ def test_windows_reach_as_far_for_a_late_candidate_as_for_the_first():
     """What every candidate of a request may see is its whole context, wherever it lies."""
     tokens, block = world()
     model = ctr_model("llama", "budget", N)
-    assert layer_windows("budget", N, 3).readout[0] == N
+    assert Budget().windows(N, 3).readout[0] == N
     scorer = scorer_of(model, tokens)
     requests, _ = requests_of(block, tokens, candidates=list(range(25)))
     base = scorer.score_requests(requests)

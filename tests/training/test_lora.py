@@ -202,7 +202,7 @@ def without_adapters(run_dir, loaded):
     inputs = Inputs.open(load_config(folder.config_file, ["model.lora.rank=0"]), folder.tokenizer)
     model = inputs.untrained_model().eval()
     model.backbone.load_state_dict(loaded.base_model.state_dict())
-    if model.head_kind == "linear":
+    if model.head.is_new:
         model.head.weight.data.copy_(loaded.score.weight)
     return model
 

@@ -1,0 +1,144 @@
+"""Heads: what makes a logit of [SUM]'s last hidden state, and how it is exported.
+
+A head is a class here and a name in `ModelConfig.head`. What others ask of it, it says itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dti_dist.data.layout import Pack
+from dti_dist.errors import UserError
+from dti_dist.model.families import logits_divisor
+
+
+class Head(nn.Module):
+    """[SUM]'s last hidden state → a logit of label 1.
+
+    Attributes:
+        is_new: it has weights that the pretrained model lacks.
+        auto_class: of transformers, that an exported model is loaded by; by peft, its task.
+        exported_weight: the name of `weight` in an exported model.
+        pipeline_tag: of the exported model on the hub.
+        reading: how the probability of a click is read from an exported model.
+    """
+
+    is_new: ClassVar[bool]
+    auto_class: ClassVar[str]
+    peft_task: ClassVar[str]
+    exported_weight: ClassVar[str]
+    pipeline_tag: ClassVar[str]
+    reading: ClassVar[str]
+    weight: Tensor
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Raises UserError for a family in which the head could be trained and not exported."""
+
+    @classmethod
+    def of(cls, causal_lm: Any, label_ids: tuple[int, int]) -> Head:
+        """The head for a causal LM.
+
+        Args:
+            label_ids: token ids of label 0 and label 1.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def loss(logits: Tensor, pack: Pack) -> Tensor:
+        """Sum of the binary cross-entropies of the used [SUM] slots, in float32."""
+        losses = F.binary_cross_entropy_with_logits(logits, pack.labels, reduction="none")
+        return (losses * pack.used).sum()
+
+    @classmethod
+    def empty_export(cls, config: Any) -> Any:
+        """A transformers model of the family, to be filled with the exported weights."""
+        import transformers
+
+        return getattr(transformers, cls.auto_class).from_config(config)
+
+
+class LabelWordHead(Head):
+    """The language-model head, asked for the label words alone.
+
+    Computing two rows of the vocabulary's logits instead of all gives the same softmax over the
+    two words at a small part of the cost.
+    """
+
+    is_new = False
+    auto_class = "AutoModelForCausalLM"
+    peft_task = "CAUSAL_LM"
+    exported_weight = "lm_head.weight"
+    pipeline_tag = "text-generation"
+    reading = (
+        "the sigmoid of the difference of the two label words' logits at [SUM], label 1 minus "
+        "label 0"
+    )
+
+    def __init__(self, lm_head: nn.Linear, label_ids: tuple[int, int], divisor: float = 1.0):
+        super().__init__()
+        self.weight = lm_head.weight
+        self.divisor = divisor
+        self.label_ids: Tensor
+        self.register_buffer("label_ids", torch.tensor(label_ids), persistent=False)
+
+    @classmethod
+    def of(cls, causal_lm: Any, label_ids: tuple[int, int]) -> LabelWordHead:
+        return cls(causal_lm.get_output_embeddings(), label_ids, logits_divisor(causal_lm.config))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, hidden] → [B, S] float32: the logit of label 1 minus that of label 0."""
+        no, yes = _at_least_float32(F.embedding(self.label_ids, self.weight))
+        return _at_least_float32(hidden) @ (yes - no) / self.divisor
+
+
+class LinearHead(Head):
+    """One new linear layer on [SUM]'s last hidden state."""
+
+    is_new = True
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task = "SEQ_CLS"
+    exported_weight = "score.weight"
+    pipeline_tag = "text-classification"
+    reading = "the sigmoid of the classifier's one logit at [SUM]"
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(
+                "model.head linear is exported as a sequence classifier, which transformers does "
+                f"not have for the family {config.model_type!r}. Set model.head=yes_no."
+            )
+
+    @classmethod
+    def of(cls, causal_lm: Any, label_ids: tuple[int, int]) -> LinearHead:
+        head = cls(causal_lm.config.hidden_size)
+        if hasattr(causal_lm, "score"):  # an exported classifier
+            head.weight = causal_lm.score.weight
+        return head
+
+    @classmethod
+    def empty_export(cls, config: Any) -> Any:
+        config.num_labels = 1
+        return super().empty_export(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, hidden] → [B, S] float32 logits."""
+        return _at_least_float32(hidden) @ _at_least_float32(self.weight[0])
+
+
+HEADS: dict[str, type[Head]] = {"yes_no": LabelWordHead, "linear": LinearHead}
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
