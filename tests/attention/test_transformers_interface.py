@@ -156,6 +156,6 @@ def test_a_sliding_window_is_accepted_only_where_it_hides_nothing(packs, ids):
     tiny(*mistral, sliding_window=length)(ids, attention_plans=make_plans(packs))
     with pytest.raises(
         UserError,
-        match=f"sliding window of {length - 1} tokens, and a token must see up to {length}",
+        match=f"sliding window of {length - 1} tokens, but a token must see up to {length}",
     ):
         tiny(*mistral, sliding_window=length - 1)(ids, attention_plans=make_plans(packs))
