@@ -10,7 +10,7 @@ IMPORTS = [
     __name__,
     "dti_dist.data.prepare.command",
     "dti_dist.training.loop",
-    "dti_dist.evaluation.quick_metrics",
+    "dti_dist.evaluation.metrics",
     "deepspeed.module_inject",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",

@@ -15,10 +15,13 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from dti_dist import sql
-from dti_dist.evaluation.quick_metrics import CALIBRATION_BINS
+from dti_dist.errors import UserError
 
+CALIBRATION_BINS = 15
 _EPS = float(np.finfo(np.float64).eps)  # scikit-learn's log_loss clips float64 probabilities by it
 
 
@@ -105,8 +108,8 @@ def measure(
     """Metrics of a relation of targets. Makes the tables ``curve`` and ``per_user`` (Sums of each
     user), in place of others of that name.
 
-    The names of quick_metrics.click_metrics mean the same here; also `calibration_ratio` (mean
-    prediction over label rate), `clicks`, and `f1_valid_threshold`, at the threshold that is given.
+    Definitions are in docs/evaluation.md. None where a metric is undefined because only one class
+    occurs. f1 and accuracy are at threshold 0.5, f1_valid_threshold is at the given one.
     """
     with sql_errors("computing the metrics"):
         connection.execute(f"CREATE OR REPLACE TABLE curve AS {curve_query(targets)}")
@@ -137,6 +140,30 @@ def measure(
             "label_rate": found["label_rate"],
             "mean_prediction": found["mean_prediction"],
         }
+
+
+def measure_arrays(
+    labels: npt.NDArray[np.integer],
+    probabilities: npt.NDArray[np.floating],
+    users: npt.NDArray[np.integer],
+) -> dict[str, Any]:
+    """`measure`, in memory, of [targets] labels, probabilities and integers that name the user.
+
+    Raises:
+        UserError: a probability is not a finite number.
+    """
+    broken = len(probabilities) - int(np.isfinite(probabilities).sum())
+    if broken:
+        raise UserError(
+            f"expected finite probabilities, found {broken:,} of {len(probabilities):,} that are "
+            "not: the model has diverged. Lower the learning rate and train again."
+        )
+    targets = pa.table({"user": users, "label": labels, "probability": probabilities})
+    # One thread, so that sums are rounded the same each time; without spilling to the disk.
+    config: dict[str, Any] = {"threads": 1, "temp_directory": ""}
+    with duckdb.connect(config=config) as connection:
+        connection.register("targets", targets)
+        return measure(connection, "targets")
 
 
 def _classified(

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from dti_dist.data.stream import PackStream, StreamPlan
+from dti_dist.evaluation.metrics import measure_arrays
 from dti_dist.evaluation.predict import predict
 from dti_dist.training.engine import Engine
 from dti_dist.training.job import Job
 from dti_dist.training.journal import Journal
 from dti_dist.training.progress import Progress, Schedule
 from dti_dist.training.saving import Saving
+
+_LOGGED = (
+    *("auc", "log_loss", "f1", "accuracy", "gauc", "ne", "ece"),
+    *("targets", "users", "users_of_one_class", "label_rate", "mean_prediction"),
+)
 
 
 class Validation:
@@ -77,10 +83,8 @@ class Validation:
         def figures() -> dict[str, Any]:
             if found is None:
                 return {}
-            # Scikit-learn and torchmetrics take seconds to import, and only one rank needs them.
-            from dti_dist.evaluation.quick_metrics import click_metrics
-
-            return click_metrics(found.label, found.probability, found.row)
+            metrics = measure_arrays(found.label, found.probability, found.row)
+            return {name: metrics[name] for name in _LOGGED}
 
         measured = ranks.each(figures)[0]
         watchdog.beat()

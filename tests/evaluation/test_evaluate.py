@@ -18,12 +18,12 @@ from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.evaluation import evaluate as evaluation
 from dti_dist.evaluation.predict import predict
-from dti_dist.evaluation.quick_metrics import click_metrics
 from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from tests.launching import job, run, run_dir
+from tests.metrics_oracle import click_metrics
 from tests.s3_server import s3_server
 
 pytestmark = pytest.mark.slow

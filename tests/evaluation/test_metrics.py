@@ -8,8 +8,14 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 
-from dti_dist.evaluation.metrics import best_threshold, measure
-from dti_dist.evaluation.quick_metrics import CALIBRATION_BINS, click_metrics
+from dti_dist.errors import UserError
+from dti_dist.evaluation.metrics import (
+    CALIBRATION_BINS,
+    best_threshold,
+    measure,
+    measure_arrays,
+)
+from tests.metrics_oracle import click_metrics
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def predictions():
 
 def test_auc_log_loss_f1_and_accuracy_are_scikit_learns(predictions):
     labels, probabilities, users = predictions
-    figures = click_metrics(labels, probabilities, users)
+    figures = measure_arrays(labels, probabilities, users)
     clicked = probabilities >= 0.5
     assert figures["auc"] == pytest.approx(roc_auc_score(labels, probabilities), abs=1e-12)
     assert figures["log_loss"] == pytest.approx(log_loss(labels, probabilities), abs=1e-12)
@@ -36,7 +42,7 @@ def test_auc_log_loss_f1_and_accuracy_are_scikit_learns(predictions):
 
 def test_gauc_weighs_users_by_targets_and_leaves_users_of_one_class_out(predictions):
     labels, probabilities, users = predictions
-    figures = click_metrics(labels, probabilities, users)
+    figures = measure_arrays(labels, probabilities, users)
     total = weight = 0.0
     for user in set(users.tolist()):
         clicks = [
@@ -55,11 +61,11 @@ def test_gauc_weighs_users_by_targets_and_leaves_users_of_one_class_out(predicti
 
 def test_ne_is_the_log_loss_over_that_of_the_label_rate(predictions):
     labels, probabilities, users = predictions
-    figures = click_metrics(labels, probabilities, users)
+    figures = measure_arrays(labels, probabilities, users)
     rate = labels.mean()
     entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
     assert figures["ne"] == pytest.approx(figures["log_loss"] / entropy, abs=1e-12)
-    constant = click_metrics(labels, np.full(3000, rate), users)
+    constant = measure_arrays(labels, np.full(3000, rate), users)
     assert constant["ne"] == pytest.approx(1.0, abs=1e-9)
 
 
@@ -72,18 +78,39 @@ def test_ece_is_the_mean_gap_between_confidence_and_frequency_over_bins(predicti
         )
         if inside.any():
             gap += abs(labels[inside].mean() - probabilities[inside].mean()) * inside.mean()
-    assert click_metrics(labels, probabilities, users)["ece"] == pytest.approx(gap, abs=1e-6)
+    assert measure_arrays(labels, probabilities, users)["ece"] == pytest.approx(gap, abs=1e-6)
 
 
 def test_metrics_of_one_class_are_undefined_and_say_so():
-    figures = click_metrics(np.ones(5, int), np.full(5, 0.9), np.arange(5))
+    figures = measure_arrays(np.ones(5, int), np.full(5, 0.9), np.arange(5))
     assert figures["auc"] is None
     assert figures["gauc"] is None
     assert figures["ne"] is None
     assert figures["log_loss"] == pytest.approx(-math.log(0.9))
 
 
-# The same by SQL, in any number of targets.
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("digits", [None, 2], ids=["few ties", "many ties"])
+def test_metrics_of_validation_equal_the_libraries_to_the_rounding(kind, digits):
+    rng = np.random.default_rng(5)
+    probabilities = rng.random(50_000) if digits is None else np.round(rng.random(50_000), digits)
+    probabilities = probabilities.astype(kind)
+    labels = (rng.random(50_000) < probabilities**2).astype(np.int8)
+    users = rng.integers(0, 9000, 50_000)
+    figures = measure_arrays(labels, probabilities, users)
+    for name, value in click_metrics(labels, probabilities, users).items():
+        assert figures[name] == pytest.approx(value, rel=1e-12), name
+    assert measure_arrays(labels, probabilities, users) == figures, "the same each time"
+
+
+def test_probabilities_that_are_not_finite_are_refused(predictions):
+    labels, probabilities, users = predictions
+    broken = np.where(np.arange(3000) < 2, np.nan, probabilities)
+    with pytest.raises(UserError, match=r"found 2 of 3,000.*diverged"):
+        measure_arrays(labels, broken, users)
+
+
+# Of a table, in any number of targets.
 
 
 def table(labels, probabilities, users):

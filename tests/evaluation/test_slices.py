@@ -15,10 +15,10 @@ from dti_dist.data.index import RowGroup
 from dti_dist.errors import UserError
 from dti_dist.evaluation import predictions_file, slices
 from dti_dist.evaluation.metrics import measure
-from dti_dist.evaluation.quick_metrics import click_metrics
 from dti_dist.evaluation.slices import check_slices, measure_slices, slice_columns
 from tests.data.test_prepare_append import append, at_different_times, build, days_of
 from tests.data.test_prepare_events import random_events
+from tests.metrics_oracle import click_metrics
 
 NAMES = ("activity", "popularity", "day", "title", "user_id", "item_id")
 

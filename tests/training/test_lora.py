@@ -14,12 +14,12 @@ from dti_dist.cli import main
 from dti_dist.config import load_config
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.evaluation.predict import predict
-from dti_dist.evaluation.quick_metrics import click_metrics
 from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from tests.launching import job, kill, losses, run, start, train, wait_for_step, write_config
+from tests.metrics_oracle import click_metrics
 from tests.training.test_refusals import save_tokenizer_and_model
 
 pytest.importorskip("peft")

@@ -1,4 +1,4 @@
-"""How good predictions are: ranking (AUC, GAUC), calibration (NE, ECE), and classification."""
+"""The metrics by scikit-learn, torchmetrics and numpy: what those of the product must equal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 from torchmetrics.functional.classification import binary_calibration_error
 
-CALIBRATION_BINS = 15
+from dti_dist.evaluation.metrics import CALIBRATION_BINS
 
 
 def click_metrics(
