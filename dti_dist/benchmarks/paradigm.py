@@ -19,7 +19,7 @@ from dti_dist.config import RunConfig, validate_config
 from dti_dist.console import say, table
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import Head
 from dti_dist.ranks import choose_device
 
@@ -94,8 +94,8 @@ def benchmark_paradigm(
         }
         # Most parameters are shared by all; each variant has adapters or a linear head of its own.
         parameters = {id(p): p for model in models.values() for p in model.parameters()}
-        for parameter in parameters.values():  # buffers stay float32: rotary frequencies
-            parameter.data = parameter.data.to(dtype)
+        for model in models.values():
+            cast_parameters(model, dtype)
         optimizer = torch.optim.AdamW([p for p in parameters.values() if p.requires_grad], lr=1e-5)
         steps = {
             name: _step(

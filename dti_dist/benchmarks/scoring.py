@@ -19,6 +19,7 @@ from dti_dist.data.dataset import iter_sequences
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.template import Template
 from dti_dist.inputs import Inputs
+from dti_dist.model.ctr_model import cast_parameters
 from dti_dist.ranks import choose_device
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import Pretrained
@@ -106,8 +107,7 @@ def _scorer(
     inputs = Inputs.open(validate_config(raw), tokenizer)
     template = Template.for_items(inputs.config.template, inputs.dataset.manifest.item_text_columns)
     model = inputs.untrained_model()
-    for parameter in model.parameters():  # buffers stay float32: rotary frequencies
-        parameter.data = parameter.data.to(dtype)
+    cast_parameters(model, dtype)
     items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
     pretrained = Pretrained(model, items, config.sample.context, inputs.dataset)
     return Scorer(pretrained, device)

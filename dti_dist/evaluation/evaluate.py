@@ -28,7 +28,7 @@ from dti_dist.evaluation.slices import check_slices, measure_slices, slice_colum
 from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
 from dti_dist.files import write_atomically
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
@@ -125,7 +125,7 @@ class _Evaluation:
         plans = {split: self._plan(split) for split in self._splits()}
         model = trained_model(self.inputs, self.commit).to(self.ranks.device)
         if self.ranks.device.type == "cuda" and self.config.training.precision == "bf16":
-            model = _in_bf16(model)
+            cast_parameters(model, torch.bfloat16)
         with scratch_folder(self.run.evaluations, self.ranks) as scratch:
             for split, plan in plans.items():
                 self._spool(model, split, plan, scratch)
@@ -294,9 +294,3 @@ def _workspace(scratch: Path, memory_limit: str | None) -> Iterator[duckdb.DuckD
     """DuckDB, with its files in the scratch folder."""
     with open_workspace(str(scratch), memory_limit=memory_limit) as workspace:
         yield workspace.connection
-
-
-def _in_bf16(model: CTRModel) -> CTRModel:
-    for parameter in model.parameters():  # buffers stay float32: rotary frequencies
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model

@@ -132,6 +132,12 @@ class CTRModel(nn.Module):
         ).last_hidden_state
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters but not the buffers: rotary frequencies need float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def _feed_forward_slots_alone(last_layer: Any) -> None:
     """Spare the body the last layer's feed-forward part: only [SUM] is read behind it."""
     body = {"length": 0}

@@ -18,7 +18,7 @@ from dti_dist.data.packing import assign_packs, multiple_of_128, pack_shape, wit
 from dti_dist.data.samples import Samples, SampleSettings, sample_lengths
 from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import Head
 from dti_dist.ranks import choose_device
 from dti_dist.runs import commits
@@ -105,8 +105,7 @@ class _Subject:
             dtype or default
         ]
         model = _model(inputs, run)
-        for parameter in model.parameters():  # buffers stay: rotary frequencies
-            parameter.data = parameter.data.to(chosen)
+        cast_parameters(model, chosen)
         model = model.to(device).eval()
 
         plan = inputs.stream_plan("train")

@@ -17,7 +17,7 @@ from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs, cache_dir_of
 from dti_dist.model import sources
-from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import HEADS
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
@@ -120,7 +120,8 @@ def load_exported(
         prefix_length=prefix,
         longest_span=prefix + (sample.context + 1) * items.longest_interaction,
     )
-    return Pretrained(model.to(dtype).eval(), items, sample.context, dataset)
+    cast_parameters(model, dtype)
+    return Pretrained(model.eval(), items, sample.context, dataset)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

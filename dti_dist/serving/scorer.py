@@ -17,7 +17,7 @@ from dti_dist.config import StorageConfig
 from dti_dist.data.packing import multiple_of_128
 from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
-from dti_dist.model.ctr_model import KeptStates
+from dti_dist.model.ctr_model import KeptStates, cast_parameters
 from dti_dist.ranks import choose_device
 from dti_dist.serving.item_states import ItemStates
 from dti_dist.serving.item_texts import Item, ItemTexts
@@ -119,8 +119,7 @@ class Scorer:
             raise UserError(f"dtype: expected fp32 or bf16, found {dtype!r}.")
         if is_run(folder):
             found = load_run(folder, checkpoint, data)
-            for parameter in found.model.parameters():  # buffers stay float32: rotary frequencies
-                parameter.data = parameter.data.to(precision)
+            cast_parameters(found.model, precision)
         else:
             found = load_exported(folder, data, precision, storage)
         return cls(found, chosen, pack_tokens, state_cache_gib)

@@ -86,6 +86,19 @@ def test_scores_from_kept_states_are_those_of_evaluation(isolated, synthetic, it
     assert_scores_are_those_of_evaluation(*isolated, synthetic, items)
 
 
+def test_bf16_casts_parameters_and_leaves_rotary_frequencies_in_float32(isolated):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu", dtype="bf16")
+    whole = Scorer.from_pretrained(isolated[0], device="cpu", dtype="fp32")
+    assert {parameter.dtype for parameter in scorer.model.parameters()} == {torch.bfloat16}
+    buffers, expected = dict(scorer.model.named_buffers()), dict(whole.model.named_buffers())
+    rotary = {buffer.dtype for name, buffer in buffers.items() if name.endswith("inv_freq")}
+    assert rotary == {torch.float32}
+    assert buffers.keys() == expected.keys()
+    for name, buffer in buffers.items():
+        assert buffer.dtype == expected[name].dtype, name
+        assert torch.equal(buffer, expected[name]), name
+
+
 def test_requests_do_not_depend_on_each_other_nor_on_calls_before(isolated, synthetic, items):
     scorer = Scorer.from_pretrained(isolated[0], device="cpu")
     _, requests = zip(*some_targets(synthetic, items), strict=True)
