@@ -78,6 +78,8 @@ def stack(records: list[R]) -> R:
 
 def padded(values: Tensor, length: int, fill: int | Tensor = 0) -> Tensor:
     """[N] → [length]."""
+    if len(values) == length:
+        return values
     longer = values.new_zeros(length)
     longer[: len(values)] = values
     longer[len(values) :] = fill
@@ -118,7 +120,7 @@ class PackLayout(Record):
             -1 for padding and unused slots.
         position: [B, T] of every token within its sample; of a slot, that of its target's label.
         unit_start: [B, U+1] position in the pack of each unit's first token, padded with the last
-            end.
+            end; other arrays [B, U] are padded with 0.
         unit_first: [B, U] for an interaction the first interaction of its sample; for a prefix
             itself.
         prefix_start, prefix_end: [B, U] span of the prefix of the unit's sample; empty when

@@ -14,6 +14,8 @@ from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.samples import IntArray, Samples
 from dti_dist.data.sequences import SequenceBlock
 
+_UNIT_STRIDE = 64  # unit arrays grow in these strides, so that few sizes occur
+
 
 @dataclass(frozen=True)
 class PackShape:
@@ -66,20 +68,21 @@ class Prompts:
     without a label token, and takes the place of the first of them.
 
     Attributes:
-        count: [prompts] interactions of each.
+        count: [prompts] interactions of each; prompt: [I] the prompt of each.
         items: [I] rows of the item tokens.
         gaps: [I] bucket of the time since the interaction before; None without time gaps.
         labels: [I] 0 or 1; a candidate's is not read.
-        is_target: [I] whether it gets a [SUM] slot.
+        targets: [targets] which interactions get a [SUM] slot, in order.
         target_row, target_position: [targets] which interaction of the split, or of the requests.
         candidates: [prompts] how many of its interactions are candidates; None: no prompt has any.
     """
 
     count: IntArray
+    prompt: IntArray
     items: npt.NDArray[np.integer]
     gaps: IntArray | None
     labels: npt.NDArray[np.int8]
-    is_target: npt.NDArray[np.bool_]
+    targets: IntArray
     target_row: IntArray
     target_position: IntArray
     candidates: IntArray | None = None
@@ -107,7 +110,7 @@ class Prompts:
         """[I] the unit of each; with a prefix, one more before each prompt's."""
         unit = np.arange(len(self.items))
         if len(tokens.prefix):
-            unit += np.arange(len(self.count)).repeat(self.count) + 1
+            unit += self.prompt + 1
         return unit
 
 
@@ -120,15 +123,16 @@ def build_pack(
     sample = np.arange(len(samples)).repeat(count)
     position_in_row = np.arange(len(sample)) + (samples.first - first_of_sample)[sample]
     source = position_in_row + block.offsets[samples.row][sample]
-    is_target = position_in_row >= samples.first_target[sample]
+    (targets,) = (position_in_row >= samples.first_target[sample]).nonzero()
     prompts = Prompts(
         count=count,
+        prompt=sample,
         items=block.item_ids[source],
         gaps=block.gap_buckets[source] if tokens.gaps else None,
         labels=block.labels[source],
-        is_target=is_target,
-        target_row=block.rows[samples.row[sample[is_target]]],
-        target_position=position_in_row[is_target],
+        targets=targets,
+        target_row=block.rows[samples.row[sample[targets]]],
+        target_position=position_in_row[targets],
     )
     return lay_out(prompts, tokens, shape)
 
@@ -139,21 +143,23 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     Where the shape has a `body`, equal interactions are also laid out once each.
     """
     P, L = len(tokens.prefix), shape.length
-    items, gaps, labels, count = prompts.items, prompts.gaps, prompts.labels, prompts.count
+    items, gaps, labels = prompts.items, prompts.gaps, prompts.labels
+    count, prompt, target = prompts.count, prompts.prompt, prompts.targets
     end_of_prompt = count.cumsum()
     first_of_prompt = end_of_prompt - count
-    prompt = np.arange(len(count)).repeat(count)
 
     # Where each interaction lies in the body. Each prompt's prefix lies before its first one.
     text = prompts.text_lengths(tokens)
-    labelled = slice(None) if prompts.candidates is None else ~prompts.is_candidate
-    lengths = text.copy()
-    lengths[labelled] += 1
+    labelled: slice | npt.NDArray[np.bool_] = slice(None)
+    lengths = text + 1
+    if prompts.candidates is not None:
+        labelled = ~prompts.is_candidate
+        lengths = text + labelled
     end = lengths.cumsum()
     if P:
         end += P * (prompt + 1)
     start = end - lengths
-    text_end = start + text
+    text_end = end - 1 if prompts.candidates is None else start + text
     body_tokens = int(end[-1]) if len(end) else 0
     prompt_start = start[first_of_prompt] - P
     prompt_tokens = end[end_of_prompt - 1] - prompt_start
@@ -165,11 +171,13 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         unit_lengths = np.full(len(items) + len(count), P)
         unit_lengths[unit_of] = lengths
     units = len(unit_lengths)
-    unit_start = np.zeros(units + 1, dtype=np.int32)
-    unit_lengths.cumsum(out=unit_start[1:])
-    unit_first = np.arange(units, dtype=np.int32)
+    room = -(-max(units, 1) // _UNIT_STRIDE) * _UNIT_STRIDE
+    unit_start = np.full(room + 1, body_tokens, dtype=np.int32)
+    unit_start[0] = 0
+    unit_lengths.cumsum(out=unit_start[1 : units + 1])
+    unit_first, prefix_start, prefix_end = np.zeros((3, room), dtype=np.int32)
+    unit_first[:units] = np.arange(units)
     unit_first[unit_of] = unit_of[first_of_prompt][prompt]
-    prefix_start, prefix_end = np.zeros((2, units), dtype=np.int32)
     if P:
         prefix_start[unit_of] = prompt_start[prompt]
         prefix_end[unit_of] = prompt_start[prompt] + P
@@ -197,11 +205,11 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         ids[prompt_start[:, None] + np.arange(P)] = tokens.prefix
     position = np.zeros(L + shape.slots, dtype=np.int64)
     np.subtract(place, prompt_start.repeat(prompt_tokens), out=position[:body_tokens])
-    unit = np.full(L + shape.slots, -1, dtype=np.int32)
+    unit = np.empty(L + shape.slots, dtype=np.int32)
     unit[:body_tokens] = np.arange(units, dtype=np.int32).repeat(unit_lengths)
+    unit[body_tokens:] = -1
 
     # Slots: one for each target, in order.
-    (target,) = prompts.is_target.nonzero()
     used = len(target)
     slots = slice(L, L + used)
     ids[slots] = tokens.sum_id
@@ -218,12 +226,14 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         behind = np.zeros(len(items), dtype=np.int64)
         behind[candidate] = shift
         position[slots] -= behind[target]
-        unit_place = np.arange(units, dtype=np.int32)
+        unit_place = np.zeros(room, dtype=np.int32)
+        unit_place[:units] = np.arange(units)
         unit_place[unit_of[candidate]] = unit_of[first]
 
     def tail(values: np.ndarray | int, unused: int, dtype: type) -> Tensor:
-        array: np.ndarray = np.full(shape.slots, unused, dtype=dtype)
+        array: np.ndarray = np.empty(shape.slots, dtype=dtype)
         array[:used] = values
+        array[used:] = unused
         return torch.from_numpy(array)
 
     shared = None

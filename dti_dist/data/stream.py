@@ -23,7 +23,6 @@ from dti_dist.data.sequences import SequenceBlock
 from dti_dist.errors import UserError
 
 _READERS = 4  # threads that read row groups: an object store answers slowly, but many at once
-_UNIT_PADDING = 64  # unit arrays grow in these strides, so that few sizes occur
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,18 @@ class Batch(Pack):
 
     @staticmethod
     def collate(packs: list[Pack], shape: PackShape, **about_step: Any) -> Batch:
-        units = max(len(pack.layout.unit_first) for pack in packs)
-        units = -(-max(units, 1) // _UNIT_PADDING) * _UNIT_PADDING
         body = shape.length if shape.body is None else _shared_length(packs, shape.body)
-        padded = [
-            replace(
-                pack,
-                tokens=_with_longer_body(pack.tokens, body, shape.slots),
-                layout=pack.layout.padded(units, body),
-            )
-            for pack in packs
-        ]
-        whole = vars(stack(padded)) | {"body_tokens": sum(pack.body_tokens for pack in packs)}
+        if len(packs) > 1 or shape.body is not None:
+            units = max(len(pack.layout.unit_first) for pack in packs)
+            packs = [
+                replace(
+                    pack,
+                    tokens=_with_longer_body(pack.tokens, body, shape.slots),
+                    layout=pack.layout.padded(units, body),
+                )
+                for pack in packs
+            ]
+        whole = vars(stack(packs)) | {"body_tokens": sum(pack.body_tokens for pack in packs)}
         return Batch(**whole, **about_step)
 
     def pin_memory(self) -> Batch:

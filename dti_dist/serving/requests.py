@@ -226,7 +226,7 @@ def build_request_pack(
         filled_up: to what length so many tokens, or slots, are padded.
     """
     prompts = _prompts(requests, pieces, with_gaps=bool(tokens.gaps))
-    slots = int(prompts.is_target.sum())
+    slots = len(prompts.targets)
     shape = PackShape(filled_up(prompts.body_length(tokens)), filled_up(slots))
     return RequestPack(lay_out(prompts, tokens, shape), shape, prompts)
 
@@ -251,12 +251,13 @@ def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
     gaps = requests.history_gaps[from_history], requests.candidate_gaps[request]
     return Prompts(
         count=count,
+        prompt=piece,
         items=interactions(
             requests.history_items[from_history], requests.candidate_items[from_candidates]
         ),
         gaps=interactions(*gaps) if with_gaps else None,
         labels=interactions(requests.history_labels[from_history], 0),
-        is_target=is_candidate,
+        targets=np.flatnonzero(is_candidate),
         target_row=request,
         target_position=from_candidates,
         candidates=candidates,

@@ -116,15 +116,16 @@ def plain_pack(samples, block, tokens, shape):
     tokens_of, positions, unit = map(
         list, zip(*padded(body, shape.length, (0, 0, -1)), strict=True)
     )
+    room = 64 * max(-(-len(units) // 64), 1)
     unit_columns = list(zip(*units, strict=True)) or [(), (), (), ()]
     return {
         "tokens": tokens_of + padded([tokens.sum_id] * len(slots), shape.slots, 0),
         "position": positions + tail("position", 0),
         "unit": unit + tail("unit", -1),
-        "unit_start": [*unit_columns[0], len(body)],
-        "unit_first": list(unit_columns[1]),
-        "prefix_start": list(unit_columns[2]),
-        "prefix_end": list(unit_columns[3]),
+        "unit_start": padded([*unit_columns[0], len(body)], room + 1, len(body)),
+        "unit_first": padded(unit_columns[1], room, 0),
+        "prefix_start": padded(unit_columns[2], room, 0),
+        "prefix_end": padded(unit_columns[3], room, 0),
         "readout_end": tail("readout_end", 0),
         "labels": tail("labels", 0.0),
         "used": padded([1.0] * len(slots), shape.slots, 0.0),
@@ -220,7 +221,7 @@ def test_a_pack_without_samples_is_padding_of_zero_weight(prefix, time_gaps):
     assert pack.targets == pack.body_tokens == 0
     assert (pack.layout.unit == -1).all()
     assert (pack.target_row == -1).all()
-    assert pack.layout.unit_start.tolist() == [0]
+    assert not pack.layout.unit_start.any()
 
 
 def test_the_same_fields_have_the_same_types_in_every_pack():
