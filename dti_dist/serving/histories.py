@@ -16,7 +16,7 @@ from dti_dist.data.samples import IntArray
 from dti_dist.serving.request_files import Lists, RequestRows
 from dti_dist.sql import Workspace, sql_errors
 
-_MORE_ROOM = "Free disk space beside --out, or for a URL where TMPDIR points, or take more ranks."
+_MORE_ROOM = "Free disk space in the folder that TMPDIR names, or use more ranks."
 _COLUMNS = ["user_id", "item_ids", "labels", "timestamps", "target_start"]
 
 

@@ -382,8 +382,29 @@ def test_a_full_disk_while_users_are_looked_up_says_what_this_command_can_do(
     path = write(table, tmp_path / "requests.parquet")
     _, said = score(capsys, model[0], path, tmp_path / "out", "--data", synthetic, expect=2)
     assert "looking up users ran out of memory or disk" in said
-    assert "Free disk space beside --out" in said
+    assert "Free disk space in the folder that TMPDIR names" in said
     assert "--memory-limit" not in said, "an option of other commands"
+
+
+def test_nothing_but_the_output_is_left_in_the_working_folder(
+    model, synthetic, catalogue, tmp_path, capsys, monkeypatch
+):
+    table = pa.table({"user_id": ["u1"], "candidates": [[catalogue[0]]]})
+    requests = write(table, tmp_path / "requests.parquet")
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    during, read = [], Histories._read
+
+    def reads(histories, *arguments):
+        during.append({path.name for path in cwd.iterdir()})
+        return read(histories, *arguments)
+
+    monkeypatch.setattr(Histories, "_read", reads)
+    monkeypatch.chdir(cwd)
+    score(capsys, model[0], requests, "out", "--data", synthetic)
+    assert during, "users were looked up in DuckDB"
+    assert set().union(*during) <= {"out"}
+    assert [path.name for path in cwd.iterdir()] == ["out"]
 
 
 GOOD = {"history_items": [["i1"]], "history_labels": [[1]], "candidates": [["i2"]]}
