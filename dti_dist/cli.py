@@ -574,11 +574,11 @@ def _report_on(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from dti_dist.evaluation.evaluate import Wanted, evaluate
+    from dti_dist.evaluation.evaluate import EvaluationOptions, evaluate
     from dti_dist.evaluation.summary import as_json, figures_table, slices_table
 
     overrides = {"max_targets": args.max_targets} if args.max_targets else {}
-    wanted = Wanted(
+    options = EvaluationOptions(
         valid_threshold=not args.no_valid_threshold,
         slices=tuple(dict.fromkeys(args.slices)),
         resamples=args.bootstrap,
@@ -586,7 +586,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         pictures=args.pictures,
         memory_limit=args.memory_limit,
     )
-    figures = evaluate(args.run_dir, args.split, args.prompt, args.checkpoint, overrides, wanted)
+    figures = evaluate(args.run_dir, args.split, args.prompt, args.checkpoint, overrides, options)
     if figures is None:
         return 0
     print(as_json(figures), flush=True)

@@ -21,7 +21,7 @@ from dti_dist.evaluation.bootstrap import (
     read_groups,
 )
 from dti_dist.evaluation.metrics import measure, rows, sql_errors
-from dti_dist.evaluation.predictions_file import About, kept_file, number_users, read_about
+from dti_dist.evaluation.predictions_file import About, number_users, predictions_path, read_about
 from dti_dist.runs.folder import RunFolder
 from dti_dist.sql import literal, open_workspace
 
@@ -85,7 +85,7 @@ def compare(
 def _predictions(run_dir: str, split: str, prompt: str) -> Path:
     run = RunFolder(run_dir)
     run.read_config()
-    file = kept_file(run, split, prompt)
+    file = predictions_path(run, split, prompt)
     if not file.exists():
         raise UserError(
             f"{run_dir} has no predictions of {split} by {prompt} prompts: expected {file}. Make "

@@ -39,8 +39,8 @@ RESAMPLES = 1_000
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What an evaluation gives beside the metrics.
+class EvaluationOptions:
+    """What an evaluation produces beside the metrics.
 
     Attributes:
         valid_threshold: also predict valid, when test is evaluated, and choose a threshold there.
@@ -65,7 +65,7 @@ def evaluate(
     prompt: str | None = None,
     which: str = "best",
     overrides: dict[str, Any] | None = None,
-    wanted: Wanted | None = None,
+    options: EvaluationOptions | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a run's checkpoint and write eval/{split}.json, the predictions and pictures.
 
@@ -89,7 +89,9 @@ def evaluate(
         settings.device, settings.collective_timeout_minutes, settings.cpu_threads
     )
     try:
-        return _Evaluation(run, config, split, which, wanted or Wanted(), ranks).figures()
+        return _Evaluation(
+            run, config, split, which, options or EvaluationOptions(), ranks
+        ).figures()
     finally:
         leave_process_group()
 
@@ -103,23 +105,23 @@ class _Evaluation:
         config: RunConfig,
         split: str,
         which: str,
-        wanted: Wanted,
+        options: EvaluationOptions,
         ranks: Ranks,
     ):
         self.run, self.config, self.split, self.ranks = run, config, split, ranks
-        self.wanted, self.prompt = wanted, config.evaluation.prompt
+        self.options, self.prompt = options, config.evaluation.prompt
         self.commit = choose_checkpoint(run, which)
         self.inputs = ranks.first_on_node(lambda: Inputs.open(config, run.tokenizer))
-        self.drawn = ranks.each(self._check_wanted)[0]
+        self.drawn = ranks.each(self._check_options)[0]
 
-    def _check_wanted(self) -> bool:
-        """Whether to draw pictures. Bad wishes are refused before any work, by rank 0 alone."""
+    def _check_options(self) -> bool:
+        """Whether to draw pictures. Rank 0 refuses bad options before any work."""
         if not self.ranks.is_main:
             return False
-        check_slices(self.wanted.slices, self.inputs.dataset)
-        if self.wanted.predictions:
-            predictions_file.check_destination(self.wanted.predictions)
-        return pictures.check_pictures(self.wanted.pictures)
+        check_slices(self.options.slices, self.inputs.dataset)
+        if self.options.predictions:
+            predictions_file.check_destination(self.options.predictions)
+        return pictures.check_pictures(self.options.pictures)
 
     def figures(self) -> dict[str, Any] | None:
         plans = {split: self._plan(split) for split in self._splits()}
@@ -131,13 +133,13 @@ class _Evaluation:
                 self._spool(model, split, plan, scratch)
             if not self.ranks.is_main:
                 return None
-            with _workspace(scratch, self.wanted.memory_limit) as connection:
+            with _workspace(scratch, self.options.memory_limit) as connection:
                 return self._measure(connection, plans, scratch)
 
     def _splits(self) -> list[str]:
         """What to predict: valid too where a threshold is to be chosen on it."""
         valid = self.inputs.dataset.manifest.counts.splits.get("valid")
-        also = self.split == "test" and self.wanted.valid_threshold and valid and valid.targets
+        also = self.split == "test" and self.options.valid_threshold and valid and valid.targets
         return [self.split, *(["valid"] if also else [])]
 
     def _plan(self, split: str) -> StreamPlan:
@@ -179,7 +181,7 @@ class _Evaluation:
         self, connection: duckdb.DuckDBPyConnection, plans: dict[str, StreamPlan], scratch: Path
     ) -> dict[str, Any]:
         """Everything after the predictions, on rank 0."""
-        dataset, wanted = self.inputs.dataset, self.wanted
+        dataset, options = self.inputs.dataset, self.options
         for split, plan in plans.items():
             self._load_spools(connection, split, plan, scratch)
         items = dataset.items_table()
@@ -188,11 +190,11 @@ class _Evaluation:
         say("computing the metrics")
         threshold = best_threshold(connection, "spooled_valid") if "valid" in plans else None
         skip_bad = self.config.data.on_bad_shard == "skip"
-        columns = slice_columns(connection, wanted.slices, dataset, items, skip_bad)
+        columns = slice_columns(connection, options.slices, dataset, items, skip_bad)
         predictions_file.load_targets(connection, file, columns.more, columns.joins)
         figures = measure(connection, "targets", threshold)
         groups = read_groups(connection, "targets", figures["users"])
-        drawn = draw(len(groups), wanted.resamples) if wanted.resamples else None
+        drawn = draw(len(groups), options.resamples) if options.resamples else None
         ceiling = dataset.ceiling or {}
         figures |= {
             "split": self.split,
@@ -202,12 +204,12 @@ class _Evaluation:
             **({"ceiling": ceiling[self.split]} if self.split in ceiling else {}),
             "intervals": None if drawn is None else intervals(figures, groups, drawn),
             "bootstrap": {
-                "resamples": wanted.resamples,
+                "resamples": options.resamples,
                 "groups": len(groups),
                 "confidence": CONFIDENCE,
             },
             "reliability": reliability(groups, drawn),
-            "slices": measure_slices(connection, wanted.slices),
+            "slices": measure_slices(connection, options.slices),
         }
         self._publish(figures, file)
         if self.drawn:
@@ -264,9 +266,9 @@ class _Evaluation:
 
     def _publish(self, figures: dict[str, Any], file: Path) -> None:
         """The copy that was asked for, then the predictions, and the figures last."""
-        if self.wanted.predictions:
-            predictions_file.copy_to(file, self.wanted.predictions, self.config.data.storage)
-        os.replace(file, predictions_file.kept_file(self.run, self.split, self.prompt))
+        if self.options.predictions:
+            predictions_file.copy_to(file, self.options.predictions, self.config.data.storage)
+        os.replace(file, predictions_file.predictions_path(self.run, self.split, self.prompt))
         content = summary.as_json(figures)
         write_atomically(self.run.evaluations / f"{self.split}.json", content)
         write_atomically(self.run.evaluations / f"{self.split}.{self.prompt}.json", content)

@@ -47,7 +47,7 @@ _INTERACTIONS_AT_A_TIME = 1 << 20
 
 @dataclass(frozen=True)
 class About:
-    """What predictions are of, kept in their file's metadata."""
+    """Where predictions come from, as their file's metadata says."""
 
     checkpoint: str
     split: str
@@ -56,7 +56,7 @@ class About:
     max_targets: int | None = None
 
 
-def kept_file(run: RunFolder, split: str, prompt: str) -> Path:
+def predictions_path(run: RunFolder, split: str, prompt: str) -> Path:
     return run.evaluations / f"{split}.{prompt}.predictions.parquet"
 
 
@@ -211,14 +211,14 @@ def load_targets(
 
     Args:
         more: further columns, each after a comma; joins: of the tables that they are from, with
-            the file's columns as those of ``kept``.
+            the file as the table ``predictions``.
     """
-    kept = f"read_parquet({literal(str(file))})"
+    source = f"read_parquet({literal(str(file))})"
     with sql_errors(f"reading {file}"):
-        number_users(connection, f"SELECT user_id FROM {kept}")
+        number_users(connection, f"SELECT user_id FROM {source}")
         connection.execute(
             "CREATE OR REPLACE TABLE targets AS SELECT users.user, label, probability"
-            f"{more} FROM {kept} AS kept JOIN users USING (user_id) {joins}"
+            f"{more} FROM {source} AS predictions JOIN users USING (user_id) {joins}"
         )
 
 

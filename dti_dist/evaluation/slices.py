@@ -76,13 +76,13 @@ def slice_columns(
             f"CREATE OR REPLACE TABLE item_texts AS SELECT source_id, {columns} FROM item_table"
         )
         connection.unregister("item_table")
-        joins += "LEFT JOIN item_texts ON kept.item_id = item_texts.source_id"
+        joins += "LEFT JOIN item_texts ON predictions.item_id = item_texts.source_id"
     values = {
         "activity": "coalesce(train_users.interactions, 0)",
         "popularity": "coalesce(train_items.interactions, 0)",
         "day": f"floor(timestamp / {_DAY})::BIGINT",
-        "user_id": "kept.user_id",
-        "item_id": "kept.item_id",
+        "user_id": "predictions.user_id",
+        "item_id": "predictions.item_id",
     }
     more = "".join(
         f", {values.get(name, f'item_texts.{quote(name)}')} AS slice_{number}"
