@@ -281,7 +281,7 @@ FLOORS = [
     {"inputs"},
     {"model"},
     {"data"},
-    {"config", "ranks", "sql"},
+    {"config", "gpus", "ranks", "sql"},
     {"attention"},
     {"console", "files"},
     {"redaction"},

@@ -9,6 +9,7 @@ from dti_dist.config import RunConfig, validate_config
 from dti_dist.console import table
 from dti_dist.data.stream import Batch, StreamPlan
 from dti_dist.errors import UserError
+from dti_dist.gpus import CPU, Gpu, find_gpu, gpu_at_hand
 from dti_dist.inputs import Inputs
 from dti_dist.reporting.calibrate import Calibration, calibrate
 from dti_dist.reporting.cost_model import (
@@ -21,7 +22,6 @@ from dti_dist.reporting.cost_model import (
     memory,
     meta_model,
 )
-from dti_dist.reporting.gpus import CPU, Gpu, find_gpu, gpu_at_hand
 from dti_dist.reporting.workload import (
     Pairs,
     Workload,

@@ -10,6 +10,7 @@ from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.stream import PackStream, StreamPlan, batches
 from dti_dist.errors import RunFailed
+from dti_dist.gpus import gpu_at_hand
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.lora import base_fingerprint
@@ -17,7 +18,7 @@ from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import Engine, learning_rate
 from dti_dist.training.job import Job, explained_out_of_memory, open_job
 from dti_dist.training.journal import Interval, Journal
-from dti_dist.training.machine import memory_gib, peak_flops, surroundings
+from dti_dist.training.machine import memory_gib, surroundings
 from dti_dist.training.nonfinite import report_left_out
 from dti_dist.training.progress import Schedule
 from dti_dist.training.saving import Saving, resume
@@ -186,7 +187,8 @@ def _figures(
     }
     if graphs := engine.model.attention_graphs:
         record["attention_graphs"] = graphs
-    if peak := peak_flops(device):
+    gpu = gpu_at_hand() if device.type == "cuda" else None
+    if gpu is not None and gpu.bf16 is not None:
         flops = flops_per_token * record["tokens_per_s"]
-        record["mfu"] = flops / (peak * job.ranks.world)
+        record["mfu"] = flops / (gpu.bf16 * job.ranks.world)
     return record

@@ -17,9 +17,6 @@ import torch
 from dti_dist import __version__
 from dti_dist.ranks import Ranks
 
-_PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-"""Dense bf16 peaks from the vendor's datasheets, by a part of the device's name."""
-
 
 def surroundings(ranks: Ranks) -> dict[str, Any]:
     """What the job runs on and with: no paths, of names only rank 0's machine.
@@ -58,11 +55,3 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes * (1 if sys.platform == "darwin" else 1024) / 2**30
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak where it is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_BF16_FLOPS.items() if part in name), None)

@@ -14,12 +14,12 @@ from dti_dist.config import LoraConfig, load_config
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.errors import UserError
+from dti_dist.gpus import find_gpu, gpu_at_hand
 from dti_dist.inputs import Inputs
 from dti_dist.model.heads import Head
 from dti_dist.model.lora import add_adapters
 from dti_dist.reporting import gpus as gpu_table
 from dti_dist.reporting.cost_model import ModelShape, flops_of_pack, meta_model
-from dti_dist.reporting.gpus import find_gpu, gpu_at_hand
 from dti_dist.reporting.plan import plan, plan_table
 from dti_dist.reporting.workload import Workload, count_pairs, steps_for, workload
 from dti_dist.training.memory import state_bytes
@@ -381,30 +381,32 @@ def test_a_missing_data_set_is_refused(config_of, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "gigabytes", "key"),
+    ("name", "gigabytes", "key", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 79, "H100-SXM"),
-        ("NVIDIA H100 PCIe", 79, "H100-PCIe"),
-        ("NVIDIA H100 NVL", 93, "H100-NVL"),
-        ("NVIDIA H200", 140, "H200"),
-        ("NVIDIA A100-SXM4-40GB", 39, "A100-40GB"),
-        ("NVIDIA A100-SXM4-80GB", 79, "A100-80GB"),
-        ("NVIDIA A10G", 22, "A10G"),
-        ("NVIDIA L4", 22, "L4"),
-        ("NVIDIA L40S", 44, "L40S"),
-        ("Tesla V100-SXM2-16GB", 16, "V100-16GB"),
-        ("NVIDIA GeForce RTX 4090", 24, "RTX-4090"),
-        ("NVIDIA B200", 178, "B200"),
+        ("NVIDIA H100 80GB HBM3", 79, "H100-SXM", 989),
+        ("NVIDIA H100 PCIe", 79, "H100-PCIe", 756),
+        ("NVIDIA H100 NVL", 93, "H100-NVL", 835),
+        ("NVIDIA H200", 140, "H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 39, "A100-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 79, "A100-80GB", 312),
+        ("NVIDIA A10G", 22, "A10G", 70),
+        ("NVIDIA L4", 22, "L4", 121),
+        ("NVIDIA L40S", 44, "L40S", 362),
+        ("Tesla V100-SXM2-16GB", 16, "V100-16GB", None),
+        ("NVIDIA GeForce RTX 4090", 24, "RTX-4090", 165.2),
+        ("NVIDIA B200", 178, "B200", 2250),
     ],
 )
-def test_drivers_names_are_found_in_the_table(monkeypatch, name, gigabytes, key):
+def test_drivers_names_are_found_in_the_table(monkeypatch, name, gigabytes, key, peak):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     properties = SimpleNamespace(total_memory=gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     found = gpu_at_hand()
     assert found is not None
     assert (found.name, found.memory) == (key, properties.total_memory)
+    assert found.bf16 == (None if peak is None else peak * 1e12)
 
 
 def test_the_cpu_is_measured_and_its_memory_shared():

@@ -103,11 +103,15 @@ def find_gpu(name: str, ranks_here: int = 1, threads: int | None = None) -> Gpu:
 
 
 def gpu_at_hand() -> Gpu | None:
-    """The GPU that torch sees, with its real memory; None where there is none or none known."""
+    """This rank's GPU, with its real memory; None where there is none or an unknown one."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    memory = torch.cuda.get_device_properties(0).total_memory
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return gpu_of_device(torch.cuda.get_device_name(), memory)
+
+
+def gpu_of_device(name: str, memory: int) -> Gpu | None:
+    """The GPU that a driver calls so, with so many bytes; None where it is not in the table."""
     words = _plain(name)
     fitting = [
         key
