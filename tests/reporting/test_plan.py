@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dti_dist import gpus as gpu_table
 from dti_dist.attention.backend import AttentionPlans
 from dti_dist.cli import main
 from dti_dist.config import LoraConfig, load_config
@@ -18,7 +19,6 @@ from dti_dist.gpus import find_gpu, gpu_at_hand
 from dti_dist.inputs import Inputs
 from dti_dist.model.heads import Head
 from dti_dist.model.lora import add_adapters
-from dti_dist.reporting import gpus as gpu_table
 from dti_dist.reporting.cost_model import ModelShape, flops_of_pack, meta_model
 from dti_dist.reporting.plan import plan, plan_table
 from dti_dist.reporting.workload import Workload, count_pairs, steps_for, workload
