@@ -8,7 +8,10 @@ from pathlib import Path
 
 IMPORTS = [
     __name__,
-    "dti_dist.data.prepare.command",
+    "dti_dist.data.prepare.append",
+    "dti_dist.data.prepare.events",
+    "dti_dist.data.prepare.movielens",
+    "dti_dist.data.prepare.synthetic",
     "dti_dist.training.loop",
     "dti_dist.evaluation.metrics",
     "deepspeed.module_inject",

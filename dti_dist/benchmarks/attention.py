@@ -21,9 +21,10 @@ from dti_dist.attention.policies import Windowed
 from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.benchmarks import measure
 from dti_dist.console import say, table
+from dti_dist.options import ATTENTION_WINDOW, ROUNDS
 
 # Of one streaming prompt: MovieLens-1M titles have about 14 tokens an interaction.
-N, K, TOKENS = 20, 50, 14
+N, K, TOKENS = ATTENTION_WINDOW, 50, 14
 # SmolLM2-135M's.
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 _PRODUCT = "matrix product"
@@ -33,7 +34,7 @@ _LONGEST_DENSE = 8192
 
 
 def benchmark_attention(
-    lengths: list[int], rounds: int = 3, windows: Sequence[int] = (N,)
+    lengths: list[int], rounds: int = ROUNDS, windows: Sequence[int] = (N,)
 ) -> dict[str, Any]:
     """One layer's attention, forward and backward, over packs of full streaming prompts.
 

@@ -24,6 +24,7 @@ from dti_dist.console import say, table
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan, batches
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
+from dti_dist.options import DATA_EPOCHS, DATA_WORKERS, ROUNDS
 
 OURS = "dti-dist"
 TOKEN = "body tokens of samples end to end, and used [SUM] slots; no padding"
@@ -35,9 +36,9 @@ _LEAST_CPU_SECONDS = 0.01  # what the kernel counts in
 def benchmark_data(
     config: RunConfig,
     also: Sequence[str] = (),
-    workers: Sequence[int] = (0, 1, 2),
-    rounds: int = 3,
-    epochs: int = 3,
+    workers: Sequence[int] = DATA_WORKERS,
+    rounds: int = ROUNDS,
+    epochs: int = DATA_EPOCHS,
     targets: int | None = None,
     peers: str | None = None,
 ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dti_dist.attention.policies import POLICIES
 from dti_dist.benchmarks import measure
 from dti_dist.benchmarks.padded_trainer import PaddedTrainer
 from dti_dist.config import RunConfig, validate_config
@@ -21,11 +22,11 @@ from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import Head
+from dti_dist.options import PARADIGM_TARGETS, ROUNDS, TRAINER_BATCH, TRAINER_PROMPTS
 from dti_dist.ranks import choose_device
 
 BASELINE = "sliding_window"
 TRAINER = "Trainer, one padded prompt a target"
-POLICIES = ("windowed", "reset", "budget", "isolated")
 # Name → what it changes of the config.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     BASELINE: {"sample": {"paradigm": "sliding_window"}, "attention": {"policy": "windowed"}},
@@ -52,11 +53,11 @@ class _Taken:
 
 def benchmark_paradigm(
     config: RunConfig,
-    rounds: int = 3,
-    targets: int = 20_000,
-    policies: Sequence[str] = POLICIES,
-    trainer_prompts: int = 64,
-    trainer_batch: int = 16,
+    rounds: int = ROUNDS,
+    targets: int = PARADIGM_TARGETS,
+    policies: Sequence[str] = tuple(POLICIES),
+    trainer_prompts: int = TRAINER_PROMPTS,
+    trainer_batch: int = TRAINER_BATCH,
 ) -> dict[str, Any]:
     """Training steps of one pack each, forward, backward and AdamW, variant after variant.
 

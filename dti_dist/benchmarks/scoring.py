@@ -20,6 +20,7 @@ from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.template import Template
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import cast_parameters
+from dti_dist.options import ROUNDS, SCORING_CANDIDATES, SCORING_REQUESTS
 from dti_dist.ranks import choose_device
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import Pretrained
@@ -39,9 +40,9 @@ VARIANTS: dict[str, tuple[str, bool, bool]] = {
 
 def benchmark_scoring(
     config: RunConfig,
-    rounds: int = 3,
-    requests: int = 64,
-    candidates: int = 100,
+    rounds: int = ROUNDS,
+    requests: int = SCORING_REQUESTS,
+    candidates: int = SCORING_CANDIDATES,
     baseline_requests: int = 4,
 ) -> dict[str, Any]:
     """Requests a second: the last n interactions of users of test, and random candidates.

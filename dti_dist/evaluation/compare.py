@@ -22,6 +22,7 @@ from dti_dist.evaluation.bootstrap import (
 )
 from dti_dist.evaluation.metrics import measure, rows, sql_errors
 from dti_dist.evaluation.predictions_file import About, number_users, predictions_path, read_about
+from dti_dist.options import PROMPT, RESAMPLES, SPLIT
 from dti_dist.runs.folder import RunFolder
 from dti_dist.sql import literal, open_workspace
 
@@ -29,9 +30,9 @@ from dti_dist.sql import literal, open_workspace
 def compare(
     first: str,
     second: str,
-    split: str = "test",
-    prompt: str = "sliding_window",
-    resamples: int = 1_000,
+    split: str = SPLIT,
+    prompt: str = PROMPT,
+    resamples: int = RESAMPLES,
     memory_limit: str | None = None,
 ) -> dict[str, Any]:
     """The metrics of two runs, and of each the second minus the first, by a paired bootstrap.

@@ -29,13 +29,13 @@ from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
 from dti_dist.files import write_atomically
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
+from dti_dist.options import CHECKPOINT, RESAMPLES, SPLIT
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.sql import literal, open_workspace
 
 PROMPTS = ("sliding_window", "streaming")
-RESAMPLES = 1_000
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class EvaluationOptions:
 
 def evaluate(
     run_dir: str,
-    split: str = "test",
+    split: str = SPLIT,
     prompt: str | None = None,
-    which: str = "best",
+    which: str = CHECKPOINT,
     overrides: dict[str, Any] | None = None,
     options: EvaluationOptions | None = None,
 ) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.sources import load_model_config
+from dti_dist.options import PackChoice
 from dti_dist.reporting.words import plural
 
 MOST_TARGETS = 12  # the rows and columns of more are too small to read on a page
@@ -238,10 +239,10 @@ class PackView:
 
 def view_pack(
     config: RunConfig,
-    pack: int = 1,
-    sample: int | None = None,
-    target: int = 1,
-    targets: int = 3,
+    pack: int = PackChoice.pack,
+    sample: int | None = PackChoice.sample,
+    target: int = PackChoice.target,
+    targets: int = PackChoice.targets,
 ) -> PackView:
     """A pack of the first epoch of training, with the tokens and masks that the model gets.
 

@@ -11,6 +11,7 @@ from dti_dist.data.stream import Batch, StreamPlan
 from dti_dist.errors import UserError
 from dti_dist.gpus import CPU, Gpu, find_gpu, gpu_at_hand
 from dti_dist.inputs import Inputs
+from dti_dist.options import MFU
 from dti_dist.reporting.calibrate import Calibration, calibrate
 from dti_dist.reporting.cost_model import (
     FLOPS_FORMULA,
@@ -72,7 +73,7 @@ def plan(
     gpus: int,
     gpu: str | None = None,
     price: float | None = None,
-    mfu: float = 0.4,
+    mfu: float = MFU,
     measure: bool = False,
 ) -> dict[str, Any]:
     """What a run will read, compute, hold, take and cost; no weights are loaded but to measure.

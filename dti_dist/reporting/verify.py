@@ -20,6 +20,7 @@ from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import Head
+from dti_dist.options import VERIFY_SAMPLES
 from dti_dist.ranks import choose_device
 from dti_dist.runs import commits
 from dti_dist.runs.folder import RunFolder
@@ -60,7 +61,9 @@ class Check:
         return "holds" if self.largest <= self.tolerance else "BROKEN"
 
 
-def verify(config: RunConfig, samples: int = 4, dtype: str | None = None) -> list[Check]:
+def verify(
+    config: RunConfig, samples: int = VERIFY_SAMPLES, dtype: str | None = None
+) -> list[Check]:
     """Check the invariants of isolation on real samples of the training split.
 
     The model is the run's best checkpoint where there is one, else the config's untrained model.

@@ -30,6 +30,7 @@ from dti_dist.data.dataset import MANIFEST, Dataset
 from dti_dist.data.prepare.events import read_item_table
 from dti_dist.data.samples import IntArray
 from dti_dist.errors import UserError
+from dti_dist.options import ScoringOptions
 from dti_dist.ranks import Ranks, choose_device, join_process_group, leave_process_group
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint
@@ -48,19 +49,9 @@ _LONGEST_WAIT_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
-    """How requests are scored; see ``dti-dist score --help``."""
+class ScoreOptions(ScoringOptions):
+    """How requests are scored, and how their storage is reached."""
 
-    data: str | None = None
-    items: Sequence[str] = ()  # files
-    item_key: str = "item_id"
-    checkpoint: str = "best"
-    device: str = "auto"
-    dtype: str | None = None
-    part_requests: int = 4096
-    pack_tokens: int | None = None
-    state_cache_gib: float = 2.0
-    force: bool = False
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 

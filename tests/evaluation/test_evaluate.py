@@ -70,6 +70,31 @@ def test_evaluate_prints_json_and_keeps_it(trained, capsys):
     assert kept["targets"] == Dataset.open(config.data.path).manifest.counts.splits["test"].targets
 
 
+def test_evaluate_refreshes_the_report_of_the_run(trained, capsys, monkeypatch):
+    command = ["evaluate", str(trained), "--split", "valid", "--bootstrap", "0"]
+    report = trained / "report.html"
+    report.unlink(missing_ok=True)
+    assert main(command) == 0
+    assert not report.exists()
+
+    assert main(["report", str(trained)]) == 0
+    report.write_text("an old report")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert f"wrote {report}" in capsys.readouterr().err
+    assert "valid" in report.read_text()
+    assert "Not evaluated yet" not in report.read_text()
+
+    def full(folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("dti_dist.reporting.report.write_report", full)
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["split"] == "valid"
+    assert f"{report} was not refreshed: No space left on device." in printed.err
+
+
 def test_figures_are_those_of_all_predictions_in_memory(trained, evaluated):
     found = predictions(trained)
     expected = click_metrics(found.label, found.probability, found.row)

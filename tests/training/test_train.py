@@ -111,11 +111,11 @@ def test_a_signal_while_a_job_starts_is_not_lost(synthetic, tmp_path):
     early.write_text(
         "import os, signal, sys\n"
         "from dti_dist import cli\n"
-        "train = cli._train\n"
-        "def signalled(args):\n"
+        "config = cli._config\n"
+        "def signalled(*args):\n"
         "    os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    return train(args)\n"
-        "cli._train = signalled\n"
+        "    return config(*args)\n"
+        "cli._config = signalled\n"
         "cli.run(['train', *sys.argv[1:]])\n"
     )
     printed = run([*command(1, script=early), str(config)], tmp_path / "log", expect=75)

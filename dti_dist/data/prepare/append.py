@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -64,9 +63,9 @@ from dti_dist.data.prepare.tables import (
 from dti_dist.data.prepare.writer import DatasetWriter, add_counts, write_manifest
 from dti_dist.errors import UserError
 from dti_dist.files import flush_to_disk
+from dti_dist.options import AppendTo
 from dti_dist.sql import Workspace, literal, sql_errors, stream
 
-AppendTo = Literal["roll", "train", "valid", "test"]
 _PART = re.compile(
     r"(items|train|valid|test)/\.?part-(\d+)(-[0-9a-f]+)?\.parquet(\.partial-[0-9a-f]+)?"
 )

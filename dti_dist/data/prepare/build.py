@@ -7,13 +7,12 @@ histories are cut into the splits' sequences with numpy and written.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,43 +44,11 @@ from dti_dist.data.prepare.tables import (
 )
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.errors import UserError
+from dti_dist.options import BuildOptions
 from dti_dist.sql import Workspace, literal, open_workspace, quote, sql_errors, stream
 
 # About 30 bytes each in Python: enough to make numpy's overhead vanish, little to hold in memory.
 _INTERACTIONS_AT_A_TIME = 1 << 20
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How a data set is built; see ``dti-dist prepare events --help``.
-
-    ``fractions`` of the interactions go to train, valid and test under the rule ``time``.
-    ``memory_limit`` is DuckDB's, e.g. "8GB", by default 70 % of the machine's memory and
-    at most 6 GiB; ``temp_directory`` is where it spills, by default beside a local output and in
-    the system's temporary folder otherwise.
-    """
-
-    split: Literal["time", "leave-last"] = "time"
-    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    context_limit: int = 256
-    shard_interactions: int = 2_000_000
-    row_group_interactions: int = 65_536
-    memory_limit: str | None = None
-    threads: int | None = None
-    temp_directory: str | None = None
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        total = sum(self.fractions)
-        if len(self.fractions) != 3 or min(self.fractions) <= 0 or not math.isclose(total, 1):
-            raise UserError(
-                "fractions: expected three positive numbers (train, valid, test) that add up to "
-                f"1, e.g. 0.8,0.1,0.1; found {', '.join(f'{f:g}' for f in self.fractions)}, which "
-                f"add up to {total:g}."
-            )
-        for name in ("context_limit", "shard_interactions", "row_group_interactions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

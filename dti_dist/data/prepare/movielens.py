@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 
@@ -22,16 +23,11 @@ from dti_dist.data.prepare.build import Source
 from dti_dist.data.prepare.label import label_expression
 from dti_dist.errors import UserError
 from dti_dist.files import replacing
+from dti_dist.options import MOVIELENS_LABEL, MovieLens
 from dti_dist.sql import Workspace, literal
 
-DOWNLOADS = {
-    "100k": "ml-100k.zip",
-    "1m": "ml-1m.zip",
-    "latest-small": "ml-latest-small.zip",
-    "32m": "ml-32m.zip",
-}
+DOWNLOADS = {name: f"ml-{name}.zip" for name in get_args(MovieLens)}
 DOWNLOAD_URL = "https://files.grouplens.org/datasets/movielens/"
-DEFAULT_LABEL = "rating >= 4"
 _RATING_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 _TIMEOUT_S = 60
 _BLOCK = 1 << 20
@@ -100,7 +96,7 @@ _FORMATS = (
 )
 
 
-def read_movielens(workspace: Workspace, path: str, label: str = DEFAULT_LABEL) -> Source:
+def read_movielens(workspace: Workspace, path: str, label: str = MOVIELENS_LABEL) -> Source:
     """A MovieLens folder or zip as a Source with the item texts title and genres.
 
     ``label`` is an SQL expression over user_id, item_id, rating and timestamp. Raises UserError for

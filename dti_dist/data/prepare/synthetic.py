@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from dti_dist.console import progress
 from dti_dist.data.prepare.build import Source
 from dti_dist.errors import UserError
+from dti_dist.options import SyntheticOptions
 from dti_dist.sql import Workspace, literal
 
 CATEGORIES = ("boots", "lamp", "guitar", "kettle", "novel", "tent", "watch", "chair")
@@ -57,10 +58,10 @@ _INTERACTIONS_AT_A_TIME = 1 << 20
 
 def read_synthetic(
     workspace: Workspace,
-    users: int = 2_000,
-    items: int = 500,
-    interactions_per_user: int = 60,
-    seed: int = 0,
+    users: int = SyntheticOptions.users,
+    items: int = SyntheticOptions.items,
+    interactions_per_user: int = SyntheticOptions.interactions_per_user,
+    seed: int = SyntheticOptions.seed,
 ) -> Source:
     """Generate interactions into the workspace; the same arguments give the same ones.
 

@@ -1,0 +1,171 @@
+"""Options and defaults that the command line shares with the functions behind it.
+
+``--help`` reads them, so this file imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from cyclopts import ArgumentCollection, Group, Parameter
+from cyclopts.types import PositiveInt
+
+from dti_dist.errors import UserError
+
+Split = Literal["train", "valid", "test"]
+Prompt = Literal["sliding_window", "streaming"]
+AppendTo = Literal["roll", "train", "valid", "test"]
+MovieLens = Literal["100k", "1m", "latest-small", "32m"]
+
+SPLIT: Split = "test"
+PROMPT: Prompt = "sliding_window"
+CHECKPOINT = "best"
+RESAMPLES = 1_000
+VERIFY_SAMPLES = 2
+MFU = 0.4
+MOVIELENS_LABEL = "rating >= 4"
+EVENTS_NAME = "events"
+
+ROUNDS = 3
+PARADIGM_TARGETS = 20_000
+TRAINER_PROMPTS = 64
+TRAINER_BATCH = 16
+ATTENTION_LENGTHS = (2048, 4096, 8192)
+ATTENTION_WINDOW = 20
+DATA_WORKERS = (0, 1, 2)
+DATA_EPOCHS = 3
+SCORING_REQUESTS = 64
+SCORING_CANDIDATES = 100
+
+
+def _settings_stay(arguments: ArgumentCollection) -> None:
+    given = [argument.name for argument in arguments if argument.tokens]
+    others = [name for name in given if name != "--append"]
+    if "--append" in given and others:
+        raise UserError(
+            f"--append {others[0]}: expected the data set's own settings to stay; found "
+            f"{others[0]}. Leave it out, or prepare a new data set."
+        )
+
+
+DATA_SETTINGS = Group("Settings of the data set", show=False, validator=_settings_stay)
+"""Options that do not go with --append, and --append."""
+
+OUTPUT = Group("Output and split")
+_OUTPUT, _RESOURCES = Parameter(group=OUTPUT), Parameter(group=Group("Resources"))
+_SETTING, _N = Parameter(group=(OUTPUT, DATA_SETTINGS)), Parameter(metavar="N")
+
+
+def split_at_commas(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _fractions(_: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
+    text = tokens[0].value
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected three numbers such as 0.8,0.1,0.1; found {text!r}") from None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a data set is built.
+
+    Attributes:
+        split: time: by two timestamps, the same for all users; leave-last: each user's last
+            interaction is for test and the one before for valid.
+        fractions: of the interactions, for train, valid and test, with --split time.
+        context_limit: earlier interactions kept as context in valid and test.
+        shard_interactions: most interactions in one Parquet part.
+        memory_limit: for DuckDB, such as 8GB; what it does not hold spills to disk (default: 70 %
+            of the machine's memory, at most 6 GiB).
+        threads: for DuckDB (default: all cores).
+        temp_directory: where it spills (default: beside a local --out, else the system's).
+        force: replace a data set that is there.
+    """
+
+    split: Annotated[Literal["time", "leave-last"], _SETTING] = "time"
+    fractions: Annotated[
+        tuple[float, float, float],
+        _SETTING,
+        Parameter(converter=_fractions, n_tokens=1, metavar="F,F,F", show_default="0.8,0.1,0.1"),
+    ] = (0.8, 0.1, 0.1)
+    context_limit: Annotated[int, _SETTING, _N] = 256
+    shard_interactions: Annotated[int, _OUTPUT, _N] = 2_000_000
+    row_group_interactions: Annotated[int, Parameter(parse=False)] = 65_536
+    memory_limit: Annotated[str | None, _RESOURCES, Parameter(metavar="SIZE")] = None
+    threads: Annotated[int | None, _RESOURCES, _N] = None
+    temp_directory: Annotated[str | None, _RESOURCES, Parameter(metavar="DIR")] = None
+    force: Annotated[bool, _SETTING] = False
+
+    def __post_init__(self) -> None:
+        total = sum(self.fractions)
+        if len(self.fractions) != 3 or min(self.fractions) <= 0 or not math.isclose(total, 1):
+            raise UserError(
+                "fractions: expected three positive numbers (train, valid, test) that add up to "
+                f"1, e.g. 0.8,0.1,0.1; found {', '.join(f'{f:g}' for f in self.fractions)}, which "
+                f"add up to {total:g}."
+            )
+        for name in ("context_limit", "shard_interactions", "row_group_interactions"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """How much is generated, from which seed."""
+
+    users: int = 2_000
+    items: int = 500
+    interactions_per_user: Annotated[int, _N] = 60
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PackChoice:
+    """What `inspect` shows.
+
+    Attributes:
+        pack: number of the pack in the first epoch.
+        sample: number of the sample in the pack (default: the first with the most interactions).
+        target: first target of the sample to show; moved forward where fewer would be left.
+        targets: how many to show.
+    """
+
+    pack: PositiveInt = 1
+    sample: PositiveInt | None = None
+    target: PositiveInt = 1
+    targets: PositiveInt = 3
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How requests are scored.
+
+    Attributes:
+        data: prepared data set with the items' texts and the users' histories (default: the run's).
+        items: item tables, Parquet or CSV, of items that --data lacks or has another text of.
+        item_key: the item table's id column.
+        checkpoint: best, last or a step.
+        device: where the model runs.
+        dtype: of the model (default: fp32 on a CPU, bf16 on a GPU).
+        part_requests: requests of an output file, which is what a killed run does again.
+        pack_tokens: tokens of one pass of the model, about (default: 4096, on a GPU 16384).
+        state_cache_gib: memory for states of items, which are kept under isolated.
+        force: replace other scores in --out.
+    """
+
+    data: Annotated[str | None, Parameter(metavar="URI")] = None
+    items: Annotated[Sequence[str], Parameter(consume_multiple=True, metavar="URI")] = ()
+    item_key: Annotated[str, Parameter(metavar="COLUMN")] = "item_id"
+    checkpoint: Annotated[str, Parameter(metavar="best|last|STEP")] = CHECKPOINT
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    dtype: Literal["bf16", "fp32"] | None = None
+    part_requests: Annotated[PositiveInt, _N] = 4096
+    pack_tokens: Annotated[PositiveInt | None, _N] = None
+    state_cache_gib: Annotated[float, Parameter(metavar="GIB")] = 2.0
+    force: bool = False
