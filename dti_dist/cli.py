@@ -45,11 +45,12 @@ class _PlainHelp(PlainFormatter):
 
     def _print_plain(self, console: Any, text: str) -> None:
         indent = text[: len(text) - len(text.lstrip())]
+        hang = "    " if indent or text.startswith("Usage:") else ""
         lines = textwrap.fill(
             " ".join(text.split()),
             console.width,
             initial_indent=indent,
-            subsequent_indent=f"{indent}    ",
+            subsequent_indent=indent + hang,
             break_on_hyphens=False,
         )
         super()._print_plain(console, lines)
@@ -76,7 +77,6 @@ benchmark = App(
     help_epilogue="example: dti-dist benchmark paradigm launch/recipes/ml1m_tiny.yaml --rounds 3",
 )
 app.command(prepare)
-app.command(benchmark)
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -167,7 +167,7 @@ def _is_override(_: Any, words: tuple[str, ...] | str) -> None:
 
 
 def _lengths(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
-    text = tokens[0].value
+    text = tokens[-1].value
     try:
         lengths = [int(part) for part in split_at_commas(text)]
     except ValueError:
@@ -183,7 +183,8 @@ Override = Annotated[
 ]
 Run = Annotated[str, Parameter(help="The folder of a run.")]
 Checkpoint = Annotated[str, Parameter(metavar="best|last|STEP", help="Checkpoint of the run.")]
-Several = Parameter(consume_multiple=True, metavar="N")
+_N = Parameter(metavar="N")
+Several = Parameter(consume_multiple=True, metavar="N [N ...]")
 Counts = Annotated[tuple[PositiveInt, ...], Several]
 Json = Annotated[bool, Parameter(help="Print JSON instead of a table.")]
 Png = Annotated[str | None, Parameter(metavar="PNG")]
@@ -197,8 +198,8 @@ MemoryLimit = Annotated[
     str | None,
     Parameter(
         metavar="SIZE",
-        help="Of DuckDB, which computes the metrics, such as 8GB; default: 70 % of the memory, at "
-        "most 6 GiB.",
+        help="Memory for DuckDB, which computes the metrics, such as 8GB; default: 70 % of the "
+        "machine's, at most 6 GiB.",
     ),
 ]
 
@@ -258,11 +259,11 @@ def evaluate(
     Args:
         split: What to measure on.
         prompt: One target a prompt, as at inference, or k; default: the run's evaluation.prompt.
-        max_targets: The first whole users that have so many targets.
+        max_targets: Measure only the first users, enough for this many targets.
         slices: Also measure by activity (the user's interactions in train), popularity (the
             item's), day, user_id, item_id or an item text column; may be repeated.
         valid_threshold: Predict valid too, to choose the threshold of f1_valid_threshold on it;
-            done unless refused.
+            done unless --no-valid-threshold is given.
         predictions: Also write the predictions there, as Parquet.
         pictures: Reliability diagram and ROC in the run's eval/; default: if matplotlib is there.
     """
@@ -332,6 +333,78 @@ def compare(
 
 
 @app.command(
+    help_epilogue="example: dti-dist score models/shop --requests requests.parquet "
+    "--data data/shop --out scores"
+)
+def score(
+    model: str,
+    /,
+    *,
+    requests: Annotated[str, Uri],
+    out: Annotated[str, Uri],
+    how: Annotated[ScoringOptions, Parameter(name="*")] = _SCORING,
+) -> None:
+    """Score the candidates of many requests, all of a request after one pass of its context.
+
+    Args:
+        model: What export wrote, or the folder of a run.
+        requests: Parquet file or folder with the columns candidates, and user_id or history_items
+            and history_labels; see docs/scoring.md.
+        out: Folder of the scores.
+    """
+    from dti_dist.serving.score import ScoreOptions, score
+
+    summary = score(model, requests, out, ScoreOptions(**vars(how)))
+    if summary is not None:
+        print(json_format.dumps(summary, indent=2))
+
+
+@app.command(help_epilogue="example: dti-dist export runs/demo --out models/demo")
+def export(
+    run: Run,
+    /,
+    *,
+    out: Annotated[str, Uri],
+    adapter_only: bool = False,
+    dtype: Literal["bf16", "fp32"] | None = None,
+    license: Annotated[str | None, Parameter(metavar="ID")] = None,
+    checkpoint: Checkpoint = options.CHECKPOINT,
+) -> None:
+    """Write a trained run as a Hugging Face folder.
+
+    Args:
+        out: A new folder, or a URL.
+        adapter_only: For a run with model.lora: write only what was trained, in peft's format,
+            without the base model.
+        dtype: Default: the run's precision.
+        license: For the model card, such as apache-2.0; default: the base model's.
+    """
+    from dti_dist.export.export import export
+
+    export(run, out, checkpoint, dtype, adapter_only, license)
+    say(f"exported to {out}")
+
+
+@app.command(help_epilogue="example: dti-dist report runs/base runs/shop --out comparison.html")
+def report(
+    runs: Annotated[tuple[str, ...], Parameter(help="The folders of runs.", required=True)],
+    /,
+    *,
+    out: Annotated[str | None, Parameter(metavar="FILE")] = None,
+    pack: bool = False,
+) -> None:
+    """Write one HTML file with a run's curves, figures and settings, or compare several runs.
+
+    Args:
+        out: Default: report.html in the run's folder; of several runs, in the current one.
+        pack: Also draw the first pack of training; opens the run's data and needs matplotlib.
+    """
+    from dti_dist.reporting.report import report
+
+    say(f"wrote {report(runs, out, pack)}")
+
+
+@app.command(
     help_epilogue="example: dti-dist verify launch/recipes/ml1m_smollm2_135m.yaml "
     "data.path=data/ml1m"
 )
@@ -370,17 +443,97 @@ def verify(
     return 1 if broken else 0
 
 
+@app.command(
+    help_epilogue="example: dti-dist inspect launch/recipes/ml1m_smollm2_135m.yaml "
+    "data.path=data/ml1m --out pack.png"
+)
+def inspect(
+    config: Config,
+    /,
+    *overrides: Override,
+    out: Annotated[str, Parameter(metavar="PNG", help="The picture to write.")],
+    choice: Annotated[PackChoice, Parameter(name="*")] = _PACK,
+) -> None:
+    """Draw one pack of a run's data: its prompt, who sees whom, and what reaches a prediction."""
+    settings = _config(config, overrides)
+    from dti_dist.reporting.picture import check_picture, draw
+
+    path = check_picture(out)
+    from dti_dist.reporting.inspect import text, view_pack
+
+    view = view_pack(settings, **asdict(choice))
+    print(text(view))
+    draw(view, path)
+    say(f"wrote {path}")
+
+
+@app.command(help_epilogue="example: dti-dist plan shop.yaml --gpus 8 --gpu H100 --price 2.50")
+def plan(
+    config: Config,
+    /,
+    *overrides: Override,
+    gpus: Annotated[PositiveInt, Parameter(metavar="N")],
+    gpu: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    price: Annotated[
+        float | None, Parameter(validator=Number(gt=0, lt=float("inf")), metavar="PRICE")
+    ] = None,
+    mfu: Annotated[float, Parameter(validator=Number(gt=0, lte=1), metavar="SHARE")] = options.MFU,
+    calibrate: bool = False,
+    json: Json = False,
+) -> None:
+    """Say what a run will read, compute, hold, take and cost, before it is started.
+
+    Args:
+        gpus: How many; each is one rank.
+        gpu: Such as A100-80GB, or cpu; default: the GPU at hand, else H100.
+        price: Price of one GPU for an hour; no default.
+        mfu: Share of the GPU's dense peak that training reaches; the default is an assumption.
+        calibrate: Measure some real steps on this machine first, and predict the time from them.
+    """
+    settings = _config(config, overrides)
+    from dti_dist.reporting.plan import plan, plan_table
+
+    _print(plan(settings, gpus, gpu, price, mfu, calibrate), json, plan_table)
+
+
+@app.command(
+    help_epilogue="example: torchrun --standalone --nproc-per-node 8 -m dti_dist doctor shop.yaml"
+)
+def doctor(config: str | None = None, /, *overrides: Override, json: Json = False) -> int:
+    """Say what this machine has and lacks for a job, and how to fix it.
+
+    Args:
+        config: Also check its run_dir, data and copies.
+    """
+    settings = _config(config, overrides) if config else None
+    from dti_dist.ranks import join_process_group, leave_process_group
+    from dti_dist.reporting.doctor import examine, table
+
+    several = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    ranks = join_process_group("auto", timeout_minutes=5, cpu_threads=1) if several else None
+    findings = examine(settings, ranks)
+    if ranks is None or ranks.is_main:
+        if json:
+            print(json_format.dumps([vars(finding) for finding in findings], indent=2))
+        else:
+            print(table(findings))
+    leave_process_group()
+    return int(any(finding.verdict == "failure" for finding in findings))
+
+
 @benchmark.command
 def paradigm(
     config: Config,
     /,
     *overrides: Override,
     targets: PositiveInt = options.PARADIGM_TARGETS,
-    policies: Annotated[tuple[Policy, ...], Several] = tuple(POLICIES),
+    policies: Annotated[
+        tuple[Policy, ...], Several, Parameter(metavar="POLICY [POLICY ...]")
+    ] = tuple(POLICIES),
     grid_n: Counts | None = None,
-    grid_k: Annotated[Counts | None, Parameter(metavar="K")] = None,
-    trainer_prompts: Annotated[NonNegativeInt, Several] = options.TRAINER_PROMPTS,
-    trainer_batch: Annotated[PositiveInt, Several] = options.TRAINER_BATCH,
+    grid_k: Counts | None = None,
+    trainer_prompts: Annotated[NonNegativeInt, _N] = options.TRAINER_PROMPTS,
+    trainer_batch: Annotated[PositiveInt, _N] = options.TRAINER_BATCH,
     rounds: Rounds = options.ROUNDS,
     out: Png = None,
     json: Json = False,
@@ -392,8 +545,8 @@ def paradigm(
         policies: Leakage policies of dti to measure.
         grid_n: Several n, each with each k.
         grid_k: Several k.
-        trainer_prompts: Prompts of Trainer's turn in a round; 0 leaves it out.
-        trainer_batch: Prompts of one of its steps.
+        trainer_prompts: Prompts that Hugging Face's Trainer gets in a round; 0 leaves it out.
+        trainer_batch: Prompts in one step of Trainer.
         out: Draw the speed by n and k.
     """
     settings = _config(config, overrides)
@@ -463,7 +616,7 @@ def data(
         also: A copy of the data set elsewhere, such as s3://bucket/data; may be repeated.
         workers: Loader processes, one measurement each.
         epochs: Timed epochs in a round.
-        targets: Only the first whole users that have so many.
+        targets: Use only the first users, enough for this many targets.
         peers: Also measure Hugging Face datasets and mosaicml-streaming, which this Python has;
             see benchmarks/data_peers.py.
         out: Draw speed and memory.
@@ -496,8 +649,8 @@ def scoring(
     """Candidates that share a context, and item states, over one prompt for each candidate.
 
     Args:
-        candidates: Of each request.
-        requests: Of each round.
+        candidates: Candidates of each request.
+        requests: Requests in each round.
     """
     settings = _config(config, overrides)
     from dti_dist.benchmarks.scoring import benchmark_scoring, scoring_table
@@ -505,152 +658,7 @@ def scoring(
     _print(benchmark_scoring(settings, rounds, requests, candidates), json, scoring_table)
 
 
-@app.command(
-    help_epilogue="example: dti-dist inspect launch/recipes/ml1m_smollm2_135m.yaml "
-    "data.path=data/ml1m --out pack.png"
-)
-def inspect(
-    config: Config,
-    /,
-    *overrides: Override,
-    out: Annotated[str, Parameter(metavar="PNG", help="The picture to write.")],
-    choice: Annotated[PackChoice, Parameter(name="*")] = _PACK,
-) -> None:
-    """Draw one pack of a run's data: its prompt, who sees whom, and what reaches a prediction."""
-    settings = _config(config, overrides)
-    from dti_dist.reporting.picture import check_picture, draw
-
-    path = check_picture(out)
-    from dti_dist.reporting.inspect import text, view_pack
-
-    view = view_pack(settings, **asdict(choice))
-    print(text(view))
-    draw(view, path)
-    say(f"wrote {path}")
-
-
-@app.command(help_epilogue="example: dti-dist report runs/base runs/shop --out comparison.html")
-def report(
-    runs: Annotated[tuple[str, ...], Parameter(help="The folders of runs.", required=True)],
-    /,
-    *,
-    out: Annotated[str | None, Parameter(metavar="FILE")] = None,
-    pack: bool = False,
-) -> None:
-    """Write one HTML file with a run's curves, figures and settings, or compare several runs.
-
-    Args:
-        out: Default: report.html in the run's folder; of several runs, in the current one.
-        pack: Also draw the first pack of training; opens the run's data and needs matplotlib.
-    """
-    from dti_dist.reporting.report import report
-
-    say(f"wrote {report(runs, out, pack)}")
-
-
-@app.command(help_epilogue="example: dti-dist plan shop.yaml --gpus 8 --gpu H100 --price 2.50")
-def plan(
-    config: Config,
-    /,
-    *overrides: Override,
-    gpus: Annotated[PositiveInt, Parameter(metavar="N")],
-    gpu: Annotated[str | None, Parameter(metavar="NAME")] = None,
-    price: Annotated[
-        float | None, Parameter(validator=Number(gt=0, lt=float("inf")), metavar="PRICE")
-    ] = None,
-    mfu: Annotated[float, Parameter(validator=Number(gt=0, lte=1), metavar="SHARE")] = options.MFU,
-    calibrate: bool = False,
-    json: Json = False,
-) -> None:
-    """Say what a run will read, compute, hold, take and cost, before it is started.
-
-    Args:
-        gpus: One for each rank.
-        gpu: Such as A100-80GB, or cpu; default: the GPU at hand, else H100.
-        price: Of one GPU for an hour; no default.
-        mfu: Of the GPU's dense peak that training reaches; the default is an assumption.
-        calibrate: Measure some real steps on this machine first, and predict the time from them.
-    """
-    settings = _config(config, overrides)
-    from dti_dist.reporting.plan import plan, plan_table
-
-    _print(plan(settings, gpus, gpu, price, mfu, calibrate), json, plan_table)
-
-
-@app.command(
-    help_epilogue="example: dti-dist score models/shop --requests requests.parquet "
-    "--data data/shop --out scores"
-)
-def score(
-    model: str,
-    /,
-    *,
-    requests: Annotated[str, Uri],
-    out: Annotated[str, Uri],
-    how: Annotated[ScoringOptions, Parameter(name="*")] = _SCORING,
-) -> None:
-    """Score the candidates of many requests, all of a request after one pass of its context.
-
-    Args:
-        model: What export wrote, or the folder of a run.
-        requests: Parquet file or folder with the columns candidates, and user_id or history_items
-            and history_labels; see docs/scoring.md.
-        out: Folder of the scores.
-    """
-    from dti_dist.serving.score import ScoreOptions, score
-
-    summary = score(model, requests, out, ScoreOptions(**vars(how)))
-    if summary is not None:
-        print(json_format.dumps(summary, indent=2))
-
-
-@app.command(help_epilogue="example: dti-dist export runs/demo --out models/demo")
-def export(
-    run: Run,
-    /,
-    *,
-    out: Annotated[str, Uri],
-    adapter_only: bool = False,
-    dtype: Literal["bf16", "fp32"] | None = None,
-    license: Annotated[str | None, Parameter(metavar="ID")] = None,
-    checkpoint: Checkpoint = options.CHECKPOINT,
-) -> None:
-    """Write a trained run as a Hugging Face folder.
-
-    Args:
-        out: A new folder, or a URL.
-        adapter_only: Of a run with model.lora: what was trained, in peft's form, without the base
-            model.
-        dtype: Default: the run's precision.
-        license: For the model card, such as apache-2.0; default: what the base model says of
-            itself.
-    """
-    from dti_dist.export.export import export
-
-    export(run, out, checkpoint, dtype, adapter_only, license)
-    say(f"exported to {out}")
-
-
-@app.command(
-    help_epilogue="example: torchrun --standalone --nproc-per-node 8 -m dti_dist doctor shop.yaml"
-)
-def doctor(config: str | None = None, /, *overrides: Override, json: Json = False) -> int:
-    """Say what this machine has and lacks for a job, and how to fix it.
-
-    Args:
-        config: Also check its run_dir, data and copies.
-    """
-    settings = _config(config, overrides) if config else None
-    from dti_dist.ranks import join_process_group, leave_process_group
-    from dti_dist.reporting.doctor import examine, table
-
-    several = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
-    ranks = join_process_group("auto", timeout_minutes=5, cpu_threads=1) if several else None
-    findings = examine(settings, ranks)
-    if ranks is None or ranks.is_main:
-        if json:
-            print(json_format.dumps([vars(finding) for finding in findings], indent=2))
-        else:
-            print(table(findings))
-    leave_process_group()
-    return int(any(finding.verdict == "failure" for finding in findings))
+app.command(benchmark)
+for _place, _name in enumerate(app):
+    if not _name.startswith("-"):
+        app[_name].sort_key = _place  # --help lists them as they stand here, not by the alphabet

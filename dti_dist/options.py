@@ -64,7 +64,7 @@ def split_at_commas(text: str) -> list[str]:
 
 
 def _fractions(_: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
-    text = tokens[0].value
+    text = tokens[-1].value
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -78,14 +78,14 @@ class BuildOptions:
     Attributes:
         split: time: by two timestamps, the same for all users; leave-last: each user's last
             interaction is for test and the one before for valid.
-        fractions: of the interactions, for train, valid and test, with --split time.
-        context_limit: earlier interactions kept as context in valid and test.
-        shard_interactions: most interactions in one Parquet part.
-        memory_limit: for DuckDB, such as 8GB; what it does not hold spills to disk (default: 70 %
-            of the machine's memory, at most 6 GiB).
-        threads: for DuckDB (default: all cores).
-        temp_directory: where it spills (default: beside a local --out, else the system's).
-        force: replace a data set that is there.
+        fractions: Shares of the interactions for train, valid and test, with --split time.
+        context_limit: Earlier interactions kept as context in valid and test.
+        shard_interactions: At most so many interactions in one Parquet file.
+        memory_limit: Memory for DuckDB, such as 8GB; the rest spills to disk (default: 70 % of the
+            machine's memory, at most 6 GiB).
+        threads: Threads for DuckDB (default: all cores).
+        temp_directory: Where DuckDB spills (default: beside a local --out, else the system's).
+        force: Replace a data set that is there.
     """
 
     split: Annotated[Literal["time", "leave-last"], _SETTING] = "time"
@@ -130,10 +130,10 @@ class PackChoice:
     """What `inspect` shows.
 
     Attributes:
-        pack: number of the pack in the first epoch.
-        sample: number of the sample in the pack (default: the first with the most interactions).
-        target: first target of the sample to show; moved forward where fewer would be left.
-        targets: how many to show.
+        pack: Number of the pack in the first epoch.
+        sample: Number of the sample in the pack (default: the first with the most interactions).
+        target: First target of the sample to show; moved forward where fewer would be left.
+        targets: How many to show.
     """
 
     pack: PositiveInt = 1
@@ -147,20 +147,20 @@ class ScoringOptions:
     """How requests are scored.
 
     Attributes:
-        data: prepared data set with the items' texts and the users' histories (default: the run's).
-        items: item tables, Parquet or CSV, of items that --data lacks or has another text of.
-        item_key: the item table's id column.
+        data: Prepared data set with the items' texts and the users' histories (default: the run's).
+        items: Item tables, Parquet or CSV, of items that --data lacks or has another text of.
+        item_key: The item table's id column.
         checkpoint: best, last or a step.
-        device: where the model runs.
-        dtype: of the model (default: fp32 on a CPU, bf16 on a GPU).
-        part_requests: requests of an output file, which is what a killed run does again.
-        pack_tokens: tokens of one pass of the model, about (default: 4096, on a GPU 16384).
-        state_cache_gib: memory for states of items, which are kept under isolated.
-        force: replace other scores in --out.
+        device: Where the model runs.
+        dtype: Precision of the model (default: fp32 on a CPU, bf16 on a GPU).
+        part_requests: Requests in one output file; a killed run repeats whole files.
+        pack_tokens: Tokens in one pass of the model, roughly (default: 4096, on a GPU 16384).
+        state_cache_gib: Memory for states of items, which are kept under isolated.
+        force: Replace other scores in --out.
     """
 
     data: Annotated[str | None, Parameter(metavar="URI")] = None
-    items: Annotated[Sequence[str], Parameter(consume_multiple=True, metavar="URI")] = ()
+    items: Annotated[Sequence[str], Parameter(consume_multiple=True, metavar="URI [URI ...]")] = ()
     item_key: Annotated[str, Parameter(metavar="COLUMN")] = "item_id"
     checkpoint: Annotated[str, Parameter(metavar="best|last|STEP")] = CHECKPOINT
     device: Literal["auto", "cuda", "cpu"] = "auto"

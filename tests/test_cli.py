@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from dti_dist import cli
 from dti_dist.cli import check, main
 
-COMMANDS = "prepare benchmark train evaluate compare verify inspect report plan score export doctor"
+COMMANDS = "prepare train evaluate compare score export report verify inspect plan doctor benchmark"
 PAGES = [
     [],
     *([name] for name in COMMANDS.split()),
@@ -31,6 +32,12 @@ def test_help_is_plain_and_80_columns_wide(command, capsys, monkeypatch):
     assert max(map(len, page.splitlines())) <= 80
     if command:
         assert "example:" in page
+
+
+def test_help_lists_the_commands_in_the_order_of_the_work(capsys):
+    assert main(["--help"]) == 0
+    listed = re.findall(r"^  (\w+): ", capsys.readouterr().out, re.M)
+    assert listed == COMMANDS.split()
 
 
 @pytest.mark.parametrize("command", [["--help"], ["evaluate", "--help"]], ids=" ".join)

@@ -32,7 +32,7 @@ _DEFAULTS, _GENERATED = BuildOptions(), SyntheticOptions()
 
 
 def _columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(split_at_commas(tokens[0].value))
+    return tuple(split_at_commas(tokens[-1].value))
 
 
 @prepare.command
@@ -86,7 +86,7 @@ def events(
     paths: Annotated[tuple[str, ...], Parameter(required=True)],
     /,
     *,
-    items: Annotated[tuple[str, ...], Parameter(consume_multiple=True, metavar="PATH")],
+    items: Annotated[tuple[str, ...], Parameter(consume_multiple=True, metavar="PATH [PATH ...]")],
     user_col: Column,
     item_col: Column,
     time_col: Column,
@@ -117,7 +117,7 @@ def events(
         label: One SQL expression over the events' columns: "rating >= 4", "clicked".
         text_cols: The item table's texts, most telling first.
         item_key: The item table's id (default: as --item-col).
-        name: Of the data set.
+        name: The data set's name.
         append: Add them to the data set at --out, whose files stay as they are; all must be newer
             than what it has, and --items need name new items alone.
         append_to: roll: the new interactions become test, test becomes valid and valid joins
