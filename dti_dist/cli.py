@@ -267,11 +267,11 @@ def evaluate(
         predictions: Also write the predictions there, as Parquet.
         pictures: Reliability diagram and ROC in the run's eval/; default: if matplotlib is there.
     """
-    from dti_dist.evaluation.evaluate import Wanted, evaluate
+    from dti_dist.evaluation.evaluate import EvaluationOptions, evaluate
     from dti_dist.evaluation.summary import as_json, figures_table, slices_table
 
     overrides = {"max_targets": max_targets} if max_targets else {}
-    wanted = Wanted(
+    chosen = EvaluationOptions(
         valid_threshold=valid_threshold,
         slices=tuple(dict.fromkeys(slices)),
         resamples=bootstrap,
@@ -279,7 +279,7 @@ def evaluate(
         pictures=pictures,
         memory_limit=memory_limit,
     )
-    figures = evaluate(run, split, prompt, checkpoint, overrides, wanted)
+    figures = evaluate(run, split, prompt, checkpoint, overrides, chosen)
     if figures is None:
         return
     print(as_json(figures), flush=True)
