@@ -426,11 +426,8 @@ def verify(
     from dti_dist.reporting.verify import table, verify
 
     checks = verify(settings, samples, dtype)
-    if json:
-        found = [{**vars(check), "verdict": check.verdict} for check in checks]
-        print(json_format.dumps(found, indent=2))
-    else:
-        print(table(checks))
+    found = [{**vars(check), "verdict": check.verdict} for check in checks]
+    _print(found if json else checks, json, table)
     if any(check.verdict == "measured" for check in checks):
         say(
             f"Under {settings.attention.policy} targets see beyond n through the layers. What is "
@@ -513,10 +510,7 @@ def doctor(config: str | None = None, /, *overrides: Override, json: Json = Fals
     ranks = join_process_group("auto", timeout_minutes=5, cpu_threads=1) if several else None
     findings = examine(settings, ranks)
     if ranks is None or ranks.is_main:
-        if json:
-            print(json_format.dumps([vars(finding) for finding in findings], indent=2))
-        else:
-            print(table(findings))
+        _print([vars(finding) for finding in findings] if json else findings, json, table)
     leave_process_group()
     return int(any(finding.verdict == "failure" for finding in findings))
 
