@@ -423,7 +423,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _no_credentials_in_urls(self) -> RunConfig:
-        found = [key for key, text in _texts(self.model_dump()) if url_has_secret(text)]
+        texts = {key: value for key, value in self.flat().items() if isinstance(value, str)}
+        found = [key for key, text in texts.items() if url_has_secret(text)]
         if found:
             raise ValueError(
                 f"{', '.join(found)}: expected a URL without credentials, found one with a "
@@ -446,14 +447,17 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its whole key, such as ``data.path``, as plain JSON."""
+        return dict(_flat(self.model_dump(mode="json")))
 
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a config with its key."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, str):
-        yield key, value
+
+def _flat(settings: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name}", value
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

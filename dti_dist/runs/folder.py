@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from dti_dist.config import RunConfig, load_config
 from dti_dist.console import say
@@ -43,42 +43,24 @@ _MAY_CHANGE = (
 
 
 class RunFolder:
-    """Paths of a run."""
+    """Paths of a run.
+
+    Attributes:
+        stacks: what every thread did when the watchdog ended the job.
+        nonfinite: steps whose loss or gradients were not finite.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.tokenizer = self.path / "tokenizer"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.evaluations = self.path / "eval"
+        self.stacks = self.path / "stacks"
+        self.nonfinite = self.path / "nonfinite"
         self._made_here = False
         self._held: TextIO | None = None
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def stacks(self) -> Path:
-        """Where the watchdog writes."""
-        return self.path / "stacks"
-
-    @property
-    def nonfinite(self) -> Path:
-        """Steps whose loss or gradients were not finite."""
-        return self.path / "nonfinite"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def evaluations(self) -> Path:
-        return self.path / "eval"
 
     def read_config(self) -> RunConfig:
         """The config of a run that was started. Raises UserError where there is none."""
@@ -150,12 +132,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def refuse_other_settings(place: str, old: RunConfig, new: RunConfig, key: str) -> None:
     """Raise UserError where checkpoints are of a run that computes otherwise; `key` names them."""
+    before, after = old.flat(), new.flat()
     changed = [
-        f"  {name}: {before!r} there, {after!r} now"
-        for name, before, after in _differences(
-            old.model_dump(mode="json"), new.model_dump(mode="json")
-        )
-        if not name.startswith(_MAY_CHANGE)
+        f"  {name}: {before.get(name)!r} there, {after.get(name)!r} now"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name) and not name.startswith(_MAY_CHANGE)
     ]
     if changed:
         raise UserError(
@@ -163,15 +144,3 @@ def refuse_other_settings(place: str, old: RunConfig, new: RunConfig, key: str) 
             + "\n".join(changed)
             + f"\nGo on with the settings of config.yaml there, or choose another {key}."
         )
-
-
-def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            difference
-            for name in {**old, **new}
-            for difference in _differences(
-                old.get(name), new.get(name), f"{key}.{name}" if key else name
-            )
-        ]
-    return [] if old == new else [(key, old, new)]

@@ -1,7 +1,7 @@
 """A run's figures in TensorBoard, Weights & Biases and MLflow, beside metrics.jsonl.
 
-A tracker is a convenience: one that can't be reached, or fails later, is said once and left alone,
-and training goes on. Only a package that is missing is refused, before any work.
+A tracker is a convenience: one that can't be reached or fails later is reported once and left
+alone, and training goes on. Only a missing package is refused, before any work.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
@@ -21,10 +21,9 @@ from dti_dist.config import RunConfig, TrackingConfig
 from dti_dist.console import say
 from dti_dist.errors import UserError
 
+PATIENCE_S = 60.0  # at the run's end, for what was not sent yet
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
-_NOT_FIGURES = ("step", "time")
-_LAST_WAIT_S = 60.0
-_IDS = "trackers.json"  # in a run's folder: a run that goes on is the same run there
+_IDS = "trackers.json"  # in the run's folder, so that a resumed run is the same run there
 
 
 def check_packages(settings: TrackingConfig) -> None:
@@ -45,8 +44,8 @@ class Trackers:
     """
 
     def __init__(self, config: RunConfig, folder: Path, resume_step: int):
-        self._config, self._folder, self._resume_step = config, folder, resume_step
-        self._trackers: dict[str, _Tracker] = {}
+        self._run = TrackedRun(config, folder, resume_step)
+        self._trackers: dict[str, Tracker] = {}
         self._records: Queue[dict[str, Any] | None] = Queue()
         self._thread = Thread(target=self._work, name="trackers", daemon=True)
         if config.tracking.to:
@@ -62,33 +61,33 @@ class Trackers:
         if not self._thread.is_alive():
             return
         self._records.put(None)
-        self._thread.join(_LAST_WAIT_S)
+        self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
             say(
                 f"{', '.join(self._trackers) or 'trackers'}: not all figures were sent within "
-                f"{_LAST_WAIT_S:.0f} s of the run's end. metrics.jsonl has all of them."
+                f"{PATIENCE_S:.0f} s of the run's end. metrics.jsonl has all of them."
             )
 
     def _work(self) -> None:
-        ids = self._folder / _IDS
-        known = json.loads(ids.read_text()) if ids.exists() else {}
-        for tracker in self._config.tracking.to:
-            self._guarded(tracker, partial(self._start, tracker, known))
-        if known:
-            ids.write_text(json.dumps(known))
+        path = self._run.folder / _IDS
+        ids: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        for name in self._run.config.tracking.to:
+            self._try(name, lambda name=name: self._start(name, ids))  # type: ignore[misc]
+        if ids:
+            path.write_text(json.dumps(ids))
         while (record := self._records.get()) is not None:
-            figures = dict(_figures(record))
-            for name, started in list(self._trackers.items()) if figures else ():
-                self._guarded(name, partial(started.write, record["step"], figures))
-        for name, started in list(self._trackers.items()):
-            self._guarded(name, started.close)
+            if figures := dict(_figures(record)):
+                self._each(lambda tracker: tracker.write(record["step"], figures))
+        self._each(lambda tracker: tracker.close())
 
-    def _start(self, name: str, known: dict[str, str]) -> None:
-        config, folder = self._config, self._folder
-        run_name = config.tracking.name or folder.resolve().name
-        self._trackers[name] = _KINDS[name](config, run_name, folder, self._resume_step, known)
+    def _start(self, name: str, ids: dict[str, str]) -> None:
+        self._trackers[name] = TRACKERS[name](self._run, ids)
 
-    def _guarded(self, name: str, work: Callable[[], None]) -> None:
+    def _each(self, work: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, lambda tracker=tracker: work(tracker))  # type: ignore[misc]
+
+    def _try(self, name: str, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:  # whatever a tracker or its server does, the run goes on
@@ -101,32 +100,39 @@ def _figures(record: dict[str, Any], place: str = "train") -> Iterator[tuple[str
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _figures(value, name)
-        elif name not in _NOT_FIGURES and _is_number(value):
+        elif type(value) in (int, float) and math.isfinite(value) and name not in ("step", "time"):
             yield f"{place}/{name}", value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+@dataclass(frozen=True)
+class TrackedRun:
+    config: RunConfig
+    folder: Path
+    resume_step: int
+
+    @property
+    def name(self) -> str:
+        return self.config.tracking.name or self.folder.resolve().name
 
 
-class _Tracker(Protocol):
+class Tracker(Protocol):
+    """Made with the run and the ids that trackers know it by, to which it adds its own."""
+
     def write(self, step: int, figures: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
 
-class _TensorBoard:
+class TensorBoard:
     """Event files in the run's folder: tensorboard --logdir RUN/tensorboard."""
 
-    def __init__(
-        self, config: RunConfig, name: str, folder: Path, step: int, known: dict[str, str]
-    ):
+    def __init__(self, run: TrackedRun, ids: dict[str, str]):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps that are taken again replace what was written of them.
-        purge = step + 1 if step else None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
-        self._writer.add_text("config", f"```yaml\n{config.to_yaml()}\n```", step)
+        step = run.resume_step
+        purge = step + 1 if step else None  # steps that are taken again replace those written
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge)
+        self._writer.add_text("config", f"```yaml\n{run.config.to_yaml()}\n```", step)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -137,25 +143,22 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _WeightsAndBiases:
-    """Where WANDB_MODE, WANDB_API_KEY and WANDB_BASE_URL say; files lie in the run's folder."""
+class WeightsAndBiases:
+    """Where WANDB_MODE, WANDB_API_KEY and WANDB_BASE_URL say; its files lie in the run's folder."""
 
-    def __init__(
-        self, config: RunConfig, name: str, folder: Path, step: int, known: dict[str, str]
-    ):
+    def __init__(self, run: TrackedRun, ids: dict[str, str]):
         import wandb
 
-        known.setdefault("wandb", uuid.uuid4().hex[:8])
         self._run = wandb.init(
-            project=config.tracking.project,
-            name=name,
-            id=known["wandb"],
+            project=run.config.tracking.project,
+            name=run.name,
+            id=ids.setdefault("wandb", uuid.uuid4().hex[:8]),
             resume="allow",
-            dir=str(folder),
-            config=config.model_dump(mode="json"),
+            dir=str(run.folder),
+            config=run.config.model_dump(mode="json"),
             settings=wandb.Settings(console="off", silent=True),
         )
-        # A step of our own: wandb's may not go back, and a resumed run takes some again.
+        # Not wandb's own step, which can't go back: a resumed run takes some steps again.
         self._run.define_metric("*", step_metric="optimizer_step")
 
     def write(self, step: int, figures: dict[str, float]) -> None:
@@ -165,51 +168,36 @@ class _WeightsAndBiases:
         self._run.finish()
 
 
-class _MLflow:
+class MLflow:
     """Where MLFLOW_TRACKING_URI says."""
 
-    def __init__(
-        self, config: RunConfig, name: str, folder: Path, step: int, known: dict[str, str]
-    ):
+    def __init__(self, run: TrackedRun, ids: dict[str, str]):
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient()
-        if "mlflow" in known:
-            self._id = known["mlflow"]
+        if "mlflow" in ids:
+            self._id = ids["mlflow"]
             self._client.update_run(self._id, status="RUNNING")
             return
-        experiment = self._client.get_experiment_by_name(config.tracking.project)
-        number = (
-            experiment.experiment_id
-            if experiment
-            else self._client.create_experiment(config.tracking.project)
-        )
-        self._id = known["mlflow"] = self._client.create_run(number, run_name=name).info.run_id
-        for key, value in _flat(config.model_dump(mode="json")):
-            self._client.log_param(self._id, key, str(value)[:500])
+        project = run.config.tracking.project
+        found = self._client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else self._client.create_experiment(project)
+        self._id = ids["mlflow"] = self._client.create_run(
+            experiment, run_name=run.name
+        ).info.run_id
+        for name, value in run.config.flat().items():
+            self._client.log_param(self._id, name, str(value)[:500])
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
-
-        now = get_current_time_millis()
-        metrics = [Metric(name, value, now, step) for name, value in figures.items()]
-        self._client.log_batch(self._id, metrics=metrics)
+        for name, value in figures.items():
+            self._client.log_metric(self._id, name, value, step=step)
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
 
 
-_KINDS: dict[str, Callable[..., _Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _WeightsAndBiases,
-    "mlflow": _MLflow,
+TRACKERS: dict[str, Callable[[TrackedRun, dict[str, str]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
 }
-
-
-def _flat(settings: dict[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{place}{name}.")
-        else:
-            yield f"{place}{name}", value

@@ -149,8 +149,8 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(
     def fails_later(*arguments):
         raise OSError("the disk is full")
 
-    monkeypatch.setitem(trackers._KINDS, "mlflow", unreachable)
-    monkeypatch.setattr(trackers._WeightsAndBiases, "write", fails_later)
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", unreachable)
+    monkeypatch.setattr(trackers.WeightsAndBiases, "write", fails_later)
     found, folder = started(local, synthetic, 0)
     for step in (1, 2):
         found.write({"step": step, "loss": 0.5})
@@ -172,8 +172,8 @@ def test_a_server_that_hangs_holds_up_neither_a_step_nor_the_end(
         hangs.wait()
         raise ConnectionError
 
-    monkeypatch.setitem(trackers._KINDS, "mlflow", hang)
-    monkeypatch.setattr(trackers, "_LAST_WAIT_S", 0.2)
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", hang)
+    monkeypatch.setattr(trackers, "PATIENCE_S", 0.2)
     found, _ = started(local, synthetic, 0, ["mlflow"])
     for step in range(100):
         found.write({"step": step, "loss": 0.5})
