@@ -140,6 +140,25 @@ def test_a_resumed_run_is_the_same_run_and_steps_taken_again_count_anew(local, s
     assert mlflow_values == expected
 
 
+def test_mlflow_gets_one_request_per_step_however_many_figures_it_has(
+    local, synthetic, monkeypatch
+):
+    from mlflow.store.tracking.file_store import FileStore
+
+    calls = []
+    monkeypatch.setattr(
+        FileStore,
+        "log_batch",
+        lambda self, run_id, metrics, **others: calls.append([m.key for m in metrics]),
+    )
+    monkeypatch.setattr(FileStore, "log_metric", lambda self, run_id, metric: calls.append(metric))
+    found, _ = started(local, synthetic, 0, ["mlflow"])
+    for step in (1, 2):
+        found.write({"step": step, "loss": 0.5, "rate": 0.1, "valid": {"auc": 0.6}})
+    found.close()
+    assert calls == [["train/loss", "train/rate", "valid/auc"]] * 2
+
+
 def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(
     local, synthetic, monkeypatch, capsys
 ):
