@@ -39,7 +39,7 @@ class EpochCounts:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run reads, all told.
+    """What a run reads in all its epochs.
 
     Attributes:
         epochs: of each epoch that is begun; the last may be cut by training.max_steps.

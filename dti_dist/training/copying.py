@@ -1,4 +1,4 @@
-"""Copies of complete checkpoints at a URL, made while training goes on, and the way back."""
+"""Copies of complete checkpoints at a URL, made while training goes on, and restoring them."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _cause(job: Job, error: BaseException) -> BaseException:
     if first is None:
         if lost:
             error = RunFailed(
-                f"rank {rank}: another rank of the job ended without a word "
+                f"rank {rank}: another rank of the job ended without a message "
                 f"({str(error).splitlines()[0]}). The launcher's output says which one and by "
                 "which signal. SIGKILL most often means that its machine's memory ran out (see "
                 "dmesg) or that the machine went down. Start the same command again to go on from "

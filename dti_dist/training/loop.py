@@ -1,4 +1,4 @@
-"""Training, told from top to bottom."""
+"""The training loop, from the first step to the last."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_a_killed_rank_is_reported_as_lost(synthetic, tmp_path):
         "if step == 3 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)", tmp_path / "job.py"
     )
     printed = run([*command(2, script=script), str(config)], tmp_path / "log", expect=1)
-    assert "rank 0: another rank of the job ended without a word" in printed
+    assert "rank 0: another rank of the job ended without a message" in printed
     assert "Start the same command again" in printed
 
 

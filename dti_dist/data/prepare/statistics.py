@@ -47,7 +47,7 @@ def text_size(counts: Mapping[int, int]) -> TextSize:
 def add_statistics(
     old: Statistics, new: Statistics, users_by_interactions: Mapping[int, int]
 ) -> Statistics:
-    """Both together. How many users have so many interactions can't be told from the two."""
+    """The sum of both; `users_by_interactions` can't be computed from the two."""
     days = defaultdict(lambda: DayCounts(interactions=0, clicks=0), old.days)
     for day, counts in new.days.items():
         days[day] = DayCounts(
