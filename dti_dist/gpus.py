@@ -112,20 +112,21 @@ def gpu_at_hand() -> Gpu | None:
 
 def gpu_of_device(name: str, memory: int) -> Gpu | None:
     """The GPU that a driver calls so, with so many bytes; None where it is not in the table."""
-    words = _plain(name)
-    fitting = [
-        key
-        for key in _DATASHEETS
-        if all(_plain(part) in words for part in key.split("-") if not part.endswith("GB"))
-    ]
+    words = set(re.split(r"[ _-]", name.lower()))
+    fitting = [key for key in _DATASHEETS if _parts(key) <= words]
     if not fitting:
-        fitting = [key for alias, key in _ALIASES.items() if _plain(alias) in words]
+        fitting = [key for alias, key in _ALIASES.items() if alias.lower() in words]
     if not fitting:
         return None
     # Of several the one whose memory is nearest, and of those the longest name: A10G is no A10.
     key = min(fitting, key=lambda k: (abs(_DATASHEETS[k][2] * 1e9 - memory) // 8e9, -len(k)))
     found = find_gpu(key)
     return Gpu(key, found.bf16, found.fp32, memory, "datasheet; memory of the GPU at hand")
+
+
+def _parts(key: str) -> set[str]:
+    """What a driver's name must hold as whole words; memory is told by its size."""
+    return {part for part in key.lower().split("-") if not part.endswith("gb")}
 
 
 def _plain(name: str) -> str:

@@ -42,6 +42,8 @@ POSITIONS = {
 class AttentionScheme:
     """Who sees whom, and how [SUM] reads.
 
+    Raises UserError where the policy's settings do not fit n or the number of layers.
+
     Attributes:
         policy: the leakage policy.
         n: context interactions that a target may see.
@@ -68,6 +70,9 @@ class AttentionScheme:
     heads: int = 1
     longest_span: int | None = None
     backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _ = self.windows  # settings that do not fit the model are refused here
 
     @cached_property
     def windows(self) -> LayerWindows:

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from dti_dist.config import RunConfig, load_config
 from dti_dist.console import say

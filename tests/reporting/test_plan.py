@@ -15,7 +15,7 @@ from dti_dist.config import LoraConfig, load_config
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.errors import UserError
-from dti_dist.gpus import find_gpu, gpu_at_hand
+from dti_dist.gpus import find_gpu, gpu_at_hand, gpu_of_device
 from dti_dist.inputs import Inputs
 from dti_dist.model.heads import Head
 from dti_dist.model.lora import add_adapters
@@ -407,6 +407,14 @@ def test_drivers_names_are_found_in_the_table(monkeypatch, name, gigabytes, key,
     assert found is not None
     assert (found.name, found.memory) == (key, properties.total_memory)
     assert found.bf16 == (None if peak is None else peak * 1e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400 4GB", "NVIDIA GB200", "NVIDIA H20"],
+)
+def test_a_gpu_that_is_not_in_the_table_gets_no_other_ones_peak(name):
+    assert gpu_of_device(name, 16 * 2**30) is None
 
 
 def test_the_cpu_is_measured_and_its_memory_shared():
