@@ -137,11 +137,11 @@ def counted_flops(model, batch):
     return counter.get_total_flops()
 
 
-def linear_flops(model, batch, policy, checkpointing=False, heads=0):
+def linear_flops(model, batch, checkpointing=False, heads=0):
     """Of the linear layers, and `heads` products of the head: torch counts those where it is
     frozen, and not a product with a vector."""
     packs = len(batch.tokens)
-    shape = ModelShape.of(model, policy)
+    shape = ModelShape.of(model)
     found = flops_of_pack(shape, work_of(batch), 0.0, checkpointing)
     of_head = 3 if shape.head_table else 2
     return packs * (found.total + (heads - of_head) * found.forward_head)
@@ -150,7 +150,7 @@ def linear_flops(model, batch, policy, checkpointing=False, heads=0):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_linear_flops_are_those_that_torch_counts(family):
     model, batch = tiny.ctr_model(family), a_batch()
-    assert counted_flops(model, batch) == linear_flops(model, batch, "budget")
+    assert counted_flops(model, batch) == linear_flops(model, batch)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -162,7 +162,7 @@ def test_linear_flops_of_each_policy(family, policy, checkpointing):
         model.enable_activation_checkpointing()
     batch = a_batch(share=policy == "isolated")
     counted = counted_flops(model, batch)
-    assert counted == linear_flops(model, batch, policy, checkpointing)
+    assert counted == linear_flops(model, batch, checkpointing)
 
 
 def test_linear_flops_with_adapters_leave_out_the_frozen_weights_gradients():
@@ -172,7 +172,7 @@ def test_linear_flops_with_adapters_leave_out_the_frozen_weights_gradients():
     add_adapters(model, LoraConfig(rank=2), tiny.SUM, seed=0)
     model.double()
     counted = counted_flops(model, batch)
-    assert counted == linear_flops(model, batch, "budget", heads=2)
+    assert counted == linear_flops(model, batch, heads=2)
     assert counted < 0.8 * whole
 
 
@@ -214,7 +214,7 @@ def test_the_meta_model_has_the_parameters_of_the_run(config_of, tmp_path, head)
     real, meta = inputs.untrained_model(), meta_model(inputs)
     assert all(parameter.is_meta for parameter in meta.parameters())
     assert [p.shape for p in meta.parameters()] == [p.shape for p in real.parameters()]
-    assert ModelShape.of(meta, "budget") == ModelShape.of(real, "budget")
+    assert ModelShape.of(meta) == ModelShape.of(real)
 
 
 # Memory
