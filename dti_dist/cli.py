@@ -652,6 +652,59 @@ def scoring(
     _print(benchmark_scoring(settings, rounds, requests, candidates), json, scoring_table)
 
 
+@benchmark.command(
+    help_epilogue="example: dti-dist benchmark ablation data/ml100k --work runs/ablation",
+)
+def ablation(
+    data: Annotated[str, Parameter(help="A prepared data set.")],
+    /,
+    *,
+    work: Annotated[str, Parameter(metavar="DIR")],
+    seeds: Annotated[tuple[NonNegativeInt, ...], Several] = options.ABLATION_SEEDS,
+    jobs: PositiveInt = options.ABLATION_JOBS,
+    table: bool = False,
+) -> None:
+    """Leakage policy, positions and k against quality, each variant trained from scratch.
+
+    Args:
+        work: Folder of the runs. Those with an evaluation are not repeated.
+        seeds: One run of each variant for each.
+        jobs: Runs at a time.
+        table: Only print what is there.
+    """
+    from dti_dist.benchmarks.ablation import ablation_table, benchmark_ablation
+
+    if not table:
+        benchmark_ablation(Path(data), Path(work), list(seeds), jobs)
+    print(ablation_table(Path(work), list(seeds)))
+
+
+@benchmark.command(
+    name="evaluation",
+    help_epilogue="example: dti-dist benchmark evaluation --targets 100000000 --work runs/metrics",
+)
+def evaluation_of_many(
+    *,
+    work: Annotated[str, Parameter(metavar="DIR")],
+    targets: PositiveInt = options.EVALUATION_TARGETS,
+    per_user: PositiveInt = options.EVALUATION_PER_USER,
+    memory_limit: Annotated[str, Parameter(metavar="SIZE")] = options.EVALUATION_MEMORY,
+    slice: bool = False,
+) -> None:
+    """Time and memory of the metrics of an evaluation, on synthetic predictions.
+
+    Args:
+        work: Folder for the predictions and what DuckDB spills.
+        targets: Predictions.
+        per_user: Targets of each user.
+        memory_limit: Of DuckDB, such as 1GB.
+        slice: Also measure by day.
+    """
+    from dti_dist.benchmarks.evaluation import benchmark_evaluation
+
+    benchmark_evaluation(targets, per_user, memory_limit, Path(work), slice)
+
+
 app.command(benchmark)
 for _place, _name in enumerate(app):
     if not _name.startswith("-"):

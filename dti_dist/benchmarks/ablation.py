@@ -1,11 +1,8 @@
-"""What leakage policy, positions and k do to the quality of predictions.
+"""`dti-dist benchmark ablation`: leakage policy, positions and k against quality.
 
 Trains every combination from scratch on a prepared data set, evaluates it by sliding-window prompts
 (what inference does) and by streaming prompts, and prints a table of means and standard deviations
 over seeds. Every variant trains one epoch on the same targets, with about as many targets a step.
-
-    dti-dist prepare movielens PATH/TO/ml-100k --out data/ml100k
-    python benchmarks/ablation.py data/ml100k --work runs/ablation --seeds 0 1 2
 
 Runs that have an evaluation already are not repeated, so the command can be stopped and started
 again; `--table` only prints what is there.
@@ -13,7 +10,6 @@ again; `--table` only prints what is there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -101,7 +97,7 @@ def run_one(data: Path, work: Path, variant: tuple[str, str, int], seed: int) ->
     print(f"{run.name} done", flush=True)
 
 
-def table(work: Path, seeds: list[int]) -> str:
+def ablation_table(work: Path, seeds: list[int]) -> str:
     lines = [
         "| policy | positions | k | AUC by sliding window | log loss | AUC by streaming | seeds |",
         "|---|---|---|---|---|---|---|",
@@ -130,26 +126,10 @@ def _mean(results: list[dict[str, Any]], metric: str) -> str:
     return f"{statistics.mean(values):.4f}{deviation}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="a prepared data set")
-    parser.add_argument("--work", type=Path, required=True, help="folder for runs and logs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument("--table", action="store_true", help="only print what is there")
-    arguments = parser.parse_args()
-    if not arguments.table:
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            jobs = [
-                pool.submit(run_one, arguments.data, arguments.work, variant, seed)
-                for seed in arguments.seeds
-                for variant in VARIANTS
-            ]
-            for job in jobs:
-                job.result()
-    print(table(arguments.work, arguments.seeds))
-
-
-if __name__ == "__main__":
-    main()
+def benchmark_ablation(data: Path, work: Path, seeds: list[int], jobs: int) -> None:
+    """Train and evaluate all variants, `jobs` runs at a time; finished runs are skipped."""
+    work.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = [pool.submit(run_one, data, work, each, seed) for seed in seeds for each in VARIANTS]
+        for run in runs:
+            run.result()

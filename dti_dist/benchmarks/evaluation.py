@@ -1,15 +1,12 @@
-"""Time and memory of evaluation's figures over many targets, without a model.
+"""`dti-dist benchmark evaluation`: time and memory of metrics over many targets, without a model.
 
 Writes synthetic predictions as `dti-dist evaluate` keeps them, then computes metrics and intervals
 from the file under a memory limit of DuckDB, and prints the time of each step and the largest
 resident set that the process had until then.
-
-    python benchmarks/evaluation.py --targets 20000000 --memory-limit 1GB --work /tmp/evaluation
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -51,34 +48,30 @@ def synthetic(targets: int, per_user: int) -> Iterator[pa.RecordBatch]:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", type=int, default=20_000_000)
-    parser.add_argument("--per-user", type=int, default=20)
-    parser.add_argument("--memory-limit", default="1GB")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--slice", action="store_true", help="also by day")
-    args = parser.parse_args()
+def benchmark_evaluation(
+    targets: int, per_user: int, memory_limit: str, work: Path, by_day: bool
+) -> None:
+    """Print each step's time and the peak of resident memory, then the metrics."""
 
-    def timed(step: str, work: Callable[[], T]) -> T:
+    def timed(step: str, function: Callable[[], T]) -> T:
         start = time.monotonic()
-        result = work()
+        result = function()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"{step:<32} {time.monotonic() - start:>8.1f} s   peak {peak:.2f} GiB", flush=True)
         return result
 
-    args.work.mkdir(parents=True, exist_ok=True)
-    file = args.work / "predictions.parquet"
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "predictions.parquet"
     about = predictions_file.About("synthetic", "test", "streaming", "synthetic")
-    batches = synthetic(args.targets, args.per_user)
+    batches = synthetic(targets, per_user)
     timed("(writing synthetic predictions)", lambda: predictions_file.write(batches, file, about))
-    print(f"{file.stat().st_size / args.targets:.1f} bytes a target")
-    with open_workspace(str(args.work), memory_limit=args.memory_limit) as workspace:
+    print(f"{file.stat().st_size / targets:.1f} bytes a target")
+    with open_workspace(str(work), memory_limit=memory_limit) as workspace:
         connection = workspace.connection
         days = ", floor(timestamp / 86400)::BIGINT AS slice_0"
         timed(
             "reading",
-            lambda: predictions_file.load_targets(connection, file, days if args.slice else ""),
+            lambda: predictions_file.load_targets(connection, file, days if by_day else ""),
         )
         figures = timed("metrics", lambda: measure(connection, "targets", 0.1))
         groups = timed(
@@ -87,11 +80,8 @@ def main() -> None:
         found = timed(
             "1,000 resamples", lambda: intervals(figures, groups, draw(len(groups), 1_000))
         )
-        if args.slice:
+        if by_day:
             timed("a slice", lambda: measure_slices(connection, ["day"]))
     for name, bounds in found.items():
-        print(f"{name:<20} {figures[name]:.6f}   {bounds[0]:.6f} to {bounds[1]:.6f}")
-
-
-if __name__ == "__main__":
-    main()
+        interval = "" if bounds is None else f"   {bounds[0]:.6f} to {bounds[1]:.6f}"
+        print(f"{name:<20} {figures[name]:.6f}{interval}")
