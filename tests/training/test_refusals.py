@@ -108,4 +108,4 @@ def test_a_folder_that_another_job_trains_in_is_refused(capsys, config, tmp_path
     assert "Another job is training in" in refused(capsys, config)
     assert (tmp_path / "run" / "config.yaml").exists()
     other.release()
-    assert main(["train", str(config), "training.max_steps=1"]) == 0
+    run(job(1, config, "training.max_steps=1"), tmp_path / "log")
