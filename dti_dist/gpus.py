@@ -69,6 +69,8 @@ _DATASHEETS: dict[str, tuple[float | None, float, int]] = {
 }
 # What people and drivers call them.
 _ALIASES = {"H100": "H100-SXM", "A100": "A100-80GB", "V100": "V100-32GB", "GH200": "GH200-96GB"}
+# Words of names whose peaks are not those of the name without them.
+_VARIANTS = {"nvl", "ti", "super", "d", "laptop"}
 CPU = "cpu"
 
 
@@ -116,6 +118,7 @@ def gpu_of_device(name: str, memory: int) -> Gpu | None:
     fitting = [key for key in _DATASHEETS if _parts(key) <= words]
     if not fitting:
         fitting = [key for alias, key in _ALIASES.items() if alias.lower() in words]
+    fitting = [key for key in fitting if words & _VARIANTS <= _parts(key)]
     if not fitting:
         return None
     # Of several the one whose memory is nearest, and of those the longest name: A10G is no A10.

@@ -5,6 +5,7 @@ A head is a class here and a name in `ModelConfig.head`. What others ask of it, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from dti_dist.errors import UserError
 from dti_dist.model.families import logits_divisor
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """[SUM]'s last hidden state → a logit of label 1.
 
     Attributes:
@@ -40,13 +41,13 @@ class Head(nn.Module):
         """Raises UserError for a family in which the head could be trained and not exported."""
 
     @classmethod
+    @abstractmethod
     def of(cls, causal_lm: Any, label_ids: tuple[int, int]) -> Head:
         """The head for a causal LM.
 
         Args:
             label_ids: token ids of label 0 and label 1.
         """
-        raise NotImplementedError
 
     @staticmethod
     def loss(logits: Tensor, pack: Pack) -> Tensor:

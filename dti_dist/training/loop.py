@@ -14,6 +14,7 @@ from dti_dist.gpus import gpu_at_hand
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.lora import base_fingerprint
+from dti_dist.ranks import Ranks
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import Engine, learning_rate
 from dti_dist.training.job import Job, explained_out_of_memory, open_job
@@ -58,7 +59,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         base = base_fingerprint(model)
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        flops_per_token = _flops_per_token(model)
+        share_of_token = _peak_share_of_a_token(model, ranks)
         if settings.activation_checkpointing:
             model.enable_activation_checkpointing()
         with explained_out_of_memory(job, parameters, trainable):
@@ -100,7 +101,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                 journal.stepped()
                 journal.skipped(step.skipped)
                 if progress.step % settings.log_every == 0 or progress.step == total_steps:
-                    journal.log(_figures(job, engine, step.epoch, interval, flops_per_token))
+                    journal.log(_figures(job, engine, step.epoch, interval, share_of_token))
                     interval = Interval()
                 stop = step.stop
                 if not stop:
@@ -167,13 +168,20 @@ def _introduce(
     )
 
 
-def _flops_per_token(model: CTRModel) -> int:
-    """Of the forward pass, the gradient of what a weight reads, and its own unless it is frozen."""
-    return sum((6 if p.requires_grad else 4) * p.numel() for p in model.backbone.parameters())
+def _peak_share_of_a_token(model: CTRModel, ranks: Ranks) -> float | None:
+    """FLOPs of a token over the FLOP/s of all ranks' GPUs at best; None where that is unknown.
+
+    Of the forward pass, the gradient of what a weight reads, and its own unless it is frozen.
+    """
+    gpu = gpu_at_hand() if ranks.device.type == "cuda" else None
+    if gpu is None or gpu.bf16 is None:
+        return None
+    flops = sum((6 if p.requires_grad else 4) * p.numel() for p in model.backbone.parameters())
+    return flops / (gpu.bf16 * ranks.world)
 
 
 def _figures(
-    job: Job, engine: Engine, epoch: int, interval: Interval, flops_per_token: int
+    job: Job, engine: Engine, epoch: int, interval: Interval, share_of_token: float | None
 ) -> dict[str, Any]:
     """What metrics.jsonl has of the steps since the last logged one."""
     figures, device = interval.figures(), job.ranks.device
@@ -187,8 +195,6 @@ def _figures(
     }
     if graphs := engine.model.attention_graphs:
         record["attention_graphs"] = graphs
-    gpu = gpu_at_hand() if device.type == "cuda" else None
-    if gpu is not None and gpu.bf16 is not None:
-        flops = flops_per_token * record["tokens_per_s"]
-        record["mfu"] = flops / (gpu.bf16 * job.ranks.world)
+    if share_of_token is not None:
+        record["mfu"] = share_of_token * record["tokens_per_s"]
     return record

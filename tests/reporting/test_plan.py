@@ -411,7 +411,11 @@ def test_drivers_names_are_found_in_the_table(monkeypatch, name, gigabytes, key,
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400 4GB", "NVIDIA GB200", "NVIDIA H20"],
+    [
+        *("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA T400 4GB", "NVIDIA GB200", "NVIDIA H20"),
+        *("NVIDIA H200 NVL", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D"),
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+    ],
 )
 def test_a_gpu_that_is_not_in_the_table_gets_no_other_ones_peak(name):
     assert gpu_of_device(name, 16 * 2**30) is None
