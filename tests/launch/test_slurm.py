@@ -118,5 +118,6 @@ def test_a_mistake_fails_the_job_with_its_exit_code_and_is_not_requeued(
     config = write_config(tmp_path / "config.yaml", synthetic)
     job = cluster.submit(SCRIPT, str(config), "training.epochz=1", folder=tmp_path)
     cluster.wait(job, SECONDS, ("FAILED",))
-    assert cluster.field(job, "ExitCode") == "2:0"
-    assert "unknown key" in (tmp_path / f"slurm-{job}.out").read_text()
+    printed = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "unknown key" in printed
+    assert cluster.field(job, "ExitCode") == "2:0", printed
