@@ -45,7 +45,6 @@ def small_pack() -> Pack:
         gaps=(),
         sum_id=102,
         fingerprint="picture",
-        folder=Path(),
     )
     block = SequenceBlock(
         item_ids=np.arange(INTERACTIONS, dtype=np.int32),

@@ -26,7 +26,7 @@ from dti_dist import __version__, options
 from dti_dist.attention.policies import POLICIES
 from dti_dist.console import say
 from dti_dist.data.prepare.command import prepare
-from dti_dist.errors import OtherRankFailed, UserError, message_of
+from dti_dist.errors import OtherRankFailed, UserError
 from dti_dist.files import write_atomically
 from dti_dist.options import PackChoice, ScoringOptions, split_at_commas
 from dti_dist.redaction import redact
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OtherRankFailed as error:
         return error.exit_code
     except UserError as error:
-        say(f"{command}: {message_of(error)}")
+        say(f"{command}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         say(f"{command}: interrupted")
@@ -608,7 +608,8 @@ def data(
 
     Args:
         also: A copy of the data set elsewhere, such as s3://bucket/data; may be repeated.
-        workers: Loader processes, one measurement each.
+        workers: Loader processes of the peers, one measurement each. With any, ours packs in a
+            thread.
         epochs: Timed epochs in a round.
         targets: Use only the first users, enough for this many targets.
         peers: Also measure Hugging Face datasets and mosaicml-streaming, which this Python has;

@@ -114,10 +114,9 @@ def _is_gcs_method(options: dict[str, dict[str, Any]], name: str) -> bool:
 
 class DataConfig(Section):
     path: str = Field(description="Prepared data set: a folder or any fsspec URL.")
-    workers: NonNegative = Field(
-        1, description="Processes per rank that pack ahead of the engine; 0 packs in the rank."
+    prefetch: NonNegative = Field(
+        4, description="Micro-batches that a thread of the rank packs ahead; 0: none."
     )
-    prefetch: Positive = Field(4, description="Micro-batches that each worker keeps ready.")
     shuffle_interactions: Positive = Field(
         1_000_000,
         description="Interactions held in memory and shuffled together; row groups drawn from the "
@@ -460,8 +459,13 @@ def _flat(settings: dict[str, Any], section: str = "") -> Iterator[tuple[str, An
             yield f"{section}{name}", value
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, of_run: bool = False
+) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides and validate the whole.
+
+    Args:
+        of_run: as in `validate_config`.
 
     Raises UserError for an unreadable file, an unknown or repeated key (naming the nearest), a
     wrong type or a value out of range.
@@ -484,17 +488,37 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         )
     for override in overrides or []:
         _apply_override(raw, override)
-    return validate_config(raw, where=str(path))
+    return validate_config(raw, str(path), of_run)
 
 
-def validate_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
-    """Validate a plain mapping. Raises UserError listing every fault."""
+def validate_config(raw: dict[str, Any], where: str = "config", of_run: bool = False) -> RunConfig:
+    """Validate a plain mapping. Raises UserError listing every fault.
+
+    Args:
+        of_run: it is what a run kept, maybe of an earlier version: settings that are gone since
+            are left out, not refused.
+    """
+    raw = _without_retired(raw) if of_run else raw
     try:
         # An absent section is an empty one, so that the key it lacks is named.
         return RunConfig.model_validate({"data": {}, **raw})
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
         raise UserError(f"{where}: {error.error_count()} setting(s) to fix:\n{faults}") from None
+
+
+# Settings of earlier versions, and what does their work now.
+_RETIRED = {
+    "data.workers": "a thread of each rank packs data.prefetch micro-batches ahead. Remove it"
+}
+
+
+def _without_retired(raw: dict[str, Any]) -> dict[str, Any]:
+    sections = {name: dict(value) for name, value in raw.items() if isinstance(value, dict)}
+    for key in _RETIRED:
+        section, name = key.split(".")
+        sections.get(section, {}).pop(name, None)
+    return raw | sections
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -566,6 +590,8 @@ def _explain(fault: ErrorDetails) -> str:
     location = [str(part) for part in fault["loc"]]
     key = ".".join(location)
     kind, found, context = fault["type"], fault["input"], fault.get("ctx", {})
+    if key in _RETIRED:
+        return f"{key}: no longer a setting: {_RETIRED[key]}."
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])
         return f"{key}: unknown key.{nearest(location[-1], known)} Known: {', '.join(known)}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
 
@@ -21,16 +20,6 @@ class RunFailed(UserError):
     """A job that began well could not go on; the message is one of UserError's kind, the exit 1."""
 
     exit_code = 1
-
-
-def message_of(error: UserError) -> str:
-    """The error's message, without the traceback that torch puts around a data worker's error."""
-    message = str(error)
-    if re.match(r"Caught \w+ in DataLoader worker process", message):
-        starts = list(re.finditer(rf"^(?:\w+\.)*{type(error).__name__}: ", message, re.M))
-        if starts:
-            return message[starts[-1].end() :].rstrip()
-    return message
 
 
 class OtherRankFailed(UserError):

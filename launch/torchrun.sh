@@ -21,5 +21,6 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 ranks=${RANKS_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 [ "$ranks" -gt 0 ] || ranks=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --rdzv-backend c10d \
-  --rdzv-endpoint "$host" --rdzv-id "${RENDEZVOUS_ID:-dti-dist}" -m dti_dist.training "$@"
+# The launcher passes signals to the ranks, which make a checkpoint, and ends with rank 0's exit code.
+exec python -m dti_dist.launcher --nnodes "$nodes" --nproc-per-node "$ranks" --rdzv-backend c10d \
+  --rdzv-endpoint "$host" --rdzv-id "${RENDEZVOUS_ID:-dti-dist}" -- train "$@"

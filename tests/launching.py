@@ -32,7 +32,7 @@ def write_config(path: Path, data: Path | str, **sections: Any) -> Path:
     """A config of a model of two tiny layers; sections are merged over the defaults here."""
     config: dict[str, Any] = {
         "run_dir": str(path.parent / "run"),
-        "data": {"path": str(data), "workers": 0},
+        "data": {"path": str(data)},
         "sample": {"context": 5, "targets": 8},
         "template": {"item": "{title}"},
         "pack": {"length": 256},

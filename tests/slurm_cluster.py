@@ -28,7 +28,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 SlurmctldPort={port}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
@@ -38,7 +38,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SwitchType=switch/none
 MpiDefault=none
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -68,7 +68,6 @@ class SlurmCluster:
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PYTEST"))},
             "SLURM_CONF": str(folder / "slurm.conf"),
-            "MASTER_ADDR": "127.0.0.1",  # n1 and n2 are no host names
             "OMP_NUM_THREADS": "1",
         }
 
@@ -125,9 +124,19 @@ class SlurmCluster:
             time.sleep(0.3)
 
 
+def has_freezer() -> bool:
+    """Whether Slurm can track processes by cgroups here: it makes some under the freezer."""
+    return os.access("/sys/fs/cgroup/freezer", os.W_OK)
+
+
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
-    """The cluster, up; all its processes are ended after use. Skips where it can't be started."""
+def slurm_cluster(folder: Path, proctrack: str) -> Iterator[SlurmCluster]:
+    """The cluster, up; all its processes are ended after use. Skips where it can't be started.
+
+    Args:
+        proctrack: how Slurm knows a job's processes, and whom a signal reaches. ``cgroup``, which
+            most sites have: the task alone. ``linuxproc``: all its descendants.
+    """
     missing = [name for name in _PROGRAMS if _which(name) is None]
     if missing:
         pytest.skip(
@@ -143,6 +152,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     (folder / "slurm.conf").write_text(
         _CONFIG.format(
             folder=folder,
+            proctrack=proctrack,
             host=host,
             port=port,
             first=first,
@@ -152,6 +162,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
             first_job=7_000 + port % 5_000,
         )
     )
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
     for name in ("state", "spool.n1", "spool.n2"):
         (folder / name).mkdir()
     key = folder / "munge.key"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dti_dist.config import RunConfig, load_config, validate_config
 from dti_dist.errors import UserError
+from dti_dist.runs.folder import RunFolder
 
 LEAST = {"run_dir": "runs/a", "data": {"path": "prepared"}}
 
@@ -148,7 +149,7 @@ def test_what_is_required_and_missing_is_named_in_full():
         "  run_dir: required, but not set.",
         "  data.path: required, but not set.",
     ]
-    assert fault("data: {workers: 2}") == "data.path: required, but not set."
+    assert fault("data: {prefetch: 2}") == "data.path: required, but not set."
 
 
 def test_every_fault_is_listed():
@@ -331,3 +332,14 @@ def test_sliding_window_has_one_target_a_prompt():
     sliding = {**LEAST, "sample": {"paradigm": "sliding_window", "targets": 50}}
     assert validate_config(sliding).sample.k == 1
     assert validate_config({**LEAST, "sample": {"targets": 7}}).sample.k == 7
+
+
+def test_a_setting_that_is_gone_is_refused_with_what_does_its_work_and_read_in_a_run(tmp_path):
+    gone = {**LEAST, "data": {"path": "d", "workers": 1}}
+    with pytest.raises(
+        UserError, match=r"data.workers: no longer a setting: a thread of each rank"
+    ):
+        validate_config(gone)
+    run = RunFolder(tmp_path)
+    run.config_file.write_text(yaml.safe_dump(gone))
+    assert run.read_config() == validate_config({**LEAST, "data": {"path": "d"}})

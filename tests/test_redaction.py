@@ -47,7 +47,7 @@ def test_credentials_are_hidden_wherever_they_stand(text):
         "item texts were cut at template.max_item_tokens = 64 tokens.",
         "label_words: ' Yes' must be a single token of this tokenizer, found 2: ['a', 'b']",
         "step 20/20: tokens: 128, key: value, http://127.0.0.1:9000 gave no answer",
-        "unknown key. Known: path, workers. Set it to 4, user@host: fine",
+        "unknown key. Known: path, prefetch. Set it to 4, user@host: fine",
         "https://host/a?versionId=3&prefix=monkey",
         "http://127.0.0.1:9000/folder/with@sign",
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,6 @@ def item_tokens(
         gaps=tuple(rng.integers(0, NO, length).astype(np.int32) for length in gap_lengths),
         sum_id=SUM,
         fingerprint="test",
-        folder=Path("not-on-disk"),
     )
 
 

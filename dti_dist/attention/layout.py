@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +25,7 @@ R = TypeVar("R", bound="Record")
 
 @dataclass(frozen=True)
 class Record:
-    """A dataclass of tensors, numbers and other records.
-
-    It is pickled as numpy arrays: a batch then goes from a worker through its pipe in one piece.
-    Each tensor would take a file descriptor and a connection of its own: more time than packing.
-    """
+    """A dataclass of tensors, numbers and other records."""
 
     def map(self: R, change: Callable[[Tensor], Tensor]) -> R:
         """The same record with every tensor changed."""
@@ -52,13 +47,6 @@ class Record:
         """Of all tensors."""
         values = vars(self).values()
         return sum(value.nbytes for value in values if isinstance(value, Record | Tensor))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        arrays = {k: torch.from_numpy(v) for k, v in state.items() if isinstance(v, np.ndarray)}
-        vars(self).update(state | arrays)
 
 
 def stack(records: list[R]) -> R:

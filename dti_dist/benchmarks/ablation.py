@@ -44,7 +44,7 @@ def config(data: Path, run: Path, policy: str, positions: str, k: int, seed: int
     return {
         "run_dir": str(run),
         "seed": seed,
-        "data": {"path": str(data), "workers": 0},
+        "data": {"path": str(data)},
         "sample": {"context": N, "targets": k},
         "template": {"item": "{title}", "max_item_tokens": 24},
         "pack": {"length": packs * PACK if one_pack else PACK},

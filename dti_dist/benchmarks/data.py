@@ -52,7 +52,8 @@ def benchmark_data(
 
     Args:
         also: copies of the data set elsewhere, such as s3://bucket/data.
-        workers: loader processes, one measurement each.
+        workers: loader processes of the peers, one measurement each; ours packs in a thread
+            beside the reader where there is any, else in the reader.
         rounds: turns of each contestant; epochs: timed epochs of ours in a round.
         targets: only the first whole users that have so many, without shuffling.
         peers: a Python that has the packages named in benchmarks/data_peers.py.
@@ -181,7 +182,7 @@ class _Stream:
         return time.perf_counter() - started
 
     def _batches(self, plan: StreamPlan, workers: int, start_step: int) -> Iterator[Batch]:
-        return batches(PackStream(plan, self.share, start_step), workers, self.prefetch)
+        return batches(PackStream(plan, self.share, start_step), self.prefetch if workers else 0)
 
 
 def _first_epoch(plan: StreamPlan) -> StreamPlan:

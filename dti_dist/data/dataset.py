@@ -191,9 +191,6 @@ class BadShard(UserError):
         super().__init__(message)
         self.path, self.row_group = path, row_group
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BadShard, (str(self), self.path, self.row_group)
-
 
 @dataclass(frozen=True)
 class Part:
@@ -216,17 +213,11 @@ class SequenceBatch:
 
 
 class _Footers:
-    """The newest footers of remote parts, so that each is fetched once; threads share them.
-
-    A process that gets a copy begins with none: footers don't pickle, and others read other parts.
-    """
+    """The newest footers of remote parts, so that each is fetched once; threads share them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: OrderedDict[str, tuple[threading.Lock, list[pq.FileMetaData]]] = OrderedDict()
-
-    def __reduce__(self) -> Any:
-        return _Footers, ()
 
     def get(self, uri: str, fetch: Callable[[], pq.FileMetaData]) -> pq.FileMetaData:
         with self._lock:
@@ -245,7 +236,7 @@ class Dataset:
     """A prepared data set at a local path or an fsspec URL.
 
     Attributes:
-        storage: how a URL is reached; data workers get it with the data set.
+        storage: how a URL is reached.
         cache: row groups of a remote data set that are kept on this machine.
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +81,7 @@ class LeftOut:
 class SplitIndex:
     """Sizes of all samples of a split, row group after row group.
 
-    Large arrays are memory maps, which the ranks and workers of a node share. They take the fewest
+    Large arrays are memory maps, which the ranks of a node share. They take the fewest
     bytes that hold their values: 3 or 4 a sample, and 1 or 2 a row.
 
     Attributes:
@@ -104,10 +104,6 @@ class SplitIndex:
     left_out: tuple[LeftOut, ...]
     fingerprint: str
     folder: Path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Workers open the memory maps themselves instead of receiving a copy of them."""
-        return _reopen, (self.folder, len(self.tokens), len(self.row_targets))
 
     @property
     def total_targets(self) -> int:
@@ -365,7 +361,3 @@ def _open(folder: Path) -> SplitIndex:
         fingerprint=mark,
         folder=folder,
     )
-
-
-def _reopen(folder: Path, samples: int, rows: int) -> SplitIndex:
-    return _open(folder)._first(samples, rows)

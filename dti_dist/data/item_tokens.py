@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -34,7 +34,6 @@ class ItemTokens:
         gaps: token ids of each time-gap bucket; empty without time gaps.
         sum_id: token id of [SUM].
         fingerprint: changes with items, template or tokenizer.
-        folder: where the cache lies.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -44,16 +43,6 @@ class ItemTokens:
     gaps: tuple[npt.NDArray[np.int32], ...]
     sum_id: int
     fingerprint: str
-    folder: Path
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers open the memory maps themselves instead of receiving a copy of them."""
-        names = {field.name for field in fields(self)} - {"tokens", "offsets"}
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        tokens, offsets = _open(state["folder"])
-        vars(self).update(state, tokens=tokens, offsets=offsets)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -132,7 +121,6 @@ def load_or_build(
         ),
         sum_id=sum_id,
         fingerprint=mark,
-        folder=folder,
     )
 
 

@@ -1,15 +1,16 @@
-"""Packs in the order of training, for any number of ranks and workers, from any step on."""
+"""Packs in the order of training, for any number of ranks, from any step on."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dti_dist.attention.layout import padded, stack
 from dti_dist.data.dataset import BadShard, Dataset
@@ -20,7 +21,6 @@ from dti_dist.data.layout import Pack, PackShape, build_pack
 from dti_dist.data.packing import multiple_of_128
 from dti_dist.data.samples import Samples, SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
-from dti_dist.errors import UserError
 
 _READERS = 4  # threads that read row groups: an object store answers slowly, but many at once
 
@@ -134,11 +134,11 @@ class StreamPlan:
         return [epoch.steps(global_packs) for epoch in self.epochs]
 
 
-class PackStream(IterableDataset):
+class PackStream:
     """This rank's batches from optimizer step `start_step` on, to the end of the last epoch.
 
-    Which samples make up step s depends on (data, settings, seed, s) alone: ranks, workers and
-    micro-steps only share them out.
+    Which samples make up step s depends on (data, settings, seed, s) alone: ranks and micro-steps
+    only share them out.
     """
 
     def __init__(self, plan: StreamPlan, share: Share, start_step: int = 0):
@@ -147,8 +147,6 @@ class PackStream(IterableDataset):
         self.start_step = start_step
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         share, G = self.share, self.share.global_packs
         pool = ThreadPoolExecutor(_READERS, "read-ahead")
         windows = _Windows(self.plan, pool)
@@ -159,10 +157,6 @@ class PackStream(IterableDataset):
                 for step in range(max(self.start_step - first_step, 0), steps):
                     step_targets = epoch.pack_targets[step * G : (step + 1) * G].sum(dtype=np.int64)
                     for micro_step in range(share.micro_steps):
-                        # Numbered over the whole run: the loader takes from its workers in turn.
-                        at = (first_step + step - self.start_step) * share.micro_steps + micro_step
-                        if at % workers != number:
-                            continue
                         wanted = [step * G + pack for pack in share.of_micro_step(micro_step)]
                         yield Batch.collate(
                             [windows.pack(epoch, pack) for pack in wanted],
@@ -284,39 +278,35 @@ def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:
     return block
 
 
-class _Guarded(IterableDataset):
-    """A stream whose errors cross from a worker to its rank as they are, without a traceback."""
-
-    def __init__(self, stream: PackStream):
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        try:
-            yield from self.stream
-        except UserError as error:
-            yield error
-
-
 def batches(
-    stream: PackStream, workers: int, prefetch: int, pin_memory: bool = False
+    stream: PackStream, prefetch: int, device: torch.device | None = None
 ) -> Iterator[Batch]:
-    """The stream, packed ahead by worker processes, which start with this call.
+    """The stream's batches, packed ahead by a thread, which starts with this call.
 
-    Workers are spawned: s3fs can't be forked.
+    A thread is enough: it packs many times faster than a model computes, and most of its work is
+    numpy's, which lets the engine's thread run.
+
+    Args:
+        prefetch: batches that are packed ahead; 0 packs each when it is asked for.
+        device: where batches will go; for a GPU they are made in pinned memory.
     """
-    loader: DataLoader[Batch | UserError] = DataLoader(
-        _Guarded(stream),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        multiprocessing_context="spawn" if workers else None,
-        pin_memory=pin_memory,
-    )
-    return _unguarded(iter(loader))
+    on_gpu = device is not None and device.type == "cuda"
+    made = (batch.pin_memory() if on_gpu else batch for batch in stream)
+    if not prefetch:
+        return made
+    # A new thread is on GPU 0, where pinning would open a context for every rank.
+    start = partial(torch.cuda.set_device, device) if on_gpu else None
+    pool = ThreadPoolExecutor(1, "pack-ahead", initializer=start)
+    ahead = deque(pool.submit(next, made, None) for _ in range(prefetch))
+    return _packed_ahead(made, ahead, pool)
 
 
-def _unguarded(loaded: Iterator[Batch | UserError]) -> Iterator[Batch]:
-    for batch in loaded:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+def _packed_ahead(
+    made: Iterator[Batch], ahead: deque[Future[Batch | None]], pool: Executor
+) -> Iterator[Batch]:
+    try:
+        while (batch := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, made, None))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -160,9 +160,7 @@ class _Evaluation:
                 f"evaluating {self.commit.folder.name} on {split}: {targets:,} targets by "
                 f"{self.prompt} prompts"
             )
-        data = self.config.data
-        cuda = ranks.device.type == "cuda"
-        loader = batches(PackStream(plan, share), data.workers, data.prefetch, cuda)
+        loader = batches(PackStream(plan, share), self.config.data.prefetch, ranks.device)
         with progress(f"evaluating {split}", targets, "targets", ranks.is_main) as bar:
             left_out = ranks.each(
                 lambda: spool(

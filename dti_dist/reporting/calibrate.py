@@ -52,7 +52,7 @@ class Calibration:
         """
         training = config.training
         micro_steps = training.global_batch_packs // (world * training.micro_batch_packs)
-        data = 0.0 if config.data.workers else self.data  # else packed ahead by other processes
+        data = 0.0 if config.data.prefetch else self.data  # else packed ahead by a thread
         of_step = micro_steps * (self.micro_step + data) + self.step / world
         return steps * of_step, validation_micro_steps * (self.forward + data)
 

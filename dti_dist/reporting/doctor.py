@@ -27,7 +27,7 @@ from dti_dist.ranks import Ranks
 from dti_dist.redaction import redact
 
 GIB = 2**30
-_SHARED_MEMORY_GIB = 1.0  # a rank's batches of data workers, and NCCL's buffers
+_SHARED_MEMORY_GIB = 1.0  # a rank's buffers of NCCL
 _SKEW_S = 1.0  # beyond that, lines of several machines' logs can't be put in order
 _OPEN_FILES = 4096  # libraries keep row groups, sockets and libraries open
 
@@ -210,8 +210,8 @@ def _shared_memory() -> Iterator[Finding]:
             "warning",
             "shared memory",
             f"{free:.2f} GiB free in /dev/shm for {ranks} rank(s)",
-            "A data worker that finds it full is killed by a bus error: docker run --shm-size=16g "
-            "or --ipc=host, on Kubernetes a memory volume on /dev/shm, or data.workers=0.",
+            "A rank that finds it full is killed by a bus error: docker run --shm-size=16g or "
+            "--ipc=host, on Kubernetes a memory volume on /dev/shm.",
         )
     else:
         yield Finding("fine", "shared memory", f"{free:.1f} GiB free in /dev/shm")

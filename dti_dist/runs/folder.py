@@ -20,7 +20,6 @@ _LOCK_PATIENCE_S = 15
 _MAY_CHANGE = (
     "run_dir",
     "data.path",
-    "data.workers",
     "data.prefetch",
     "data.cache_dir",
     "data.storage",
@@ -69,7 +68,7 @@ class RunFolder:
                 f"{self.path} is not a run's folder: it has no config.yaml. Give the run_dir of a "
                 "training run."
             )
-        return load_config(self.config_file)
+        return load_config(self.config_file, of_run=True)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """What `dti-dist evaluate` wrote: figures with their split and kind of prompt."""

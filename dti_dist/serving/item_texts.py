@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,6 @@ class ItemTexts:
             ),
             sum_id=sum_id,
             fingerprint="",
-            folder=Path(),
         )
         return ItemTexts(base, template, tokenizer)
 

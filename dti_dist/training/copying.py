@@ -58,10 +58,8 @@ class CheckpointCopies:
         if not newer:
             return
         if _CONFIG in files:
-            there = yaml.safe_load(self._read(_CONFIG))
-            refuse_other_settings(
-                self._url, validate_config(there, self._url), config, "checkpoints.copy_to"
-            )
+            there = validate_config(yaml.safe_load(self._read(_CONFIG)), self._url, of_run=True)
+            refuse_other_settings(self._url, there, config, "checkpoints.copy_to")
         for name in files:
             first = name.split("/")[0]
             if first == "tokenizer" and not (self._run_folder.path / name).exists():

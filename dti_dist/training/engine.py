@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -104,7 +105,10 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        # DeepSpeed would take GPU LOCAL_RANK, which is not there where a task sees one GPU alone.
+        gpu = SimpleNamespace(device_rank=ranks.device.index)
         self._engine, *_ = deepspeed.initialize(
+            args=gpu if ranks.device.type == "cuda" else None,
             model=model,
             optimizer=_optimizer(model, training),
             config=deepspeed_config(training, ranks.world),

@@ -77,9 +77,8 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
             )
             stream = batches(
                 PackStream(plan, job.share(settings.global_batch_packs), progress.step),
-                config.data.workers,
                 config.data.prefetch,
-                pin_memory=ranks.device.type == "cuda",
+                ranks.device,
             )
 
             journal.started(parameters=parameters, trainable=trainable, **surroundings(ranks))

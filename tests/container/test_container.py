@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dti_dist import __version__
+from dti_dist.launcher import exit_code
 from tests.launching import (
     SECONDS,
     kill,
@@ -209,7 +209,6 @@ def test_the_exit_code_is_that_of_rank_0_if_it_wrote_one(
 ):
     if left:
         (tmp_path / "status").write_text(left)
-    exit_code = runpy.run_path(str(ENTRYPOINT))["exit_code"]
     assert exit_code(torchrun, tmp_path / "status", signals) == expected
 
 

@@ -149,14 +149,13 @@ def test_a_row_group_that_grew_after_indexing_is_named(dataset, tokens, tmp_path
         list(PackStream(made, Share(1, 1)))
 
 
-def test_a_workers_error_reaches_its_rank_as_it_is(dataset, tokens, tmp_path):
+def test_an_error_while_packing_ahead_reaches_the_rank_as_it_is(dataset, tokens, tmp_path):
     made = plan(dataset, tokens, tmp_path / "cache", skip_bad=False)
     part = dataset.parts("train")[1]
     Path(part.uri).unlink()
     with pytest.raises(BadShard, match="the file is missing") as raised:
-        list(batches(PackStream(made, Share(1, 1)), workers=1, prefetch=2))
+        list(batches(PackStream(made, Share(1, 1)), prefetch=2))
     assert raised.value.path == part.path
-    assert "Traceback" not in str(raised.value)
 
 
 # --- skip ------------------------------------------------------------------------------------

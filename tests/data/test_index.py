@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier, get_ident
@@ -283,12 +282,7 @@ def test_ranks_share_the_reading_and_find_the_same_index(
 def test_an_index_takes_a_few_bytes_a_sample(dataset, tokens, tmp_path):
     found = load_or_build(dataset, "train", SAMPLE, tokens, tmp_path)
     assert found.tokens.itemsize + found.targets.itemsize <= 4
-    again = pickle.loads(pickle.dumps(found))
-    equal(again, found)
-    assert isinstance(again.tokens, np.memmap)
-    few = found.first_users(100, K)
-    equal(pickle.loads(pickle.dumps(few)), few)
-    assert len(pickle.dumps(found)) < 1000, "workers get the folder's name, not the arrays"
+    assert isinstance(found.tokens, np.memmap)
 
 
 # --- bad parts -------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -56,6 +55,10 @@ def unread(monkeypatch):
         monkeypatch.setattr(item_tokens, "_tokenise", fail)
 
     return forbid
+
+
+def folder_of(tokens, cache):
+    return cache / f"item-tokens-{tokens.fingerprint}"
 
 
 def load(folder, tokenizer, dataset=None, made=None, sum_id=SUM_ID):
@@ -136,30 +139,10 @@ def test_a_trained_tokenizer_has_any_label_words_as_single_tokens():
 # --- the cache -------------------------------------------------------------------------------
 
 
-def test_tokens_are_read_through_a_memory_map_also_after_pickling(tmp_path, tokenizer):
+def test_tokens_are_read_through_a_memory_map(tmp_path, tokenizer):
     tokens = load(tmp_path, tokenizer)
-    assert tokens.lengths.sum() == len(tokens.tokens)  # cached properties don't travel either
-    content = pickle.dumps(tokens)
-    copy = pickle.loads(content)
-    assert type(tokens.tokens) is type(copy.tokens) is np.memmap
-    assert type(copy.offsets) is np.memmap
-    assert "lengths" not in vars(copy)
-    assert len(content) < 2_000
-    assert np.array_equal(copy.tokens, tokens.tokens)
-    assert np.array_equal(copy.lengths, tokens.lengths)
-    assert (copy.label_ids, copy.sum_id, copy.fingerprint) == (
-        tokens.label_ids,
-        tokens.sum_id,
-        tokens.fingerprint,
-    )
-
-
-def test_the_pickle_does_not_grow_with_the_items(tmp_path, tokenizer):
-    sizes = [
-        len(pickle.dumps(load(tmp_path, tokenizer, shop(TITLES * times, sha256=str(times)))))
-        for times in (1, 100)
-    ]
-    assert sizes[0] == sizes[1]
+    assert tokens.lengths.sum() == len(tokens.tokens)
+    assert type(tokens.tokens) is type(tokens.offsets) is np.memmap
 
 
 def test_items_are_tokenised_once(tmp_path, tokenizer, unread):
@@ -182,8 +165,8 @@ def test_items_are_tokenised_again_when_what_they_depend_on_changes(tmp_path, to
     }[change]
     after = load(tmp_path, **{"tokenizer": tokenizer, **arguments})
     assert after.fingerprint != before.fingerprint
-    assert after.folder != before.folder
-    assert after.folder.exists()
+    assert after.fingerprint != before.fingerprint
+    assert folder_of(after, tmp_path).exists()
 
 
 def test_a_tokenizer_has_the_same_tokens_when_it_is_kept_and_read_again(tmp_path, unread):
@@ -214,7 +197,7 @@ def test_builders_at_the_same_time_agree_and_leave_one_folder(tmp_path, tokenize
     with ThreadPoolExecutor(builders) as pool:
         found = list(pool.map(lambda _: load(tmp_path, tokenizer), range(builders)))
     assert all(np.array_equal(tokens.tokens, made["tokens"]) for tokens in found)
-    assert list(tmp_path.iterdir()) == [found[0].folder]
+    assert list(tmp_path.iterdir()) == [folder_of(found[0], tmp_path)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -238,8 +221,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, tokenizer, monkeypatch, e
 def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, tokenizer, file, left):
     before = load(tmp_path / "cache", tokenizer)
     expected = np.array(before.tokens)
-    shutil.copytree(before.folder, tmp_path / "whole")
-    path = before.folder / file
+    shutil.copytree(folder_of(before, tmp_path / "cache"), tmp_path / "whole")
+    path = folder_of(before, tmp_path / "cache") / file
     if left is None:
         path.unlink()
     else:

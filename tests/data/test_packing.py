@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from dti_dist.data.layout import PackShape, build_pack
 from dti_dist.data.packing import assign_packs, pack_shape
 from dti_dist.data.samples import Samples, SampleSettings
 from dti_dist.errors import UserError
-from tests.tiny import batch_of, item_tokens, sequences, users
+from tests.tiny import item_tokens, sequences, users
 
 SHAPE = PackShape(length=1024, slots=128)
 
@@ -237,24 +236,6 @@ def test_the_same_fields_have_the_same_types_in_every_pack():
             assert type(value) is type(other)
             if isinstance(value, torch.Tensor):
                 assert value.dtype == other.dtype, name
-
-
-@pytest.mark.parametrize("share", [False, True])
-def test_a_batch_is_the_same_after_a_workers_pipe(share):
-    rng = np.random.default_rng(0)
-    batch = batch_of(users(rng, [9, 14, 30]), item_tokens(rng), 4, 5, SHAPE, share=share)
-    received = pickle.loads(pickle.dumps(batch))
-    pairs = [(batch, received), (batch.layout, received.layout)]
-    if share:
-        pairs.append((batch.layout.shared, received.layout.shared))
-    for sent, got in pairs:
-        for name, value in vars(sent).items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, vars(got)[name]), name
-                assert value.dtype == vars(got)[name].dtype
-            elif name not in ("layout", "shared"):
-                assert value == vars(got)[name]
-    assert (received.layout.shared is not None) == share
 
 
 # --- the pack's constants --------------------------------------------------------------------

@@ -14,7 +14,6 @@ from s3fs.errors import translate_boto_error
 from dti_dist.config import StorageConfig
 from dti_dist.data import storage
 from dti_dist.data.retrying import StorageError, is_passing, with_retries
-from dti_dist.errors import UserError, message_of
 from tests.data.faulty_store import faulty_store
 
 
@@ -185,12 +184,3 @@ def test_an_object_that_ends_too_early_is_no_error_of_the_network(faulty):
         storage.read_range("faulty://bucket/object", 90, 120, settings())
     assert not isinstance(raised.value, StorageError)
     assert len(faulty.asked) == 1
-
-
-def test_an_error_of_a_data_worker_is_told_without_its_traceback():
-    text = (
-        "Caught StorageError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
-        'last):\n  File "x.py", line 1, in y\ndti_dist.data.retrying.StorageError: s3://a: gone.\n'
-    )
-    assert message_of(StorageError(text)) == "s3://a: gone."
-    assert message_of(UserError("plain: text")) == "plain: text"

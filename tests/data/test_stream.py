@@ -1,9 +1,10 @@
-"""The stream's contract: the same steps for any ranks and workers, and from any step on."""
+"""The stream's contract: the same steps for any ranks, and from any step on."""
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections import Counter
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -21,7 +22,6 @@ from dti_dist.data.index import read_block
 from dti_dist.data.packing import pack_shape
 from dti_dist.data.stream import PackStream, Share, batches
 from tests.data.shards import all_targets, build_shards, stream_plan, tokenise
-from tests.tiny import same
 
 ONE_RANK = Share(global_packs=4, micro_packs=4)
 
@@ -39,18 +39,9 @@ def plan(dataset, tmp_path_factory):
     return lambda **settings: stream_plan(dataset, tokens, cache, **settings)
 
 
-def read(plan, share, start_step=0, workers=0):
-    """All batches of one rank; workers take turns as in torch's DataLoader."""
-    stream = PackStream(plan, share, start_step)
-    if not workers:
-        return list(stream)
-    of_workers = []
-    for worker in range(workers):
-        info = SimpleNamespace(id=worker, num_workers=workers)
-        with mock.patch.object(stream_module, "get_worker_info", return_value=info):
-            of_workers.append(list(stream))
-    longest = max(map(len, of_workers))
-    return [made[turn] for turn in range(longest) for made in of_workers if turn < len(made)]
+def read(plan, share, start_step=0, prefetch=0):
+    """All batches of one rank."""
+    return list(batches(PackStream(plan, share, start_step), prefetch))
 
 
 def packs_of(batch):
@@ -110,12 +101,12 @@ plans = {
 @settings(max_examples=25)
 @given(
     layout=layouts,
-    workers=st.integers(0, 3),
+    prefetch=st.integers(0, 3),
     start=st.floats(0, 1),
     made=st.fixed_dictionaries(plans),
 )
-def test_a_step_is_the_same_for_any_ranks_micro_steps_workers_and_starts(
-    plan, layout, workers, start, made
+def test_a_step_is_the_same_for_any_ranks_micro_steps_and_starts(
+    plan, layout, prefetch, start, made
 ):
     made = plan(**made)
     G = layout.global_packs
@@ -124,7 +115,7 @@ def test_a_step_is_the_same_for_any_ranks_micro_steps_workers_and_starts(
     whole = steps_of([read(made, Share(G, G))])
     assert list(whole) == list(range(total))
     of_ranks = [
-        read(made, Share(G, layout.micro_packs, rank, layout.ranks), start, workers)
+        read(made, Share(G, layout.micro_packs, rank, layout.ranks), start, prefetch)
         for rank in range(layout.ranks)
     ]
     # Resuming gives exactly the rest, and every rank the same number of batches.
@@ -147,17 +138,17 @@ def test_a_step_is_the_same_for_any_ranks_micro_steps_workers_and_starts(
 def test_any_history_of_kills_and_other_layouts_trains_what_one_run_trains(
     plan, made, k, G, history
 ):
-    """Each run of a job has other ranks, workers and micro-steps, and ends at any step."""
+    """Each run of a job has other ranks and micro-steps, and ends at any step."""
     made = plan(**made, k=k)
     total = sum(made.steps_per_epoch(G))
     trained, step = {}, 0
     while step < total:
         layout = history.draw(layouts.filter(lambda layout: layout.global_packs == G))
-        workers = history.draw(st.integers(0, 3))
+        prefetch = history.draw(st.integers(0, 3))
         killed_after = history.draw(st.integers(1, total - step))
         steps = steps_of(
             [
-                read(made, Share(G, layout.micro_packs, rank, layout.ranks), step, workers)
+                read(made, Share(G, layout.micro_packs, rank, layout.ranks), step, prefetch)
                 for rank in range(layout.ranks)
             ]
         )
@@ -419,13 +410,40 @@ def test_packs_that_ranks_cannot_share_out_are_refused():
         Share(12, 4, 0, 2)
 
 
-def test_worker_processes_give_the_same_batches_in_the_same_order(plan):
-    """Spawned for real, from the middle of an epoch into the next."""
-    made = plan(length=256, epochs=2, window_interactions=250)
-    share = Share(4, 1, rank=1, ranks=2)
-    stream = PackStream(made, share, start_step=2)
-    expected = list(stream)
-    assert len({batch.epoch for batch in expected}) == 2
-    found = list(batches(stream, workers=2, prefetch=2))
-    assert len(found) == len(expected)
-    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+def test_a_thread_packs_ahead_and_no_further(plan):
+    """The queue is full when the first batch is taken, and one more is packed for each taken."""
+    packed: list[int] = []
+    taken = threading.Semaphore(0)
+
+    class Counted(PackStream):
+        def __iter__(self):
+            for batch in super().__iter__():
+                packed.append(batch.step)
+                taken.release()
+                yield batch
+
+    made = plan(length=256)
+    total = sum(made.steps_per_epoch(1))
+    assert total > 5
+    loader = batches(Counted(made, Share(1, 1)), prefetch=3)
+    for ahead in range(3):
+        assert taken.acquire(timeout=60), f"{ahead} of 3 batches are packed before one is asked for"
+    assert not taken.acquire(timeout=0.05), "a fourth is packed before one is taken"
+    assert next(loader).step == 0
+    assert taken.acquire(timeout=60)
+    assert not taken.acquire(timeout=0.05)
+    assert [batch.step for batch in loader] == list(range(1, total))
+    assert packed == list(range(total))
+
+
+def test_a_loader_that_is_left_ends_its_threads(plan):
+    before = set(threading.enumerate())
+    loader = batches(PackStream(plan(length=256), Share(1, 1)), prefetch=2)
+    next(loader)
+    started = set(threading.enumerate()) - before
+    assert any(thread.name.startswith("pack-ahead") for thread in started)
+    del loader
+    gc.collect()
+    for thread in started:
+        thread.join(60)
+        assert not thread.is_alive(), thread.name

@@ -3,12 +3,14 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.launching import SECONDS, assert_same_losses, losses, metrics, run_dir, write_config
-from tests.slurm_cluster import SlurmCluster, slurm_cluster
+from tests.slurm_cluster import SlurmCluster, has_freezer, slurm_cluster
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -16,11 +18,27 @@ SCRIPT = str(ROOT / "launch" / "train.slurm")
 NODES = ("--nodes=2", "--ntasks-per-node=1")
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+@contextmanager
+def running_cluster(folder: Path, proctrack: str) -> Iterator[SlurmCluster]:
+    with slurm_cluster(folder, proctrack) as running:
         running.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         running.environment["PYTHONPATH"] = f"{ROOT}:{Path(__file__).with_name('slow_steps')}"
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A signal reaches a step's tasks alone, as at most sites."""
+    # Without cgroups by process groups: the launcher's ranks are in one of their own.
+    proctrack = "cgroup" if has_freezer() else "pgid"
+    with running_cluster(tmp_path_factory.mktemp("slurm") / "cluster", proctrack) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cluster_that_signals_all(tmp_path_factory):
+    """A signal reaches the tasks and all their descendants."""
+    with running_cluster(tmp_path_factory.mktemp("slurm") / "cluster", "linuxproc") as running:
         yield running
 
 
@@ -64,9 +82,9 @@ def test_a_job_near_its_time_limit_is_saved_and_requeued_with_unchanged_losses(
 ):
     config = write_config(tmp_path / "config.yaml", synthetic)
     job = cluster.submit(
-        *(*NODES, "--time=2", "--signal=USR1@60", SCRIPT, str(config)),
+        *(*NODES, "--time=2", "--signal=USR1@40", SCRIPT, str(config)),
         folder=tmp_path,
-        DTI_DIST_TEST_STEP_S="3.5",
+        DTI_DIST_TEST_STEP_S="4.5",
     )
     deadline = time.monotonic() + SECONDS
     while cluster.field(job, "Restarts") == "0":
@@ -78,6 +96,24 @@ def test_a_job_near_its_time_limit_is_saved_and_requeued_with_unchanged_losses(
     assert "stopped by a signal after step" in printed
     assert f"requeueing job {job}" in printed
     assert "resuming from step-" in printed
+    assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)), within=1e-9)
+
+
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_a_signal_to_every_process_of_the_job_is_a_checkpoint_too(
+    cluster_that_signals_all, uninterrupted, synthetic, tmp_path, signal
+):
+    cluster = cluster_that_signals_all
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    job = cluster.submit(
+        *(*NODES, "--time=10", SCRIPT, str(config)), folder=tmp_path, DTI_DIST_TEST_STEP_S="0.5"
+    )
+    wait_for_step(cluster, job, run_dir(config), 3)
+    cluster.call("scancel", f"--signal={signal}", str(job))
+    wait(cluster, job, tmp_path)
+    printed = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "stopped by a signal after step" in printed
+    assert cluster.field(job, "Restarts") == "1"
     assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)), within=1e-9)
 
 

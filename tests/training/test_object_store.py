@@ -56,13 +56,12 @@ def on_disk(server, tmp_path):
     return tmp_path / "disk"
 
 
-def config_of(folder: Path, path: Path | str, limits: dict | None = None, workers=0, **sections):
+def config_of(folder: Path, path: Path | str, limits: dict | None = None, prefetch=1, **sections):
     config = write_config(folder / "config.yaml", path, **sections)
     settings = yaml.safe_load(config.read_text())
     settings["data"] = {
         "path": str(path),
-        "workers": workers,
-        "prefetch": 1,
+        "prefetch": prefetch,
         "shuffle_interactions": 300,  # so that row groups are read all along
         "cache_dir": str(folder / "cache"),
         "storage": {"timeout_s": 5, "greatest_wait_s": 1, **(limits or {})},
@@ -76,7 +75,7 @@ def run_dir(config: Path) -> Path:
 
 
 def test_a_run_whose_server_is_killed_and_comes_back_learns_the_same(server, on_disk, tmp_path):
-    """Two ranks with a data worker each, checkpoints copied to the same server."""
+    """Two ranks, checkpoints copied to the same server."""
     straight = config_of(tmp_path / "straight", on_disk)
     train(straight, ranks=2)
     copies = server.uri("copies")
@@ -84,7 +83,6 @@ def test_a_run_whose_server_is_killed_and_comes_back_learns_the_same(server, on_
         tmp_path / "disturbed",
         server.uri("shop"),
         {"retry_s": 90},
-        workers=1,
         checkpoints={"every_steps": 5, "copy_to": copies},
     )
     log = tmp_path / "log"
@@ -130,15 +128,15 @@ def test_a_run_goes_on_from_a_copy_in_the_store_alone(server, tmp_path):
         assert (elsewhere / "tokenizer" / name).read_bytes() == before
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_whose_server_is_gone_ends_in_time_with_a_clear_error(server, tmp_path, workers):
-    config = config_of(tmp_path, server.uri("shop"), {"timeout_s": 1, "retry_s": 3}, workers)
+@pytest.mark.parametrize("prefetch", [0, 4])
+def test_a_run_whose_server_is_gone_ends_in_time_with_a_clear_error(server, tmp_path, prefetch):
+    config = config_of(tmp_path, server.uri("shop"), {"timeout_s": 1, "retry_s": 3}, prefetch)
     log = tmp_path / "log"
     endless = ["training.epochs=60", "training.max_steps=9999"]
     process = start(job(1, config, *endless), log)
     try:
         wait_for_step(process, run_dir(config), 2)
-        (server.kill if workers else server.stall)()
+        (server.kill if prefetch else server.stall)()
         assert process.wait(SECONDS) == 2
     finally:
         kill(process)

@@ -48,9 +48,9 @@ def test_two_ranks_of_zero_3_train_and_say_what_they_do(uninterrupted):
     [
         (1, ["training.micro_batch_packs=4", "training.activation_checkpointing=true"]),
         (2, ["training.deepspeed=zero1"]),
-        (2, ["training.deepspeed=zero2", "training.micro_batch_packs=2", "data.workers=1"]),
+        (2, ["training.deepspeed=zero2", "training.micro_batch_packs=2", "data.prefetch=0"]),
     ],
-    ids=["one process, one micro-step, recomputed", "ZeRO-1", "ZeRO-2, data worker"],
+    ids=["one process, one micro-step, recomputed", "ZeRO-1", "ZeRO-2, packed between steps"],
 )
 def test_losses_do_not_depend_on_how_the_work_is_shared_out(
     uninterrupted, synthetic, tmp_path, ranks, overrides
