@@ -14,9 +14,12 @@ from dti_dist.errors import UserError
 
 @contextmanager
 def replacing(
-    path: Path, keep: Callable[[], bool] | None = None, durable: bool = False
+    path: Path,
+    keep: Callable[[], bool] | None = None,
+    durable: bool = False,
+    staging_folder: Path | None = None,
 ) -> Iterator[Path]:
-    """Give a staging path beside `path`; what the block makes there replaces `path` at its end.
+    """Give a staging path; what the block makes there replaces `path` at its end.
 
     It may be a file or a folder. A reader sees the old content or the new, never a part; only a
     folder that is not empty is absent for a moment while it is replaced. Where the block raises,
@@ -26,8 +29,10 @@ def replacing(
         keep: whether a folder that is there by then is to stay, for processes that build the same
             folder at once: the first one wins.
         durable: flush the new content to the disk before it replaces the old.
+        staging_folder: where the staging path lies, on the file system of `path`; None for
+            beside `path`.
     """
-    staging = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    staging = (staging_folder or path.parent) / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         yield staging
         if durable:

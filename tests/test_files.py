@@ -53,6 +53,17 @@ def test_a_folder_replaces_what_was_there(tmp_path, there, durable):
     assert names(tmp_path) == ["folder"]
 
 
+def test_the_staging_path_may_lie_in_another_folder(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with replacing(tmp_path / "file", staging_folder=scratch) as staging:
+        staging.write_text("new")
+        assert staging.parent == scratch
+        assert names(tmp_path) == ["scratch"]
+    assert (tmp_path / "file").read_text() == "new"
+    assert not names(scratch)
+
+
 @pytest.mark.parametrize("make", [Path.write_text, make_folder], ids=["file", "folder"])
 def test_an_error_in_the_block_leaves_the_old_content_and_nothing_else(tmp_path, make):
     path = tmp_path / "path"

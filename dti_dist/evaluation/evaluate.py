@@ -6,7 +6,6 @@ target, and keeps them as one Parquet file; all figures are computed from it, in
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from dti_dist.evaluation.curves import histogram, is_skewed, reliability, roc
 from dti_dist.evaluation.metrics import best_threshold, measure, rows, sql_errors
 from dti_dist.evaluation.slices import check_slices, measure_slices, slice_columns
 from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
-from dti_dist.files import write_atomically
+from dti_dist.files import replacing, write_atomically
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.options import CHECKPOINT, RESAMPLES, SPLIT
@@ -178,38 +177,46 @@ class _Evaluation:
     def _measure(
         self, connection: duckdb.DuckDBPyConnection, plans: dict[str, StreamPlan], scratch: Path
     ) -> dict[str, Any]:
-        """Everything after the predictions, on rank 0."""
+        """Everything after the predictions, on rank 0.
+
+        The copy that was asked for is written first, then the predictions, and the figures last.
+        """
         dataset, options = self.inputs.dataset, self.options
         for split, plan in plans.items():
             self._load_spools(connection, split, plan, scratch)
         items = dataset.items_table()
-        file = scratch / "predictions.parquet"
-        self._keep(connection, plans[self.split], items["source_id"], file)
-        say("computing the metrics")
-        threshold = best_threshold(connection, "spooled_valid") if "valid" in plans else None
-        skip_bad = self.config.data.on_bad_shard == "skip"
-        columns = slice_columns(connection, options.slices, dataset, items, skip_bad)
-        predictions_file.load_targets(connection, file, columns.more, columns.joins)
-        figures = measure(connection, "targets", threshold)
-        groups = read_groups(connection, "targets", figures["users"])
-        drawn = draw(len(groups), options.resamples) if options.resamples else None
-        ceiling = dataset.ceiling or {}
-        figures |= {
-            "split": self.split,
-            "prompt": self.prompt,
-            "checkpoint": self.commit.folder.name,
-            "max_targets": self.config.evaluation.max_targets,
-            **({"ceiling": ceiling[self.split]} if self.split in ceiling else {}),
-            "intervals": None if drawn is None else intervals(figures, groups, drawn),
-            "bootstrap": {
-                "resamples": options.resamples,
-                "groups": len(groups),
-                "confidence": CONFIDENCE,
-            },
-            "reliability": reliability(groups, drawn),
-            "slices": measure_slices(connection, options.slices),
-        }
-        self._publish(figures, file)
+        target = predictions_file.predictions_path(self.run, self.split, self.prompt)
+        with replacing(target, staging_folder=scratch) as file:
+            self._keep(connection, plans[self.split], items["source_id"], file)
+            say("computing the metrics")
+            threshold = best_threshold(connection, "spooled_valid") if "valid" in plans else None
+            skip_bad = self.config.data.on_bad_shard == "skip"
+            columns = slice_columns(connection, options.slices, dataset, items, skip_bad)
+            predictions_file.load_targets(connection, file, columns.more, columns.joins)
+            figures = measure(connection, "targets", threshold)
+            groups = read_groups(connection, "targets", figures["users"])
+            drawn = draw(len(groups), options.resamples) if options.resamples else None
+            ceiling = dataset.ceiling or {}
+            figures |= {
+                "split": self.split,
+                "prompt": self.prompt,
+                "checkpoint": self.commit.folder.name,
+                "max_targets": self.config.evaluation.max_targets,
+                **({"ceiling": ceiling[self.split]} if self.split in ceiling else {}),
+                "intervals": None if drawn is None else intervals(figures, groups, drawn),
+                "bootstrap": {
+                    "resamples": options.resamples,
+                    "groups": len(groups),
+                    "confidence": CONFIDENCE,
+                },
+                "reliability": reliability(groups, drawn),
+                "slices": measure_slices(connection, options.slices),
+            }
+            if options.predictions:
+                predictions_file.copy_to(file, options.predictions, self.config.data.storage)
+        content = summary.as_json(figures)
+        for name in (f"{self.split}.json", f"{self.split}.{self.prompt}.json"):
+            write_atomically(self.run.evaluations / name, content)
         if self.drawn:
             targets = histogram(connection, is_skewed(figures["reliability"]))
             self._draw(figures | {"roc": roc(groups), "histogram": targets}, scratch)
@@ -262,24 +269,14 @@ class _Evaluation:
         with progress("sorting predictions", total, "targets") as bar:
             predictions_file.write(_counted(found, bar.advance), file, about)
 
-    def _publish(self, figures: dict[str, Any], file: Path) -> None:
-        """The copy that was asked for, then the predictions, and the figures last."""
-        if self.options.predictions:
-            predictions_file.copy_to(file, self.options.predictions, self.config.data.storage)
-        os.replace(file, predictions_file.predictions_path(self.run, self.split, self.prompt))
-        content = summary.as_json(figures)
-        write_atomically(self.run.evaluations / f"{self.split}.json", content)
-        write_atomically(self.run.evaluations / f"{self.split}.{self.prompt}.json", content)
-
     def _draw(self, figures: dict[str, Any], scratch: Path) -> None:
         drawings = {"reliability": pictures.draw_reliability}
         if figures["auc"] is not None:
             drawings["roc"] = pictures.draw_roc
         for name, draw_picture in drawings.items():
-            staging = scratch / f"{name}.png"
-            draw_picture(figures, staging)
             picture = self.run.evaluations / f"{self.split}.{self.prompt}.{name}.png"
-            os.replace(staging, picture)
+            with replacing(picture, staging_folder=scratch) as staging:
+                draw_picture(figures, staging)
             say(f"wrote {picture}")
 
 

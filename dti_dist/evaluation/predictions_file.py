@@ -6,9 +6,7 @@ It is the whole input of metrics, slices and comparisons, and stays in the run's
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -25,6 +23,7 @@ from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.index import RowGroup, SplitIndex
 from dti_dist.errors import UserError
 from dti_dist.evaluation.metrics import sql_errors
+from dti_dist.files import replacing
 from dti_dist.runs.folder import RunFolder
 from dti_dist.sql import literal
 
@@ -178,16 +177,14 @@ def copy_to(file: Path, uri: str, settings: StorageConfig) -> None:
         storage.upload(str(file), uri, settings)
         return
     target = Path(storage.filesystem(uri)[1])
-    staging = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, staging)
-        os.replace(staging, target)
+        with replacing(target) as staging:
+            shutil.copyfile(file, staging)
     except OSError as error:
-        staging.unlink(missing_ok=True)
         raise UserError(
-            f"--predictions: {target} can't be written: {error.strerror or error}. The predictions "
-            f"are in {file}."
+            f"--predictions: {target} can't be written: {error.strerror or error}. Name a file in "
+            "a folder that you may write to."
         ) from error
 
 

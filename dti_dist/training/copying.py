@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from contextlib import suppress
@@ -17,10 +16,15 @@ from dti_dist.console import say
 from dti_dist.data import storage
 from dti_dist.data.retrying import reason_of
 from dti_dist.errors import UserError
+from dti_dist.files import replacing
 from dti_dist.runs.commits import COMMIT, complete_checkpoints, leads_out, tag
 from dti_dist.runs.folder import RunFolder, refuse_other_settings
 
 _CONFIG = "config.yaml"
+
+
+class _Damaged(Exception):
+    """A copy that is not what was committed."""
 
 
 class CheckpointCopies:
@@ -51,6 +55,8 @@ class CheckpointCopies:
         Raises:
             UserError: if the copies are of a run that computes otherwise.
         """
+        for left in self._checkpoints.glob(".step-*"):  # by a job that was killed as it fetched
+            shutil.rmtree(left, ignore_errors=True)
         files = storage.list_files(self._url, self._settings)
         steps = sorted(name.split("/")[0] for name in files if name.endswith(f"/{COMMIT}"))
         local = [commit.folder.name for commit in complete_checkpoints(self._checkpoints)[0]]
@@ -71,32 +77,29 @@ class CheckpointCopies:
                 return
 
     def _fetch_checkpoint(self, name: str) -> bool:
-        commit: dict[str, Any] = json.loads(self._read(f"{name}/{COMMIT}"))
-        fault = leads_out(commit["files"])
-        if fault:
-            say(f"copy passed over: {storage.join(self._url, name)}: {fault}")
+        try:
+            with replacing(self._checkpoints / name) as staging:
+                self._fetch_files(name, staging)
+        except _Damaged as damage:
+            say(f"copy passed over: {storage.join(self._url, name)}: {damage}")
             return False
+        return True
+
+    def _fetch_files(self, name: str, folder: Path) -> None:
+        commit: dict[str, Any] = json.loads(self._read(f"{name}/{COMMIT}"))
+        if fault := leads_out(commit["files"]):
+            raise _Damaged(fault)
         say(f"fetching {name} from {self._url}, as no newer checkpoint is in the run's folder")
-        staging = self._checkpoints / f".{name}.fetched"
-        shutil.rmtree(staging, ignore_errors=True)
         for file, entry in commit["files"].items():
             try:
-                found = self._fetch(f"{name}/{file}", staging / file)
+                found = self._fetch(f"{name}/{file}", folder / file)
             except FileNotFoundError:
-                found = None
+                raise _Damaged(f"{file} is missing") from None
             if found != entry["sha256"]:
-                what = "is missing" if found is None else f"has SHA-256 {found[:12]}…"
-                say(
-                    f"copy passed over: {storage.join(self._url, name)}: {file} {what}, expected "
-                    f"was {entry['sha256'][:12]}…"
+                raise _Damaged(
+                    f"{file} has SHA-256 {found[:12]}…, expected was {entry['sha256'][:12]}…"
                 )
-                shutil.rmtree(staging, ignore_errors=True)
-                return False
-        (staging / COMMIT).write_text(json.dumps(commit, indent=1))
-        target = self._checkpoints / name
-        shutil.rmtree(target, ignore_errors=True)  # one that was not complete
-        os.rename(staging, target)
-        return True
+        (folder / COMMIT).write_text(json.dumps(commit, indent=1))
 
     def _read(self, name: str) -> bytes:
         return storage.read_bytes(storage.join(self._url, name), self._settings)

@@ -227,8 +227,11 @@ def test_a_run_goes_on_from_its_copies_alone(uninterrupted, synthetic, tmp_path)
     shutil.rmtree(copies / "step-00000020")
     damaged = next((copies / "step-00000015").glob("*optim*"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    left = run_dir(config) / "checkpoints" / ".step-00000012.partial-0123abcd"
+    left.mkdir(parents=True)  # by a job that was killed
 
     printed = train(config)
+    assert not list(left.parent.glob(".*"))
     assert re.search(r"copy passed over: \S+step-00000015: \S+optim\S+ has SHA-256", printed)
     assert "resuming from step-00000012" in printed, "the end of the first epoch"
     assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
