@@ -612,8 +612,8 @@ def data(
             thread.
         epochs: Timed epochs in a round.
         targets: Use only the first users, enough for this many targets.
-        peers: Also measure Hugging Face datasets and mosaicml-streaming, which this Python has;
-            see benchmarks/data_peers.py.
+        peers: Also measure Hugging Face datasets and mosaicml-streaming, which this Python has.
+            Without it the result says how to install them.
         out: Draw speed and memory.
     """
     settings = _config(config, overrides)

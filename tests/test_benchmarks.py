@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,8 +18,9 @@ from dti_dist.attention.policies import Windowed
 from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.benchmarks.attention import HEAD_DIM, HEADS, KV_HEADS, TOKENS, N, full_pack
 from dti_dist.benchmarks.data import data_table
-from dti_dist.benchmarks.data_peers import PEERS, SampleDigest, exchange
+from dti_dist.benchmarks.data_peers import SampleDigest, exchange
 from dti_dist.benchmarks.paradigm import BASELINE, TRAINER, VARIANTS
+from dti_dist.benchmarks.peer_loaders import PACKAGES, PEERS
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.cli import main
 from dti_dist.config import load_config
@@ -158,6 +160,10 @@ def test_peers_that_cannot_start_are_named(capsys, synthetic, tmp_path):
     config = data_config(tmp_path, synthetic)
     assert main(["benchmark", "data", str(config), "--peers", str(tmp_path / "python")]) == 2
     assert "expected the Python of an environment" in capsys.readouterr().err
+    assert main(["benchmark", "data", str(config), "--peers", sys.executable]) == 2
+    printed = capsys.readouterr().err
+    assert f"made by: pip install {PACKAGES}" in printed
+    assert "No module named 'datasets'" in printed
     assert main(["benchmark", "data", str(config), "template.time_gaps=true", "--peers", "p"]) == 2
     assert "template.time_gaps=false" in capsys.readouterr().err
 
@@ -170,7 +176,7 @@ def test_the_digest_is_of_samples_as_they_were_before_packing(share, prefix):
     block = users(rng, [9, 1, 14, 30, 6])
     n, k = 4, 5
     digest = SampleDigest(tokens.sum_id)
-    digest.add(batch_of(block, tokens, n, k, PackShape(128, 128), share=share))
+    digest.add_packs(batch_of(block, tokens, n, k, PackShape(128, 128), share=share))
 
     samples = SampleSettings(n, k, 1).cut(block)
     expected, total = 0, 0

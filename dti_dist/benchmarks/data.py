@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from dti_dist.benchmarks import measure
-from dti_dist.benchmarks.data_peers import PEERS, PeerProcess, SampleDigest, exchange
+from dti_dist.benchmarks.data_peers import PeerProcess, SampleDigest, exchange
+from dti_dist.benchmarks.peer_loaders import PACKAGES, PEERS
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.benchmarks.shuffle import shuffle_quality
 from dti_dist.config import RunConfig, validate_config
@@ -56,7 +57,7 @@ def benchmark_data(
             beside the reader where there is any, else in the reader.
         rounds: turns of each contestant; epochs: timed epochs of ours in a round.
         targets: only the first whole users that have so many, without shuffling.
-        peers: a Python that has the packages named in benchmarks/data_peers.py.
+        peers: a Python that has peer_loaders.PACKAGES.
 
     Returns:
         Surroundings, the counts of what is read, the rate of a bare gather, and per contestant and
@@ -128,7 +129,7 @@ def _contents(plan: StreamPlan, share: Share) -> SampleDigest:
     """What one epoch holds, counted in its packs, which the index must agree with."""
     digest = SampleDigest(plan.tokens.sum_id)
     for batch in PackStream(_first_epoch(plan), share):
-        digest.add(batch)
+        digest.add_packs(batch)
     index = plan.index
     assert digest.tokens == int(index.tokens.sum(dtype=np.int64)) + index.total_targets
     assert digest.samples == len(index.tokens)
@@ -333,7 +334,7 @@ def data_table(result: dict[str, Any]) -> str:
         )
     if peers is None:
         lines.append(
-            "Other loaders: --peers PYTHON; benchmarks/data_peers.py says what it must have."
+            f"Other loaders: --peers PYTHON, of an environment made by: pip install {PACKAGES}"
         )
     else:
         lines.append(

@@ -1,12 +1,11 @@
-"""The other side of benchmarks/data_peers.py: the same samples for other libraries' loaders."""
+"""The same samples for other libraries' loaders, which run in peer_loaders.py."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import subprocess
 import threading
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-import dti_dist
+from dti_dist.benchmarks import peer_loaders
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.data.dataset import iter_sequences
 from dti_dist.data.stream import Batch, StreamPlan
@@ -22,8 +21,6 @@ from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.tokenizer import SUM_TOKEN
 
-PEERS = ("datasets", "mosaicml-streaming")
-SCRIPT = Path(dti_dist.__file__).parents[1] / "benchmarks" / "data_peers.py"
 _SECONDS_BETWEEN_MEMORY = 0.2
 
 
@@ -62,14 +59,14 @@ def exchange(folder: Path, inputs: Inputs, plan: StreamPlan) -> None:
             writer.write_batch(rows)
 
 
-class SampleDigest:
-    """What samples are, whatever their order: how many, their tokens, and a sum of hashes."""
+class SampleDigest(peer_loaders.Digest):
+    """The digest of samples in packs."""
 
     def __init__(self, sum_id: int):
+        super().__init__()
         self.sum_id = sum_id
-        self.samples = self.tokens = self.digest = 0
 
-    def add(self, batch: Batch) -> None:
+    def add_packs(self, batch: Batch) -> None:
         """Take the samples out of the packs, [SUM] back before each target's label."""
         for pack in range(len(batch.tokens)):
             body = batch.tokens[pack].numpy()
@@ -78,34 +75,20 @@ class SampleDigest:
             used = int((batch.layout.unit[pack, : batch.length] >= 0).sum())
             label_at = batch.layout.readout_end[pack][batch.used[pack] > 0].numpy()
             starts = np.flatnonzero(batch.layout.position[pack, :used].numpy() == 0)
-            tokens = np.insert(body[:used], label_at, self.sum_id).astype("<i4")
+            tokens = np.insert(body[:used], label_at, self.sum_id)
             bounds = starts + np.searchsorted(label_at, starts)
-            self._add_all(np.split(tokens, bounds[1:]) if used else [])
-
-    def _add_all(self, samples: Iterable[np.ndarray]) -> None:
-        for sample in samples:
-            part = hashlib.blake2b(sample.tobytes(), digest_size=8).digest()
-            self.digest = (self.digest + int.from_bytes(part, "little")) % 2**64
-            self.tokens += len(sample)
-            self.samples += 1
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "samples": self.samples,
-            "tokens": self.tokens,
-            "digest": f"{self.digest:016x}",
-        }
+            self.add(np.split(tokens, bounds[1:]) if used else [])
 
 
 class PeerProcess:
-    """benchmarks/data_peers.py under another Python, asked by lines of JSON."""
+    """peer_loaders.py under another Python, asked by lines of JSON."""
 
     def __init__(self, python: str, folder: Path):
-        if not SCRIPT.exists():
-            raise UserError(f"--peers needs {SCRIPT}, which a checkout of the project has.")
         try:
             self.process = subprocess.Popen(
-                [python, str(SCRIPT), str(folder)],
+                [python, peer_loaders.__file__, str(folder)],
+                # The modules beside the script are none that the loaders should find.
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=(folder / "peers.log").open("w"),
@@ -117,7 +100,7 @@ class PeerProcess:
                 f"--peers: expected the Python of an environment, found {python!r}: "
                 f"{error.strerror or error}."
             ) from error
-        self.log = folder / "peers.log"
+        self.python, self.log = python, folder / "peers.log"
 
     @property
     def pid(self) -> int:
@@ -133,8 +116,8 @@ class PeerProcess:
         if not line:
             last = "\n".join(self.log.read_text(errors="replace").splitlines()[-8:])
             raise UserError(
-                f"--peers: {SCRIPT.name} ended. Does its environment hold what its first lines "
-                f"say?\n{last}"
+                f"--peers: {self.python} ended. Expected was an environment made by: pip install "
+                f"{peer_loaders.PACKAGES}. Found:\n{last}"
             )
         return dict(json.loads(line))
 

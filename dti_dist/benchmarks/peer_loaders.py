@@ -1,11 +1,9 @@
 """The same samples through other loaders, for `dti-dist benchmark data CONFIG --peers PYTHON`.
 
-They pin other versions of transformers and fsspec than dti-dist, so they get an environment of
-their own, and its Python is what --peers names:
-
-    python3.11 -m venv PEERS
-    PEERS/bin/pip install torch==2.13.0 datasets==5.0.1 mosaicml-streaming==0.13.0 \\
-        tokenizers==0.22.2
+The loaders pin other versions of transformers and fsspec than dti-dist, so they get an environment
+of their own: `pip install` with PACKAGES, without dti-dist. --peers names its Python, which runs
+this file as a script (see data_peers.PeerProcess) with the folder that data_peers.exchange wrote.
+Each question is a line of JSON on stdin, each answer one on stdout.
 
 `datasets`: load_dataset("parquet", streaming=True) over user sequences, one Parquet file per row
 group so that its workers have shards to share out. A batched map cuts sequences into prompts,
@@ -20,9 +18,6 @@ Both then lay the token ids end to end into packs of the length of dti-dist's, i
 included, in the order they come. They are spared what dti-dist's batches hold besides (positions,
 units, intervals, labels, weights), shuffling, and finding the samples that fill a pack best. Packs
 leave the workers as arrays, as dti-dist's do.
-
-dti-dist starts this script with a folder (see `exchange` in dti_dist/benchmarks/data_peers.py) and
-asks by lines of JSON on stdin. Each answer is one line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -33,7 +28,8 @@ import os
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,19 +38,31 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from datasets import load_dataset
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset
 
-# The package's __init__ imports torchvision for data sets of images, which fails where torchvision
-# was built for another torch, as beside a torch for CPUs. Its submodules do without.
-package = types.ModuleType("streaming")
-package.__path__ = list(find_spec("streaming").submodule_search_locations)
-sys.modules["streaming"] = package
-from streaming.base import MDSWriter, StreamingDataset  # noqa: E402
-
+PEERS = ("datasets", "mosaicml-streaming")
+PACKAGES = "torch==2.13.0 datasets==5.0.1 mosaicml-streaming==0.13.0 tokenizers==0.22.2"
 USERS_A_MAP_BATCH = 64
 SAMPLES_A_WORKER_TURN = 64  # of StreamingDataset: read one after the other
+
+
+class Digest:
+    """What samples are, whatever their order: how many, their tokens, and a sum of hashes."""
+
+    def __init__(self) -> None:
+        self.samples = self.tokens = self.digest = 0
+
+    def add(self, samples: Iterable[np.ndarray]) -> None:
+        for sample in samples:
+            content = np.asarray(sample, dtype="<i4").tobytes()
+            part = hashlib.blake2b(content, digest_size=8).digest()
+            self.digest = (self.digest + int.from_bytes(part, "little")) % 2**64
+            self.tokens += len(sample)
+            self.samples += 1
+
+    def summary(self) -> dict[str, Any]:
+        return {"samples": self.samples, "tokens": self.tokens, "digest": f"{self.digest:016x}"}
 
 
 class Prompts:
@@ -112,8 +120,28 @@ def unchanged(value: Any) -> Any:
     return value
 
 
+def streaming_base() -> Any:
+    """The module of StreamingDataset and MDSWriter.
+
+    The package's __init__ imports torchvision for data sets of images, which fails where
+    torchvision was built for another torch, as beside a torch for CPUs. Its submodules do without.
+    """
+    spec = find_spec("streaming")
+    if spec is None:
+        raise ModuleNotFoundError("No module named 'streaming'")
+    package = types.ModuleType("streaming")
+    package.__path__ = list(spec.submodule_search_locations or [])
+    sys.modules["streaming"] = package
+    return import_module("streaming.base")
+
+
 class Peers:
+    """The loaders, asked by name of a method."""
+
     def __init__(self, folder: Path):
+        from datasets import load_dataset
+
+        self.load_dataset, self.streaming = load_dataset, streaming_base()
         self.folder = folder
         self.settings = json.loads((folder / "exchange.json").read_text())
         self.files = sorted(str(path) for path in (folder / "sequences").iterdir())
@@ -125,7 +153,7 @@ class Peers:
         started = time.perf_counter()
         columns = {"tokens": "ndarray:int32"}
         tokenised = 0.0
-        with MDSWriter(out=str(self.folder / "mds"), columns=columns) as writer:
+        with self.streaming.MDSWriter(out=str(self.folder / "mds"), columns=columns) as writer:
             for file in self.files:
                 users = pq.read_table(file).to_pydict()
                 before = time.perf_counter()
@@ -133,16 +161,15 @@ class Peers:
                 tokenised += time.perf_counter() - before
                 for tokens in prompts:
                     writer.write({"tokens": tokens})
-        names = ("torch", "datasets", "mosaicml-streaming", "tokenizers")
         return {
-            "versions": {name: version(name) for name in names},
+            "versions": {name: version(name) for name in ("torch", "tokenizers", *PEERS)},
             "write_s": time.perf_counter() - started,
             "of_that_tokenising_s": tokenised,
         }
 
     def samples(self, peer: str) -> Any:
         if peer == "datasets":
-            users = load_dataset(
+            users = self.load_dataset(
                 "parquet", data_files=self.files, split="train", streaming=True
             ).select_columns(["item_ids", "labels", "target_start"])
             return users.map(
@@ -151,20 +178,15 @@ class Peers:
                 batch_size=USERS_A_MAP_BATCH,
                 remove_columns=users.column_names,
             )
-        return StreamingDataset(
+        return self.streaming.StreamingDataset(
             local=str(self.folder / "mds"), shuffle=False, batch_size=SAMPLES_A_WORKER_TURN
         )
 
     def check(self, peer: str) -> dict[str, Any]:
-        """What the samples are, in an order-free digest as dti-dist's own."""
-        found, digest, tokens = 0, 0, 0
-        for sample in self.samples(peer):
-            ids = np.asarray(sample["tokens"], dtype="<i4")
-            part = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
-            digest = (digest + int.from_bytes(part, "little")) % 2**64
-            tokens += len(ids)
-            found += 1
-        return {"samples": found, "tokens": tokens, "digest": f"{digest:016x}"}
+        """What the samples are, to be compared with dti-dist's own."""
+        digest = Digest()
+        digest.add(np.asarray(sample["tokens"]) for sample in self.samples(peer))
+        return digest.summary()
 
     def read(self, peer: str, workers: int) -> dict[str, Any]:
         """Read all samples once, in packs."""
