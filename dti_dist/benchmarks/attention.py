@@ -78,7 +78,7 @@ def full_pack(length: int, device: torch.device) -> PackLayout:
     first = torch.arange(interactions) // (N + K) * (N + K)
     in_sample = torch.arange(interactions) - first
     targets = torch.nonzero(in_sample >= N).flatten()
-    slots = -(-len(targets) // 128) * 128
+    slots = max(-(-len(targets) // 128), 1) * 128  # one block where no target fits
     tail = torch.full((slots,), -1)
     tail[: len(targets)] = targets
     end = torch.zeros(slots, dtype=torch.long)
