@@ -19,12 +19,13 @@ from dti_dist.data.stream import PackStream, Share
 from dti_dist.evaluation.predict import predict
 from dti_dist.export import export
 from dti_dist.export.export import hugging_face_model, save_model, why_not_plain
-from dti_dist.export.model_card import _licence, _metrics, _targets_seen
+from dti_dist.export.model_card import Exported, _targets_seen, model_card
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.lora import add_adapters, merge_adapters
 from dti_dist.ranks import Ranks
+from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from tests.launching import run, train, write_config
@@ -470,14 +471,29 @@ def test_the_card_of_the_default_settings_says_that_plain_transformers_is_not_it
     assert settings["plain_transformers_why"] == reason
 
 
-def test_figures_of_another_checkpoint_are_said_to_be_so():
+def card_of(folder: Path, data: Path, evaluations=(), licence=None, **sections) -> str:
+    """The card of a run that was not trained, of its checkpoint of step 9."""
+    config = load_config(write_config(folder / "config.yaml", data, **sections))
+    run = RunFolder(folder / "run")
+    run.evaluations.mkdir(parents=True)
+    for number, evaluation in enumerate(evaluations):
+        (run.evaluations / f"{number}.json").write_text(json.dumps(evaluation))
+    settings = {"plain_transformers": True, "plain_transformers_why": "No reason."}
+    commit = Commit(run.checkpoints / "step-00000009", 9, 1, {}, {}, 0)
+    made = Exported(commit, settings, "fp32", False, 1000)
+    return model_card(run, Inputs.open(config, run.tokenizer), made, licence or {})
+
+
+def test_figures_of_another_checkpoint_are_said_to_be_so(synthetic, tmp_path):
     evaluation = {"split": "test", "prompt": "streaming", "checkpoint": "step-00000007", "auc": 0.6}
     own = {**evaluation, "checkpoint": "step-00000009", "auc": None}
-    text = _metrics([evaluation, own], "step-00000009")
+    text = card_of(tmp_path, synthetic, [evaluation, own])
     assert "| test | streaming | step-00000007 (**not** this one) |  | 0.6000 |" in text
     assert "| test | streaming | step-00000009 |  | – |" in text
     assert "This folder holds step-00000009" in text
-    assert "was not evaluated" in _metrics([], "step-00000009")
+    assert "was not evaluated" not in text
+    (tmp_path / "other").mkdir()
+    assert "was not evaluated" in card_of(tmp_path / "other", synthetic)
 
 
 def test_targets_seen_are_those_of_steps_until_the_checkpoint(tmp_path):
@@ -511,10 +527,17 @@ def test_the_licence_is_what_the_base_model_says_and_never_a_guess(tmp_path, car
 
 def test_licences_of_models_without_a_folder(synthetic, tmp_path):
     assert sources.licence_of(ModelConfig(name="scratch")) == {}
-    config = load_config(write_config(tmp_path / "config.yaml", synthetic))
-    assert "it is their owner's to say" in _licence(config, {})
-    config.model.name = "somewhere"
-    assert _licence(config, {}) == "Unknown: see the base model."
+    for folder in ("scratch", "named", "base"):
+        (tmp_path / folder).mkdir()
+    assert "it is their owner's to say" in card_of(tmp_path / "scratch", synthetic)
+    named = {"license": "other", "license_name": "own"}
+    assert "\n## Licence\n\nother, own.\n" in card_of(tmp_path / "named", synthetic, (), named)
+    save_base_model(tmp_path / "base" / "base")
+    model = {"name": str(tmp_path / "base" / "base")}
+    card = card_of(tmp_path / "base", synthetic, **{**PLAIN, "model": model})
+    assert card.endswith("\n## Licence\n\nUnknown: see the base model.\n")
+    assert card.startswith("---\nbase_model: base\n")
+    assert "\nlicense: unknown\n" in card
     assert sources.licence_of(ModelConfig(name=sources.SMOLLM2)) == {"license": "apache-2.0"}
 
 
