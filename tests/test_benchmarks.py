@@ -91,6 +91,7 @@ def test_attention_measures_body_and_readout_of_full_streaming_prompts(capsys):
     context = (seen.end - seen.start)[0, 0][used]
     assert (context == (N + 1) * TOKENS - 1).all()  # n context interactions and the target's text
     assert body_intervals(layout, N, False).end.max() == 1024
+    assert full_pack(128, torch.device("cpu")).unit.shape == (1, 256)  # no target fits
 
 
 @pytest.mark.parametrize("lengths", ["1000", "128,200", "0"])
