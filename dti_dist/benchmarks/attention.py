@@ -6,8 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +21,9 @@ from dti_dist.attention.scheme import AttentionScheme
 from dti_dist.benchmarks import measure
 from dti_dist.console import say, table
 from dti_dist.options import ATTENTION_WINDOW, ROUNDS
+from dti_dist.ranks import choose_device
+
+T = TypeVar("T")
 
 # Of one streaming prompt: MovieLens-1M titles have about 14 tokens an interaction.
 N, K, TOKENS = ATTENTION_WINDOW, 50, 14
@@ -49,9 +51,8 @@ def benchmark_attention(
         on them over those of a large matrix product in the same round; and the memory that a
         training step of a four-layer Llama adds at its peak, in MiB.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    dtype = torch.bfloat16 if cuda else torch.float32
+    device = choose_device("auto")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     by_window: dict[int, dict[int, Any]] = {}
     for window in windows:
         for length in lengths:
@@ -128,7 +129,8 @@ def _at_length(
         ),
         _PRODUCT: _matrix_product(device, dtype),
     }
-    times = measure.in_rounds(works, rounds, device)
+    turns = measure.in_rounds(works, rounds, device)
+    times = {name: [turn.seconds for turn in mine] for name, mine in turns.items()}
     products = times.pop(_PRODUCT)
     flops = {name: _flops(visible_pairs(layout, window)) for name in names}
     flops["plain causal"] = _flops(total * (total + 1) // 2)
@@ -140,11 +142,9 @@ def _at_length(
         },
         "gflop": {name: count / 1e9 for name, count in flops.items()},
         "of_matrix_product": {
-            name: measure.spread(
-                [
-                    (count / took) / (2 * _SIDE**3 / product)
-                    for took, product in zip(times[name], products, strict=True)
-                ]
+            name: measure.ratios(
+                [count / took for took in times[name]],
+                [2 * _SIDE**3 / took for took in products],
             )
             for name, count in flops.items()
         },
@@ -189,22 +189,21 @@ def _causal_pass(qkv: list[Tensor], weight: Tensor) -> Callable[[], Any]:
     return run
 
 
-def _in_new_process(measure_it: Callable[[int], float], length: int) -> float:
+def _in_new_process(work: Callable[[int], T], length: int) -> T:
     """Each figure in a process of its own: what another step left behind must not serve it."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(measure_it, length).result()
+        return pool.submit(work, length).result()
 
 
-def _step_memory_mib(length: int) -> float:
+def _step_memory_mib(length: int) -> float | None:
     """Peak of forward and backward over one pack, over what the process holds before."""
     from transformers import LlamaConfig, LlamaModel
 
     from dti_dist.attention.backend import ATTENTION_NAME, register
 
     register()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = choose_device("auto")
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=HEADS * HEAD_DIM,
@@ -224,15 +223,7 @@ def _step_memory_mib(length: int) -> float:
         out.last_hidden_state[:, length:].square().sum().backward()
 
     step(128)  # gradients and libraries
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-        step(length)
-        return torch.cuda.max_memory_allocated() / 2**20 - before
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is now the present
-    before = measure.memory_mib("VmRSS")
-    step(length)
-    return measure.memory_mib("VmHWM") - before
+    return measure.peak_memory_mib(device, lambda: step(length))
 
 
 def attention_table(result: dict[str, Any]) -> str:
@@ -248,17 +239,14 @@ def _window_table(by_length: dict[int, Any]) -> str:
     first = by_length[lengths[0]]
 
     def cells(kind: str, name: str, form: str) -> list[str]:
-        figures = [by_length[length][kind].get(name) for length in lengths]
-        return [
-            "-" if f is None else f"{f['median']:{form}} ({f['min']:{form}}-{f['max']:{form}})"
-            for f in figures
-        ]
+        return [measure.shown(by_length[length][kind].get(name), form) for length in lengths]
 
     rows = [(name, *cells("milliseconds", name, ".1f")) for name in first["milliseconds"]]
     rows += [
         (f"{name}: of a matrix product's FLOP/s", *cells("of_matrix_product", name, ".0%"))
         for name in first["of_matrix_product"]
     ]
-    memory = [f"{by_length[length]['step_memory_mib']:,.0f}" for length in lengths]
-    rows.append(("MiB of a training step, 4 layers", *memory))
+    memory = [by_length[length]["step_memory_mib"] for length in lengths]
+    in_mib = ["-" if mib is None else f"{mib:,.0f}" for mib in memory]
+    rows.append(("MiB of a training step, 4 layers", *in_mib))
     return table(("milliseconds, median (spread)", *(f"{n:,} tokens" for n in lengths)), rows)

@@ -20,7 +20,7 @@ from dti_dist.benchmarks.data_peers import PeerProcess, SampleDigest, exchange
 from dti_dist.benchmarks.peer_loaders import PACKAGES, PEERS
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.benchmarks.shuffle import shuffle_quality
-from dti_dist.config import RunConfig, validate_config
+from dti_dist.config import RunConfig
 from dti_dist.console import say, table
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan, batches
 from dti_dist.errors import UserError
@@ -73,7 +73,8 @@ def benchmark_data(
         contents = _contents(plan, share)
         streams = [_Stream(config.data.path, plan, share, config.data.prefetch, contents)]
         for uri in also:
-            opened = Inputs.open(_elsewhere(config, uri), folder / "tokenizer")
+            elsewhere = measure.changed(config, data={"path": uri})
+            opened = Inputs.open(elsewhere, folder / "tokenizer")
             copy = _plan(opened, epochs, targets)
             if copy.index.fingerprint != plan.index.fingerprint:
                 raise UserError(f"--also {uri}: is not a copy of {config.data.path}.")
@@ -117,12 +118,6 @@ def benchmark_data(
 def _plan(inputs: Inputs, epochs: int, targets: int | None) -> StreamPlan:
     whole = targets is None
     return inputs.stream_plan("train", epochs=epochs + 1, shuffle=whole, max_targets=targets)
-
-
-def _elsewhere(config: RunConfig, uri: str) -> RunConfig:
-    raw = config.model_dump(mode="json")
-    raw["data"]["path"] = uri
-    return validate_config(raw)
 
 
 def _contents(plan: StreamPlan, share: Share) -> SampleDigest:
@@ -253,9 +248,8 @@ def _compare(runs: list[dict[str, Any]], targets: int, tokens: int) -> None:
         run["targets_per_s"] = measure.spread([rate * targets / tokens for rate in rates])
         run["tokens_per_core_s"] = measure.spread(core_rates)
         run["targets_per_core_s"] = measure.spread([rate * targets / tokens for rate in core_rates])
-        pairs, core_pairs = zip(base, rates, strict=True), zip(core_base, core_rates, strict=True)
-        run["ours_over_it"] = measure.spread([ours / its for ours, its in pairs])
-        run["ours_over_it_per_core"] = measure.spread([ours / its for ours, its in core_pairs])
+        run["ours_over_it"] = measure.ratios(base, rates)
+        run["ours_over_it_per_core"] = measure.ratios(core_base, core_rates)
 
 
 def _gather(plan: StreamPlan, rounds: int) -> dict[str, float]:
@@ -285,24 +279,17 @@ def _gather(plan: StreamPlan, rounds: int) -> dict[str, float]:
 
 def data_table(result: dict[str, Any]) -> str:
     """The runs as aligned text."""
-
-    def short(figure: dict[str, float] | None, scale: float = 1.0, digits: int = 1) -> str:
-        if figure is None:
-            return "-"
-        low, high = figure["min"] / scale, figure["max"] / scale
-        return f"{figure['median'] / scale:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
-
     rows = [
         (
             run["contestant"] + (f" {run['data']}" if run["data"] else ""),
             str(run["workers"]),
-            short(run["tokens_per_core_s"], 1e6, 2),
-            short(run["tokens_per_s"], 1e6, 2),
-            short(run["targets_per_core_s"], 1e3, 0),
-            short(run["ours_over_it_per_core"]),
-            short(run["ours_over_it"]),
-            short(run["first_batch_s"], 1, 2),
-            short(run["resumed_first_batch_s"], 1, 2),
+            measure.shown(run["tokens_per_core_s"], ",.2f", 1e6),
+            measure.shown(run["tokens_per_s"], ",.2f", 1e6),
+            measure.shown(run["targets_per_core_s"], ",.0f", 1e3),
+            measure.shown(run["ours_over_it_per_core"]),
+            measure.shown(run["ours_over_it"]),
+            measure.shown(run["first_batch_s"], ",.2f"),
+            measure.shown(run["resumed_first_batch_s"], ",.2f"),
             f"{run['highest_memory_mib']:,.0f}",
         )
         for run in result["runs"]
@@ -319,7 +306,7 @@ def data_table(result: dict[str, Any]) -> str:
         "resumed, s",
         "MiB",
     )
-    gather = short(result["gather_tokens_per_core_s"], 1e6, 0)
+    gather = measure.shown(result["gather_tokens_per_core_s"], ",.0f", 1e6)
     peers = result["peers"]
     lines = [
         table(header, rows),
@@ -362,12 +349,7 @@ def draw_data(result: dict[str, Any], path: Path) -> None:
     for at, name in enumerate(names):
         mine = [run for run in runs if (run["contestant"], run["data"]) == name]
         places = [counts.index(run["workers"]) + (at + 0.5) * width - 0.4 for run in mine]
-        figures = [run["tokens_per_core_s"] for run in mine]
-        middle = [figure["median"] / 1e6 for figure in figures]
-        ends = [
-            [abs(figure[end] - figure["median"]) / 1e6 for figure in figures]
-            for end in ("min", "max")
-        ]
+        middle, ends = measure.error_bars([run["tokens_per_core_s"] for run in mine], 1e6)
         label = " ".join(part for part in name if part)
         speed.bar(places, middle, width, yerr=ends, capsize=2, label=label)
         for run in mine:

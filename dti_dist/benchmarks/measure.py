@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 import dti_dist
+from dti_dist.config import RunConfig, TrainingConfig, validate_config
+from dti_dist.ranks import choose_device
 
 T = TypeVar("T")
 
@@ -96,26 +99,76 @@ def memory_mib(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
+class Turn(NamedTuple):
+    """What one work returned in one round, and what that took."""
+
+    result: Any
+    seconds: float
+    joules: float | None
+
+
 def in_rounds(
     works: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each work in each round, after one round that does not count.
+) -> dict[str, list[Turn]]:
+    """Each work in each round, after one round that does not count.
 
     In a round all take turns, so that a noisy minute slows all of them, and ratios within a round
     stay fair.
     """
-    times: dict[str, list[float]] = {name: [] for name in works}
+    energy = Energy(device)
+    turns: dict[str, list[Turn]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
-            _, took = timed(work, device)
+            energy.since_last()
+            result, seconds = timed(work, device)
             if number:
-                times[name].append(took)
-    return times
+                turns[name].append(Turn(result, seconds, energy.since_last()))
+    return turns
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+Spread = dict[str, float]
+
+
+def spread(values: Sequence[float]) -> Spread:
     """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(values: Sequence[float], bases: Sequence[float]) -> Spread:
+    """Of values of the same rounds."""
+    return spread([value / base for value, base in zip(values, bases, strict=True)])
+
+
+def shown(figure: Spread | None, form: str = ",.1f", scale: float = 1.0) -> str:
+    """A spread in a table: ``median (least-most)``."""
+    if figure is None:
+        return "-"
+    median, least, most = (format(figure[k] / scale, form) for k in ("median", "min", "max"))
+    return f"{median} ({least}-{most})"
+
+
+def error_bars(figures: Sequence[Spread], scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Medians, and how far below and above them least and most lie, as matplotlib's yerr."""
+    median, least, most = (
+        np.array([figure[k] for figure in figures]) / scale for k in ("median", "min", "max")
+    )
+    return median, np.stack([median - least, most - median])
+
+
+def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The config with some settings changed."""
+    raw = config.model_dump(mode="json")
+    for section, values in sections.items():
+        raw[section].update(values)
+    return validate_config(raw)
+
+
+def device_and_dtype(training: TrainingConfig) -> tuple[torch.device, torch.dtype]:
+    """Those that a run would have; on a CPU it also gets as many threads as the run would."""
+    device = choose_device(training.device)
+    if device.type == "cpu" and training.cpu_threads:
+        torch.set_num_threads(training.cpu_threads)
+    return device, torch.bfloat16 if training.precision == "bf16" else torch.float32
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -16,14 +16,13 @@ import torch
 from dti_dist.attention.policies import POLICIES
 from dti_dist.benchmarks import measure
 from dti_dist.benchmarks.padded_trainer import PaddedTrainer
-from dti_dist.config import RunConfig, validate_config
+from dti_dist.config import RunConfig
 from dti_dist.console import say, table
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import Head
 from dti_dist.options import PARADIGM_TARGETS, ROUNDS, TRAINER_BATCH, TRAINER_PROMPTS
-from dti_dist.ranks import choose_device
 
 BASELINE = "sliding_window"
 TRAINER = "Trainer, one padded prompt a target"
@@ -48,7 +47,6 @@ class _Taken:
     targets: int
     tokens: int
     seconds: float | None = None  # where it has timed itself
-    joules: float | None = None
 
 
 def benchmark_paradigm(
@@ -79,14 +77,11 @@ def benchmark_paradigm(
         alone would have it, the share of the ideal k(n+1)/(n+k), memory that a step adds, and
         energy where it can be read.
     """
-    device = choose_device(config.training.device)
-    if device.type == "cpu" and config.training.cpu_threads:
-        torch.set_num_threads(config.training.cpu_threads)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    device, dtype = measure.device_and_dtype(config.training)
     variants = {name: VARIANTS[name] for name in VARIANTS if _wanted(name, policies)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tokenizer"
-        configs = {name: _changed(config, changes) for name, changes in variants.items()}
+        configs = {name: _changed(config, **changes) for name, changes in variants.items()}
         inputs = {name: Inputs.open(changed, folder) for name, changed in configs.items()}
         causal_lm = inputs[BASELINE].causal_lm()
         models = {
@@ -107,7 +102,7 @@ def benchmark_paradigm(
         if trainer_prompts:
             padded = PaddedTrainer(inputs[BASELINE], targets, trainer_prompts, trainer_batch, dtype)
             steps[TRAINER] = partial(_trainer_turn, padded, trainer_prompts)
-        taken = _in_rounds(steps, rounds, device)
+        turns = measure.in_rounds(steps, rounds, device)
         memory = {
             # Of its few prompts Trainer finds the memory in what the process holds already.
             name: None if name == TRAINER else measure.peak_memory_mib(device, step)
@@ -126,28 +121,12 @@ def benchmark_paradigm(
         "precision": config.training.precision,
         "positions": config.attention.positions,
         "rounds": rounds,
-        "variants": _figures(taken, memory, k * (n + 1) / (n + k)),
+        "variants": _figures(turns, memory, k * (n + 1) / (n + k)),
     }
 
 
 def _wanted(name: str, policies: Sequence[str]) -> bool:
     return name == BASELINE or name.split(", ")[1] in policies
-
-
-def _in_rounds(
-    steps: dict[str, Callable[[], _Taken]], rounds: int, device: torch.device
-) -> dict[str, list[_Taken]]:
-    """All take turns in each round, so that a noisy minute slows all; the first does not count."""
-    energy = measure.Energy(device)
-    found: dict[str, list[_Taken]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            energy.since_last()
-            one, took = measure.timed(step, device)
-            if number:
-                joules = energy.since_last()
-                found[name].append(replace(one, seconds=one.seconds or took, joules=joules))
-    return found
 
 
 def _trainer_turn(padded: PaddedTrainer, prompts: int) -> _Taken:
@@ -161,12 +140,8 @@ def _with_same_weights(causal_lm: Any) -> Any:
     return copy.deepcopy(causal_lm, {id(p): p for p in causal_lm.parameters()})
 
 
-def _changed(config: RunConfig, changes: dict[str, dict[str, Any]]) -> RunConfig:
-    raw = config.model_dump(mode="json")
-    raw["template"]["prefix"] = ""  # which `budget` refuses
-    for section, values in changes.items():
-        raw[section].update(values)
-    return validate_config(raw)
+def _changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    return measure.changed(config, template={"prefix": ""}, **sections)  # `budget` refuses one
 
 
 def _packs(opened: Inputs, targets: int, rounds: int, device: torch.device) -> list[Batch]:
@@ -202,32 +177,30 @@ def _step(
 
 
 def _figures(
-    taken: dict[str, list[_Taken]], memory: dict[str, float | None], ideal: float
+    turns: dict[str, list[measure.Turn]], memory: dict[str, float | None], ideal: float
 ) -> dict[str, dict[str, Any]]:
     """Rates and ratios by round."""
-    rates = {name: [one.targets / (one.seconds or 1) for one in of] for name, of in taken.items()}
-    tokens = {
-        name: sum(one.tokens for one in of) / sum(one.targets for one in of)
-        for name, of in taken.items()
-    }
-
-    def over(name: str, base: str) -> dict[str, float] | None:
-        if base not in rates:
-            return None
-        return measure.spread([a / b for a, b in zip(rates[name], rates[base], strict=True)])
-
+    rates: dict[str, list[float]] = {}
+    token_rates: dict[str, list[float]] = {}
+    tokens: dict[str, float] = {}
+    for name, mine in turns.items():
+        done: list[_Taken] = [turn.result for turn in mine]
+        seconds = [turn.result.seconds or turn.seconds for turn in mine]
+        rates[name] = [one.targets / took for one, took in zip(done, seconds, strict=True)]
+        token_rates[name] = [one.tokens / took for one, took in zip(done, seconds, strict=True)]
+        tokens[name] = sum(one.tokens for one in done) / sum(one.targets for one in done)
+    trainer = rates.get(TRAINER)
     found = {}
-    for name, of in taken.items():
-        speedup = over(name, BASELINE)
-        assert speedup is not None
-        joules = [one.joules / one.targets for one in of if one.joules is not None]
+    for name, mine in turns.items():
+        speedup = measure.ratios(rates[name], rates[BASELINE])
+        joules = [t.joules / t.result.targets for t in mine if t.joules is not None]
         found[name] = {
             "targets_per_s": measure.spread(rates[name]),
-            "tokens_per_s": measure.spread([one.tokens / (one.seconds or 1) for one in of]),
+            "tokens_per_s": measure.spread(token_rates[name]),
             "tokens_per_target": tokens[name],
             "speedup": speedup,
             "speedup_by_tokens": tokens[BASELINE] / tokens[name],
-            "speedup_over_trainer": over(name, TRAINER),
+            "speedup_over_trainer": trainer and measure.ratios(rates[name], trainer),
             "share_of_ideal": speedup["median"] / ideal if name.startswith("dti") else None,
             "step_memory_mib": memory[name],
             "joules_per_target": measure.spread(joules) if joules else None,
@@ -243,7 +216,7 @@ def benchmark_grid(
     for n in of_n:
         for k in of_k:
             say(f"n = {n}, k = {k}")
-            changed = _changed(config, {"sample": {"context": n, "targets": k}})
+            changed = _changed(config, sample={"context": n, "targets": k})
             found.append(benchmark_paradigm(changed, **settings))
     return {"grid": found}
 
@@ -262,12 +235,7 @@ def draw_grid(result: dict[str, Any], path: Path) -> None:
         for name in mine[0]["variants"]:
             if name == BASELINE:
                 continue
-            spreads = [cell["variants"][name]["speedup"] for cell in mine]
-            middle = [spread["median"] for spread in spreads]
-            ends = [
-                [abs(spread[end] - spread["median"]) for spread in spreads]
-                for end in ("min", "max")
-            ]
+            middle, ends = measure.error_bars([c["variants"][name]["speedup"] for c in mine])
             panel.errorbar(ks, middle, ends, marker="o", markersize=4, capsize=2, label=name)
         panel.plot(ks, [c["ideal"] for c in mine], "k--", linewidth=1, label="k(n+1)/(n+k)")
         panel.set_title(f"n = {n}")
@@ -287,11 +255,6 @@ def paradigm_table(result: dict[str, Any]) -> str:
             for cell in result["grid"]
         )
 
-    def ratio(spread: dict[str, float] | None) -> str:
-        if spread is None:
-            return "-"
-        return f"{spread['median']:.1f} ({spread['min']:.1f}-{spread['max']:.1f})"
-
     def figure(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
@@ -304,10 +267,10 @@ def paradigm_table(result: dict[str, Any]) -> str:
                 f"{figures['targets_per_s']['median']:,.1f}",
                 f"{figures['tokens_per_s']['median']:,.0f}",
                 f"{figures['tokens_per_target']:.1f}",
-                ratio(figures["speedup"]),
+                measure.shown(figures["speedup"], ".1f"),
                 f"{figures['speedup_by_tokens']:.1f}",
                 figure(figures["share_of_ideal"], ".0%"),
-                ratio(figures["speedup_over_trainer"]),
+                measure.shown(figures["speedup_over_trainer"], ".1f"),
                 figure(figures["step_memory_mib"], ",.0f"),
                 figure(joules and joules["median"], ".2f"),
             )

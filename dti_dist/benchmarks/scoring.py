@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dti_dist.benchmarks import measure
-from dti_dist.config import RunConfig, validate_config
+from dti_dist.config import RunConfig
 from dti_dist.console import say, table
 from dti_dist.data.dataset import iter_sequences
 from dti_dist.data.sequences import SequenceBlock
@@ -21,7 +21,6 @@ from dti_dist.data.template import Template
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import cast_parameters
 from dti_dist.options import ROUNDS, SCORING_CANDIDATES, SCORING_REQUESTS
-from dti_dist.ranks import choose_device
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import Pretrained
 from dti_dist.serving.requests import RawRequests, Requests, cut_requests
@@ -60,10 +59,7 @@ def benchmark_scoring(
     Returns:
         Surroundings and, per variant, requests/s with spread, and the speed over the baseline.
     """
-    device = choose_device(config.training.device)
-    if device.type == "cpu" and config.training.cpu_threads:
-        torch.set_num_threads(config.training.cpu_threads)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    device, dtype = measure.device_and_dtype(config.training)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = Path(scratch) / "tokenizer"
         scorers = {
@@ -84,7 +80,7 @@ def benchmark_scoring(
             name: _work(name, scorers[name], blocks[name], warm)
             for name, (_, _, warm) in VARIANTS.items()
         }
-        times = measure.in_rounds(works, rounds, device)
+        turns = measure.in_rounds(works, rounds, device)
     return {
         "surroundings": measure.surroundings(device),
         "n": config.sample.context,
@@ -95,17 +91,15 @@ def benchmark_scoring(
         "precision": config.training.precision,
         "positions": config.attention.positions,
         "rounds": rounds,
-        "variants": _figures(times, requests, baseline_requests),
+        "variants": _figures(turns, requests, baseline_requests),
     }
 
 
 def _scorer(
     config: RunConfig, policy: str, tokenizer: Path, device: torch.device, dtype: torch.dtype
 ) -> Scorer:
-    raw = config.model_dump(mode="json")
-    raw["template"]["prefix"] = ""  # which `budget` refuses
-    raw["attention"]["policy"] = policy
-    inputs = Inputs.open(validate_config(raw), tokenizer)
+    changes = {"template": {"prefix": ""}, "attention": {"policy": policy}}  # no prefix in `budget`
+    inputs = Inputs.open(measure.changed(config, **changes), tokenizer)
     template = Template.for_items(inputs.config.template, inputs.dataset.manifest.item_text_columns)
     model = inputs.untrained_model()
     cast_parameters(model, dtype)
@@ -186,18 +180,16 @@ def _work(name: str, scorer: Scorer, blocks: list[Requests], warm: bool) -> Call
 
 
 def _figures(
-    times: dict[str, list[float]], requests: int, baseline_requests: int
+    turns: dict[str, list[measure.Turn]], requests: int, baseline_requests: int
 ) -> dict[str, dict[str, Any]]:
     rates = {
-        name: [(requests if VARIANTS[name][1] else baseline_requests) / took for took in taken]
-        for name, taken in times.items()
+        name: [(requests if VARIANTS[name][1] else baseline_requests) / t.seconds for t in mine]
+        for name, mine in turns.items()
     }
     return {
         name: {
             "requests_per_s": measure.spread(mine),
-            "speedup": measure.spread(
-                [rate / base for rate, base in zip(mine, rates[BASELINE], strict=True)]
-            ),
+            "speedup": measure.ratios(mine, rates[BASELINE]),
         }
         for name, mine in rates.items()
     }
@@ -205,16 +197,14 @@ def _figures(
 
 def scoring_table(result: dict[str, Any]) -> str:
     """The variants as aligned text."""
-    rows = []
-    for name, figures in result["variants"].items():
-        rate, speedup = figures["requests_per_s"], figures["speedup"]
-        rows.append(
-            (
-                name,
-                f"{rate['median']:,.2f} ({rate['min']:,.2f}-{rate['max']:,.2f})",
-                f"{speedup['median']:.1f} ({speedup['min']:.1f}-{speedup['max']:.1f})",
-            )
+    rows = [
+        (
+            name,
+            measure.shown(figures["requests_per_s"], ",.2f"),
+            measure.shown(figures["speedup"], ".1f"),
         )
+        for name, figures in result["variants"].items()
+    ]
     header = (
         f"{result['candidates']} candidates, n = {result['n']}",
         "requests/s (spread)",
