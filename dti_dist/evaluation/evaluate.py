@@ -34,8 +34,6 @@ from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.sql import literal, open_workspace
 
-PROMPTS = ("sliding_window", "streaming")
-
 
 @dataclass(frozen=True)
 class EvaluationOptions:

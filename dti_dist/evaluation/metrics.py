@@ -42,10 +42,6 @@ class Sums:
     loss: float
     won: int
 
-    @property
-    def has_both_classes(self) -> bool:
-        return 0 < self.clicks < self.targets
-
     def figures(self) -> dict[str, float | int | None]:
         """Metrics by name; None where one is undefined because only one class occurs."""
         rate, loss = self.clicks / self.targets, self.loss / self.targets

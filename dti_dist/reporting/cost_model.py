@@ -198,10 +198,6 @@ class Setting:
     def stage(self) -> int:
         return self.zero["stage"]
 
-    @property
-    def offloads(self) -> bool:
-        return "offload_optimizer" in self.zero or "offload_param" in self.zero
-
 
 @dataclass(frozen=True)
 class Memory:

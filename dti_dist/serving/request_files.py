@@ -19,7 +19,6 @@ from dti_dist.data.samples import IntArray
 from dti_dist.errors import UserError, nearest
 
 HISTORY_COLUMNS = ("history_items", "history_labels", "history_timestamps")
-COLUMNS = ("candidates", "user_id", *HISTORY_COLUMNS, "timestamp")
 _MOST_SECONDS = 10**11  # the year 5138; milliseconds reached it in 1973
 
 
