@@ -24,16 +24,16 @@ T = TypeVar("T")
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What one call returns, and its wall time in seconds, the GPU's work included."""
-    _wait(device)
-    started = time.perf_counter()
+    started = now(device)
     result = work()
-    _wait(device)
-    return result, time.perf_counter() - started
+    return result, now(device) - started
 
 
-def _wait(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """The clock in seconds, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Energy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dti_dist.benchmarks import measure
 from dti_dist.console import without_library_chatter
 from dti_dist.data.index import read_block
 from dti_dist.data.layout import PackShape, build_pack
@@ -39,9 +39,16 @@ class PaddedTrainer:
     """
 
     def __init__(
-        self, inputs: Inputs, targets: int, prompts: int, batch: int, dtype: torch.dtype
-    ) -> None:
-        self._inputs, self._prompts, self._batch, self._dtype = inputs, prompts, batch, dtype
+        self,
+        inputs: Inputs,
+        targets: int,
+        prompts: int,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self._inputs, self._prompts, self._batch = inputs, prompts, batch
+        self._device, self._dtype = device, dtype
         self._drawn = _drawn_prompts(inputs, targets)
         self._model = _classifier(inputs).train()
         self._pad = self._model.config.pad_token_id
@@ -51,14 +58,15 @@ class PaddedTrainer:
     def train(self) -> None:
         from transformers import Trainer, TrainerCallback, TrainingArguments
 
+        device = self._device
         times: list[float] = []
 
         class Clock(TrainerCallback):
             def on_step_begin(self, *arguments: Any, **named: Any) -> None:
-                times.append(_now())
+                times.append(measure.now(device))
 
             def on_step_end(self, *arguments: Any, **named: Any) -> None:
-                times.append(_now())
+                times.append(measure.now(device))
 
         prompts = [next(self._drawn) for _ in range(self._prompts)]
         self.tokens = 0
@@ -70,7 +78,7 @@ class PaddedTrainer:
                 num_train_epochs=1,
                 learning_rate=1e-5,
                 bf16=self._dtype == torch.bfloat16,
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=self._device.type == "cpu",
                 gradient_checkpointing=training.activation_checkpointing,
                 logging_strategy="no",
                 save_strategy="no",
@@ -98,12 +106,6 @@ class PaddedTrainer:
             "attention_mask": torch.from_numpy((ids != self._pad).astype(np.int64)),
             "labels": torch.tensor([prompt["label"] for prompt in prompts]),
         }
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _classifier(inputs: Inputs) -> Any:

@@ -100,7 +100,9 @@ def benchmark_paradigm(
             for name, opened in inputs.items()
         }
         if trainer_prompts:
-            padded = PaddedTrainer(inputs[BASELINE], targets, trainer_prompts, trainer_batch, dtype)
+            padded = PaddedTrainer(
+                inputs[BASELINE], targets, trainer_prompts, trainer_batch, device, dtype
+            )
             steps[TRAINER] = partial(_trainer_turn, padded, trainer_prompts)
         turns = measure.in_rounds(steps, rounds, device)
         memory = {

@@ -249,7 +249,13 @@ def test_only_what_is_installed_enters_the_build():
     for path in ("data/x", "runs/x", "models/x", ".venv/x", ".git/x", "tests/x", ".env"):
         assert not enters_the_build(path), path
     assert not enters_the_build("dti_dist/__pycache__/cli.pyc")
-    for path in ("dti_dist/cli.py", "deepspeed_configs/cpu.json", "launch/recipes/demo.yaml"):
+    assert not enters_the_build("benchmarks/README.md")
+    for path in (
+        "dti_dist/cli.py",
+        "deepspeed_configs/cpu.json",
+        "launch/recipes/demo.yaml",
+        "benchmarks/data_cpu.yaml",
+    ):
         assert enters_the_build(path), path
     copied = re.findall(r"^COPY (.+) \./$", DOCKERFILE.read_text(), re.M)
     assert all(enters_the_build(name) for line in copied for name in line.split())
