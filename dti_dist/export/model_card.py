@@ -73,7 +73,7 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
         head=HEADS[config.model.head],
         licence=licence,
         evaluations=evaluations,
-        figures={k: LABELS[k].text for k in _FIGURES if any(k in e for e in evaluations)},
+        figures={k: LABELS[k] for k in _FIGURES if any(k in e for e in evaluations)},
         prompt=prompt,
         fence="`" * (3 + prompt.count("`")),
         targets_seen=_targets_seen(run.metrics, made.commit.step),
@@ -92,7 +92,6 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "code": _code,
-        "figure": lambda value: f"{value:.4f}" if isinstance(value, int | float) else "–",
         "filename": lambda path: Path(path).name,
         "grouped": "{:,}".format,
         "json": lambda text: json.dumps(text, ensure_ascii=False),
