@@ -34,11 +34,15 @@ PEERS_PYTHON = os.environ.get("DTI_TEST_PEERS")
 
 
 def test_paradigm_trains_every_variant_on_the_same_targets_a_token_count_apart(
-    capsys, synthetic, tmp_path
+    capsys, synthetic, tmp_path, monkeypatch
 ):
     config = write_config(tmp_path / "config.yaml", synthetic, pack={"length": 1024})
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     few = ["--trainer-prompts", "8", "--trainer-batch", "4"]
     assert main(["benchmark", "paradigm", str(config), "--rounds", "2", "--json", *few]) == 0
+    assert not list(here.iterdir())
     (result,) = json.loads(capsys.readouterr().out)["grid"]
     variants = result["variants"]
     assert list(variants) == [*VARIANTS, TRAINER]

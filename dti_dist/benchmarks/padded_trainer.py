@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -71,9 +72,9 @@ class PaddedTrainer:
         prompts = [next(self._drawn) for _ in range(self._prompts)]
         self.tokens = 0
         training = self._inputs.config.training
-        with without_library_chatter():
+        with without_library_chatter(), tempfile.TemporaryDirectory() as unused:
             arguments = TrainingArguments(
-                output_dir="unused",
+                output_dir=unused,
                 per_device_train_batch_size=self._batch,
                 num_train_epochs=1,
                 learning_rate=1e-5,
