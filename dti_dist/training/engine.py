@@ -57,9 +57,10 @@ def deepspeed_config(training: TrainingConfig, world: int) -> dict[str, Any]:
             "replace the isolation mask by plain causal attention. Remove it; packs are the unit "
             "of parallelism."
         )
+    micro_steps = micro_steps_per_step(training, world)
     ours = {
         "train_micro_batch_size_per_gpu": training.micro_batch_packs,
-        "gradient_accumulation_steps": micro_steps_per_step(training, world),
+        "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": training.gradient_clipping,
         "bf16": {"enabled": training.precision == "bf16"},
     }
@@ -69,6 +70,9 @@ def deepspeed_config(training: TrainingConfig, world: int) -> dict[str, Any]:
             f"training.deepspeed {training.deepspeed!r} sets {', '.join(clash)}, which the run's "
             "own config decides. Remove them from the JSON file and use the section `training`."
         )
+    if training.precision == "bf16" and micro_steps > 1:
+        # DeepSpeed would add up micro-steps' gradients in bf16, which doubles their error.
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return {**config, **ours, "steps_per_print": 10**12}
 
 
@@ -107,13 +111,14 @@ class Engine:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         # DeepSpeed would take GPU LOCAL_RANK, which is not there where a task sees one GPU alone.
         gpu = SimpleNamespace(device_rank=ranks.device.index)
-        self._engine, *_ = deepspeed.initialize(
-            args=gpu if ranks.device.type == "cuda" else None,
-            model=model,
-            optimizer=_optimizer(model, training),
-            config=deepspeed_config(training, ranks.world),
-            dist_init_required=False,
-        )
+        with _one_form_of_checkpoints():
+            self._engine, *_ = deepspeed.initialize(
+                args=gpu if ranks.device.type == "cuda" else None,
+                model=model,
+                optimizer=_optimizer(model, training),
+                config=deepspeed_config(training, ranks.world),
+                dist_init_required=False,
+            )
         self.model: CTRModel = self._engine.module
         self.micro_steps: int = self._engine.gradient_accumulation_steps()
         self.zero_stage = int(self._engine.zero_optimization_stage())
@@ -214,6 +219,23 @@ class Engine:
         for moments in optimizer.optimizer.state.values():
             if isinstance(moments.get("step"), torch.Tensor):
                 moments["step"] = moments["step"].clone()
+
+
+@contextmanager
+def _one_form_of_checkpoints() -> Iterator[None]:
+    """DeepSpeed's ZeRO optimizer for all stages.
+
+    For stage 1 with gradients summed in float32 it would choose another, whose checkpoints can be
+    neither read nor converted.
+    """
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def _optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ from dti_dist.runs import commits
 from tests.launching import (
     SECONDS,
     assert_same_losses,
+    command,
     job,
     kill,
     losses,
@@ -113,6 +114,24 @@ def test_the_lower_stages_go_on_with_another_number_of_ranks_too(
         kill(process)
     assert "was written by 1 rank(s), and this job has 2: converting" in train(config, ranks=2)
     assert_same_losses(losses(run_dir(uninterrupted[0])), losses(run_dir(config)))
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "cpu"])
+def test_bf16_with_gradients_summed_in_float32_goes_on_with_another_number_of_ranks(
+    synthetic, tmp_path, stage
+):
+    """DeepSpeed has another optimizer for ZeRO-1 there, whose checkpoints can't be converted."""
+    training = {"deepspeed": stage, "precision": "bf16", "max_steps": 8}
+    config = write_config(
+        tmp_path / "config.yaml", synthetic, training=training, checkpoints={"every_steps": 4}
+    )
+    train(config, ranks=2)
+    straight = losses(run_dir(config))
+    shutil.rmtree(run_dir(config) / "checkpoints" / "step-00000008")
+    assert "was written by 2 rank(s), and this job has 1: converting" in train(config)
+    again = losses(run_dir(config))
+    assert max(abs(straight[step] - again[step]) for step in straight) < 1e-3  # bf16's own noise
+    run([*command(1, "dti_dist"), "evaluate", str(run_dir(config))], tmp_path / "evaluated")
 
 
 def damaged_copies(source: Path) -> dict[str, str]:

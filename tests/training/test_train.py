@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,18 @@ def test_bf16_trains_and_rotary_frequencies_stay_float32(uninterrupted, syntheti
     fp32, bf16 = losses(run_dir(uninterrupted[0])), losses(run_dir(config))
     assert max(abs(fp32[step] - bf16[step]) for step in fp32) < 0.05
     assert any(abs(fp32[step] - bf16[step]) > 1e-6 for step in fp32)
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_gradients_of_micro_steps_are_summed_in_float32_under_bf16(tmp_path, stage):
+    """What is left of the error is of bf16 in forward and backward."""
+    script = Path(__file__).with_name("accumulation.py")
+
+    def error(*dtype: str) -> float:
+        printed = run([*command(1, script=script), stage, *dtype], tmp_path / "log")
+        return float(re.findall(r"relative error (\S+)", printed)[-1])
+
+    assert error() == error("fp32") < 0.6 * error("bf16")
 
 
 def test_validation_marks_the_best_checkpoint_keeps_it_and_stops_early(synthetic, tmp_path):
