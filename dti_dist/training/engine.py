@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,15 +164,6 @@ class Engine:
         """Each weight, or the part of it that this rank holds."""
         for name, parameter in self.model.named_parameters():
             yield name, getattr(parameter, "ds_tensor", parameter).detach()
-
-    @contextmanager
-    def whole_weights(self) -> Iterator[dict[str, nn.Parameter]]:
-        """All weights by name, gathered from all ranks for the time of the block."""
-        import deepspeed
-
-        weights = dict(self.model.named_parameters())
-        with deepspeed.zero.GatheredParameters(list(weights.values())):
-            yield weights
 
     def save(self, folder: Path, tag: str, write: Callable[[Any, str], None]) -> None:
         """Have `write(content, path)` called for each file of this rank under ``folder/tag``.

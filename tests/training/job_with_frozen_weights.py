@@ -23,10 +23,13 @@ def main(config_file: str, out: str) -> None:
     config = load_config(config_file)
 
     def take_step_and_compare(engine: Engine, *arguments: Any) -> Step:
+        import deepspeed
+
         step = take_step(engine, *arguments)
         fresh = Inputs.open(config, RunFolder(config.run_dir).tokenizer).untrained_model()
         before = dict(fresh.named_parameters())
-        with engine.whole_weights() as live:
+        live = dict(engine.model.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(live.values())):
             assert live.keys() == before.keys()
             same = {name: torch.equal(p, before[name].to(p.dtype)) for name, p in live.items()}
         trainable = [name for name, parameter in live.items() if parameter.requires_grad]
