@@ -274,7 +274,7 @@ FLOORS = [
     {"reporting"},
     {"benchmarks", "export", "training"},
     {"evaluation", "serving", "reading"},
-    {"runs"},
+    {"costs", "runs"},
     {"inputs"},
     {"model"},
     {"data"},

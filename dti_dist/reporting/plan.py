@@ -7,23 +7,10 @@ from typing import Any
 
 from dti_dist.config import RunConfig, validate_config
 from dti_dist.console import table
-from dti_dist.data.stream import Batch, StreamPlan
-from dti_dist.errors import UserError
-from dti_dist.gpus import CPU, Gpu, find_gpu, gpu_at_hand
-from dti_dist.inputs import Inputs
-from dti_dist.options import MFU
-from dti_dist.reporting.calibrate import Calibration, calibrate
-from dti_dist.reporting.cost_model import (
-    FLOPS_FORMULA,
-    Flops,
-    Memory,
-    ModelShape,
-    Setting,
-    flops_of_pack,
-    memory,
-    meta_model,
-)
-from dti_dist.reporting.workload import (
+from dti_dist.costs.flops import FLOPS_FORMULA, Flops, flops_of_pack
+from dti_dist.costs.memory import Memory, Setting, memory
+from dti_dist.costs.shape import ModelShape, meta_model
+from dti_dist.costs.workload import (
     Pairs,
     Workload,
     count_pairs,
@@ -31,7 +18,13 @@ from dti_dist.reporting.workload import (
     steps_for,
     workload,
 )
-from dti_dist.training.engine import deepspeed_config
+from dti_dist.data.stream import Batch, StreamPlan
+from dti_dist.errors import UserError
+from dti_dist.gpus import CPU, Gpu, find_gpu, gpu_at_hand
+from dti_dist.inputs import Inputs
+from dti_dist.options import MFU
+from dti_dist.reporting.calibrate import Calibration, calibrate
+from dti_dist.training.engine import read_deepspeed
 
 GIB = 2**30
 BASELINE = "sliding_window"
@@ -191,7 +184,9 @@ def _variant(inputs: Inputs, targets: int | None = None) -> _Variant:
     shape = ModelShape.of(model)
     first = first_packs(stream)
     pairs = count_pairs(model, first)
-    flops = flops_of_pack(shape, work, pairs.visible, training.activation_checkpointing)
+    flops = flops_of_pack(
+        shape, work.body, work.slots, pairs.visible, training.activation_checkpointing
+    )
     return _Variant(config, inputs, stream, work, packs, shape, pairs, flops, first)
 
 
@@ -267,15 +262,12 @@ def _fitting(hardware: Gpu) -> Any:
 
 def _setting(config: RunConfig, deepspeed: str, **changes: Any) -> Setting:
     training = config.training
-    alone = training.model_copy(
-        update={"deepspeed": deepspeed, "global_batch_packs": training.micro_batch_packs}
-    )
     given = {
         "micro_batch_packs": training.micro_batch_packs,
         "checkpointing": training.activation_checkpointing,
         **changes,
     }
-    return Setting(deepspeed, deepspeed_config(alone, 1)["zero_optimization"], **given)
+    return Setting(deepspeed, read_deepspeed(deepspeed)["zero_optimization"], **given)
 
 
 def _candidates(config: RunConfig, gpus: int, hardware: Gpu) -> list[Setting]:

@@ -25,6 +25,16 @@ _FOLDERS = (
     Path(__file__).resolve().parents[2] / "deepspeed_configs",  # a checkout
     Path(sys.prefix) / "share" / "dti-dist" / "deepspeed_configs",  # an installed wheel
 )
+# Of a DeepSpeed configuration: what the section `training` sets.
+_DECIDED_BY_THE_RUN = {
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+}
 
 
 def micro_steps_per_step(training: TrainingConfig, world: int) -> int:
@@ -43,37 +53,43 @@ def micro_steps_per_step(training: TrainingConfig, world: int) -> int:
 
 def deepspeed_config(training: TrainingConfig, world: int) -> dict[str, Any]:
     """The JSON file that the config names, completed with what only the run knows."""
-    config = _read(training.deepspeed)
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise UserError(
-            f"training.deepspeed {training.deepspeed!r}: expected zero_optimization.stage 1, 2 or "
-            f"3, found {stage}. Checkpoints and evaluation rely on ZeRO's sharded state."
-        )
-    parallel = config.get("sequence_parallel_size", 1)
-    if parallel != 1:
-        raise UserError(
-            f"training.deepspeed {training.deepspeed!r}: sequence_parallel_size {parallel} would "
-            "replace the isolation mask by plain causal attention. Remove it; packs are the unit "
-            "of parallelism."
-        )
+    config = read_deepspeed(training.deepspeed)
     micro_steps = micro_steps_per_step(training, world)
-    ours = {
+    if training.precision == "bf16" and micro_steps > 1:
+        # DeepSpeed would add up micro-steps' gradients in bf16, which doubles their error.
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    return {
+        **config,
         "train_micro_batch_size_per_gpu": training.micro_batch_packs,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": training.gradient_clipping,
         "bf16": {"enabled": training.precision == "bf16"},
+        "steps_per_print": 10**12,
     }
-    clash = sorted(set(ours) & set(config) | {"optimizer", "scheduler", "fp16"} & set(config))
-    if clash:
+
+
+def read_deepspeed(name: str) -> dict[str, Any]:
+    """The JSON file of a `training.deepspeed`. Raises UserError where the run can't follow it."""
+    config = _read(name)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
         raise UserError(
-            f"training.deepspeed {training.deepspeed!r} sets {', '.join(clash)}, which the run's "
-            "own config decides. Remove them from the JSON file and use the section `training`."
+            f"training.deepspeed {name!r}: expected zero_optimization.stage 1, 2 or 3, found "
+            f"{stage}. Checkpoints and evaluation rely on ZeRO's sharded state."
         )
-    if training.precision == "bf16" and micro_steps > 1:
-        # DeepSpeed would add up micro-steps' gradients in bf16, which doubles their error.
-        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    return {**config, **ours, "steps_per_print": 10**12}
+    parallel = config.get("sequence_parallel_size", 1)
+    if parallel != 1:
+        raise UserError(
+            f"training.deepspeed {name!r}: sequence_parallel_size {parallel} would replace the "
+            "isolation mask by plain causal attention. Remove it; packs are the unit of "
+            "parallelism."
+        )
+    if clash := sorted(_DECIDED_BY_THE_RUN & set(config)):
+        raise UserError(
+            f"training.deepspeed {name!r} sets {', '.join(clash)}, which the run's own config "
+            "decides. Remove them from the JSON file and use the section `training`."
+        )
+    return config
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dti_dist.data.stream import Share
 from dti_dist.errors import OtherRankFailed, RunFailed
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.runs.folder import RunFolder
-from dti_dist.training.engine import deepspeed_config, micro_steps_per_step
+from dti_dist.training.engine import micro_steps_per_step
 from dti_dist.training.memory import is_out_of_memory, out_of_memory
 from dti_dist.training.signals import StopSignal
 from dti_dist.training.watchdog import Watchdog
@@ -116,6 +116,4 @@ def explained_out_of_memory(job: Job, parameters: int, trainable: int) -> Iterat
     except BaseException as error:
         if not is_out_of_memory(error):
             raise
-        training, world = job.config.training, job.ranks.world
-        stage = deepspeed_config(training, world)["zero_optimization"]["stage"]
-        raise out_of_memory(error, job.config, job.ranks, parameters, trainable, stage) from error
+        raise out_of_memory(error, job.config, job.ranks, parameters, trainable) from error

@@ -8,6 +8,9 @@ from typing import Any
 
 from dti_dist.config import RunConfig
 from dti_dist.console import say
+from dti_dist.costs.flops import flops_of_token
+from dti_dist.costs.shape import ModelShape
+from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import PackStream, StreamPlan, batches
 from dti_dist.errors import RunFailed
 from dti_dist.gpus import gpu_at_hand
@@ -59,7 +62,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         base = base_fingerprint(model)
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        share_of_token = _peak_share_of_a_token(model, ranks)
+        share_of_token = _peak_share_of_a_token(model, plan.shape, ranks)
         if settings.activation_checkpointing:
             model.enable_activation_checkpointing()
         with explained_out_of_memory(job, parameters, trainable):
@@ -167,16 +170,15 @@ def _introduce(
     )
 
 
-def _peak_share_of_a_token(model: CTRModel, ranks: Ranks) -> float | None:
+def _peak_share_of_a_token(model: CTRModel, pack: PackShape, ranks: Ranks) -> float | None:
     """FLOPs of a token over the FLOP/s of all ranks' GPUs at best; None where that is unknown.
 
-    Of the forward pass, the gradient of what a weight reads, and its own unless it is frozen.
+    The mean over a full pack, without attention and recomputation.
     """
     gpu = gpu_at_hand() if ranks.device.type == "cuda" else None
     if gpu is None or gpu.bf16 is None:
         return None
-    flops = sum((6 if p.requires_grad else 4) * p.numel() for p in model.backbone.parameters())
-    return flops / (gpu.bf16 * ranks.world)
+    return flops_of_token(ModelShape.of(model), pack) / (gpu.bf16 * ranks.world)
 
 
 def _figures(

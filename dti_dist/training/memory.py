@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 
 from dti_dist.config import RunConfig
+from dti_dist.costs.memory import States, offloads, states
 from dti_dist.errors import RunFailed
 from dti_dist.ranks import Ranks
+from dti_dist.training.engine import read_deepspeed
 
 GIB = 2**30
 
@@ -18,36 +21,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def state_bytes(parameters: int, trainable: int, stage: int, precision: str, world: int) -> int:
-    """Bytes a rank that weights, gradients and AdamW's state take under a ZeRO stage.
-
-    A trained parameter has its weight and gradient in the run's precision, and in float32 a weight
-    to step from and two moments (ZeRO, arXiv 1910.02054, section 3.1); a frozen one its weight.
-    DeepSpeed keeps the weight to step from beside the model's own in fp32 too.
-    """
-    width = 2 if precision == "bf16" else 4
-    weights, gradients = width * parameters, width * trainable
-    optimizer = 12 * trainable
-    if stage >= 1:
-        optimizer //= world
-    if stage >= 2:
-        gradients //= world
-    if stage >= 3:
-        weights //= world
-    return weights + gradients + optimizer
-
-
 def out_of_memory(
-    error: BaseException,
-    config: RunConfig,
-    ranks: Ranks,
-    parameters: int,
-    trainable: int,
-    stage: int,
+    error: BaseException, config: RunConfig, ranks: Ranks, parameters: int, trained: int
 ) -> RunFailed:
     """The error in a user's words, with figures and the settings that help, best first."""
     training = config.training
-    states = state_bytes(parameters, trainable, stage, training.precision, ranks.world)
+    zero = read_deepspeed(training.deepspeed)["zero_optimization"]
     asked = re.search(r"allocate ([\d.]+ \w+|\d+ bytes)", str(error))
     lines = [
         f"rank {ranks.rank}: {'GPU' if ranks.device.type == 'cuda' else 'CPU'} memory ran out"
@@ -62,18 +41,36 @@ def out_of_memory(
             f"tensors held {peak / GIB:.1f} GiB at their peak, its allocator "
             f"{reserved / GIB:.1f} GiB."
         )
+    held = _states(config, zero, parameters, trained, ranks.world)
+    host = f", and {held.host / GIB:.2f} GiB on the host" if held.host else ""
     lines.append(
-        f"Weights, gradients and optimizer take {states / GIB:.2f} GiB a rank ({parameters:,} "
-        f"parameters, {trainable:,} trained, {training.precision}, ZeRO stage {stage}, "
-        f"{ranks.world} rank(s)); the rest are activations of {training.micro_batch_packs} pack(s) "
-        f"of {config.pack.length:,} body tokens, and grow with both. What helps:"
+        f"Weights, gradients and optimizer take {held.on_device / GIB:.2f} GiB a rank{host} "
+        f"({parameters:,} parameters, {trained:,} trained, {training.precision}, ZeRO stage "
+        f"{zero['stage']}, {ranks.world} rank(s)). The rest are communication buffers, and "
+        f"activations of {training.micro_batch_packs} pack(s) of {config.pack.length:,} body "
+        "tokens, which grow with both. What helps:"
     )
-    lines += [f"  {advice}" for advice in _advice(config, stage, states, parameters, ranks.world)]
-    return RunFailed("\n".join(lines))
+    advice = _advice(config, zero, parameters, trained, ranks.world)
+    return RunFailed("\n  ".join(["\n".join(lines), *advice]))
 
 
-def _advice(config: RunConfig, stage: int, states: int, parameters: int, world: int) -> list[str]:
+def _states(
+    config: RunConfig, zero: dict[str, Any], parameters: int, trained: int, world: int
+) -> States:
     training = config.training
+    accumulates = training.global_batch_packs > world * training.micro_batch_packs
+    return states(parameters, trained, zero, training.precision, world, accumulates)
+
+
+def _advice(
+    config: RunConfig, zero: dict[str, Any], parameters: int, trained: int, world: int
+) -> list[str]:
+    training = config.training
+
+    def gib(zero: dict[str, Any], world: int) -> str:
+        held = _states(config, zero, parameters, trained, world)
+        return f"{held.on_device / GIB:.2f} GiB"
+
     advice = []
     if training.micro_batch_packs > 1:
         advice.append(
@@ -85,18 +82,16 @@ def _advice(config: RunConfig, stage: int, states: int, parameters: int, world: 
             "training.activation_checkpointing=true: one layer's activations at a time, for about "
             "a third more computing"
         )
-    if stage < 3:
-        least = state_bytes(parameters, parameters, 3, training.precision, world)
+    if zero["stage"] < 3:
         advice.append(
-            f"training.deepspeed=zero3, in a new run_dir: at most {least / GIB:.2f} GiB a rank "
-            f"instead of {states / GIB:.2f}"
+            "training.deepspeed=zero3, in a new run_dir: weights, gradients and optimizer take "
+            f"{gib({'stage': 3}, world)} a rank instead of {gib(zero, world)}"
         )
-    of_twice = state_bytes(parameters, parameters, stage, training.precision, 2 * world)
-    advice.append(
-        f"more ranks: with {2 * world}, {of_twice / GIB:.2f} GiB a rank at most for weights, "
-        "gradients and optimizer"
-    )
-    if "offload" not in training.deepspeed:
+    if not (offloads(zero, "param") and offloads(zero, "optimizer")):
+        advice.append(
+            f"more ranks: with {2 * world}, weights, gradients and optimizer take "
+            f"{gib(zero, 2 * world)} a rank"
+        )
         advice.append("training.deepspeed=zero3_offload, in a new run_dir: they move to the host")
     if not config.model.lora.rank and config.model.name != "scratch":
         advice.append(

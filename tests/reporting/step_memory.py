@@ -35,11 +35,10 @@ STEPS = 3  # the last is measured: the optimizer's state is made in the first
 def held():
     """Bytes of all tensors' storages."""
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+    found = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    # A gradient that no Python code has read is no object of Python's yet.
+    found += [x.grad for x in found if x.is_leaf and x.grad is not None]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
     return sum(storages.values())
 
 
@@ -73,25 +72,27 @@ def measure(config, ranks, folder):
     share = Share(training.global_batch_packs, training.micro_batch_packs, ranks.rank, ranks.world)
     stream = iter(PackStream(stream_plan, share))
 
-    def step():
-        for _ in range(engine.micro_steps):
+    def run(micro_steps):
+        for _ in range(micro_steps):
             batch = next(stream)
             engine.backward(Head.loss(engine(batch), batch) / batch.step_targets)
             engine.step()
 
-    for _ in range(STEPS - 1):
-        step()
+    run((STEPS - 1) * engine.micro_steps)
     del model
     at_rest = held()
     # So that the peak is of a step, and not of loading the model.
     Path("/proc/self/clear_refs").write_text("5")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
+        run(engine.micro_steps)
+    resident_peak = resident("VmHWM")
+    run(1)
     return {
         "at_rest": at_rest,
+        "after_a_micro_step": held(),
         "peak": at_rest + peak_within(profiled.profiler.kineto_results.events()),
         "resident_before_model": before_model,
-        "resident_peak": resident("VmHWM"),
+        "resident_peak": resident_peak,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,9 +12,7 @@ import torch
 
 from dti_dist.attention.chunked import ChunkedPlan
 from dti_dist.attention.flex import FlexPlan
-from dti_dist.attention.intervals import (
-    VisibleIntervals,
-)
+from dti_dist.attention.intervals import VisibleIntervals
 from dti_dist.console import progress
 from dti_dist.data.epochs import EpochPlan
 from dti_dist.data.index import read_block
@@ -216,20 +215,22 @@ def count_pairs(model: CTRModel, batches: list[Batch]) -> Pairs:
     return Pairs(*found.mean(axis=0).tolist())
 
 
-def layer_intervals(model: CTRModel, batch: Batch) -> list[VisibleIntervals]:
-    """The intervals of every attention call of a forward pass, as the plans make them."""
+def visible_pairs(model: CTRModel, batch: Batch) -> int:
+    """Pairs that the masks let see each other, summed over packs and layers."""
+    return sum(layers * _visible(intervals) for intervals, layers in _calls(model, batch))
+
+
+def _calls(model: CTRModel, batch: Batch) -> list[tuple[VisibleIntervals, int]]:
+    """The attention of a forward pass: of body tokens and of slots, by window, and in how many
+    layers. Nobody reads the last layer's body."""
     scheme, layout = model.scheme, batch.layout
-    calls = []
-    for layer, (body, readout) in enumerate(
-        zip(scheme.windows.body, scheme.windows.readout, strict=True)
-    ):
-        if layer < len(scheme.windows.body) - 1:  # nobody reads the last layer's body
-            calls.append(scheme.body(layout, body))
-        calls.append(scheme.readout(layout, readout))
-    return calls
+    body, readout = Counter(scheme.windows.body[:-1]), Counter(scheme.windows.readout)
+    return [(scheme.body(layout, window), layers) for window, layers in body.items()] + [
+        (scheme.readout(layout, window), layers) for window, layers in readout.items()
+    ]
 
 
-def visible_pairs(intervals: VisibleIntervals) -> int:
+def _visible(intervals: VisibleIntervals) -> int:
     """The ranges of a query are disjoint, so their lengths add up."""
     return int((intervals.end - intervals.start).clamp(min=0).sum(dtype=torch.int64))
 
@@ -237,24 +238,16 @@ def visible_pairs(intervals: VisibleIntervals) -> int:
 def _pairs(model: CTRModel, batch: Batch) -> tuple[float, float, float, float]:
     packs = len(batch.tokens)
     visible = chunked = flex = plan_bytes = 0
-    known: dict[bytes, tuple[int, int, int]] = {}  # layers with the same window share a plan
-    for intervals in layer_intervals(model, batch):
-        key = intervals.start.numpy().tobytes() + intervals.end.numpy().tobytes()
-        if key not in known:
-            readout = intervals.start.shape[2] != intervals.key_length
-            cells = sum(
-                chunk.visible.numel()
-                for chunk in ChunkedPlan.build(intervals, chunk=32 if readout else 128).chunks
-            )
-            blocks = FlexPlan.build(intervals).block_mask
-            full = blocks.full_kv_num_blocks
-            computed = int(blocks.kv_num_blocks.sum()) + (
-                int(full.sum()) if full is not None else 0
-            )
-            known[key] = (visible_pairs(intervals), cells, computed * 128**2)
-            # A bool, and for slots an int32 distance beside it.
-            plan_bytes += cells * (5 if readout else 1)
-        visible += known[key][0]
-        chunked += known[key][1]
-        flex += known[key][2]
+    for intervals, layers in _calls(model, batch):  # which share a plan
+        readout = intervals.start.shape[2] != intervals.key_length
+        plan = ChunkedPlan.build(intervals, chunk=32 if readout else 128)
+        cells = sum(chunk.visible.numel() for chunk in plan.chunks)
+        blocks = FlexPlan.build(intervals).block_mask
+        full = blocks.full_kv_num_blocks
+        computed = int(blocks.kv_num_blocks.sum()) + (int(full.sum()) if full is not None else 0)
+        # A bool, and for slots an int32 distance beside it.
+        plan_bytes += cells * (5 if readout else 1)
+        visible += layers * _visible(intervals)
+        chunked += layers * cells
+        flex += layers * computed * 128**2
     return visible / packs, chunked / packs, flex / packs, plan_bytes / packs
