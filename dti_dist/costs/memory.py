@@ -173,7 +173,9 @@ def memory(
     packs = setting.micro_batch_packs
     accumulates = training.global_batch_packs > world * packs
     held = states(shape.parameters, trained, zero, training.precision, world, accumulates)
-    bucket = width * float(zero.get("reduce_bucket_size", 5e8))
+    # Stage 1 reduces what several micro-steps have added up, which is float32.
+    of_bucket = 4 if stage == 1 and accumulates else width
+    bucket = of_bucket * float(zero.get("reduce_bucket_size", 5e8))
     if stage == 3:
         buckets = kept = bucket if zero.get("contiguous_gradients", True) else 0.0
     else:
