@@ -10,6 +10,7 @@ import numpy as np
 
 from dti_dist.errors import UserError
 from dti_dist.evaluation.curves import is_skewed
+from dti_dist.words import short
 
 _PAPER, _INK, _FAINT, _GRID = "#ffffff", "#1f2430", "#667085", "#e4e7ec"
 _BLUE, _BAND = "#3b66b0", "#b9cbea"
@@ -62,7 +63,7 @@ def draw_reliability(figures: dict[str, Any], path: Path) -> None:
     axes.legend(loc="upper left", frameon=False, fontsize=9)
     below.stairs(figures["histogram"]["targets"], edges, fill=True, color=_BLUE, alpha=0.75)
     below.set(xlabel="predicted probability", ylabel="targets")
-    below.yaxis.set_major_formatter(lambda value, _: _short(value))
+    below.yaxis.set_major_formatter(lambda value, _: short(value))
     _finish(figure, [axes, below], path)
 
 
@@ -123,10 +124,3 @@ def _title(figures: dict[str, Any]) -> str:
         f"{figures['checkpoint']} on {figures['split']}: {figures['targets']:,} targets of "
         f"{figures['users']:,} users, {figures['prompt'].replace('_', '-')} prompts"
     )
-
-
-def _short(value: float) -> str:
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{letter}"
-    return f"{value:g}"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dti_dist.evaluation.curves import is_skewed
-from dti_dist.reporting.words import plural, short, value_words
+from dti_dist.words import plural, short, value_words
 
 Values = npt.NDArray[np.float64]
 

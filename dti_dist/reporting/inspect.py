@@ -28,7 +28,7 @@ from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.sources import load_model_config
 from dti_dist.options import PackChoice
-from dti_dist.reporting.words import plural
+from dti_dist.words import plural
 
 MOST_TARGETS = 12  # the rows and columns of more are too small to read on a page
 _MOST_CONTEXT = 24  # interactions before the shown targets that get a line each

@@ -25,6 +25,7 @@ from dti_dist.inputs import Inputs
 from dti_dist.options import MFU
 from dti_dist.reporting.calibrate import Calibration, calibrate
 from dti_dist.training.engine import read_deepspeed
+from dti_dist.words import duration
 
 GIB = 2**30
 BASELINE = "sliding_window"
@@ -483,8 +484,8 @@ def _gib(value: float) -> str:
 def _time_text(found: dict[str, Any]) -> str:
     names, command, gpu, time = _paradigms(found), found["command"], found["gpu"], found["time"]
     rows = [
-        ("training", *(_duration(time[name]["train_s"]) for name in names)),
-        ("validations", *(_duration(time[name]["validation_s"]) for name in names)),
+        ("training", *(duration(time[name]["train_s"]) for name in names)),
+        ("validations", *(duration(time[name]["validation_s"]) for name in names)),
         ("GPU hours", *(f"{time[name]['gpu_hours']:,.2f}" for name in names)),
     ]
     if command["price_per_gpu_hour"] is not None:
@@ -501,10 +502,3 @@ def _time_text(found: dict[str, Any]) -> str:
         )
     title = f"Time on {command['gpus']} x {gpu['name']}"
     return f"{table((title, *names), rows)}\n{basis}. Start-up and checkpoints come on top."
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} s"

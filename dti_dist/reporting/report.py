@@ -20,12 +20,12 @@ import jinja2
 from markupsafe import Markup
 
 import dti_dist
+from dti_dist import words
 from dti_dist.config import RunConfig
 from dti_dist.errors import UserError
 from dti_dist.evaluation.labels import LABELS, prompt_name
 from dti_dist.files import write_out
 from dti_dist.redaction import redact
-from dti_dist.reporting import words
 from dti_dist.reporting.charts import Chart, draw_calibration
 from dti_dist.reporting.curves import curves
 from dti_dist.reporting.history import History, number

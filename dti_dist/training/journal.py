@@ -21,6 +21,7 @@ from dti_dist.training.job import Job
 from dti_dist.training.progress import Progress
 from dti_dist.training.step import Step
 from dti_dist.training.trackers import Trackers
+from dti_dist.words import duration
 
 _LONGEST_REASON = 2000  # characters in metrics.jsonl; an error of torch's may repeat a traceback
 
@@ -126,7 +127,7 @@ class Journal:
             f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "
             f"{targets_per_s} targets/s  {record['tokens_per_s']:,.0f} tokens/s  "
             f"wait {record['data_wait_s'] * 1e3:.0f} ms  "
-            f"ETA {_duration((self._total_steps - step) * record['step_s'])}"
+            f"ETA {duration((self._total_steps - step) * record['step_s'])}"
         )
 
     def ended(self, how: str) -> None:
@@ -200,9 +201,3 @@ class Interval:
             "data_wait_s": self._data_wait_s / self._steps,
             "step_s": seconds / self._steps,
         }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
