@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dti_dist.errors import UserError, nearest
+from dti_dist.host import memory_bytes, rank_threads
 
 
 @dataclass(frozen=True)
@@ -137,17 +137,11 @@ def _plain(name: str) -> str:
 
 
 def _this_machine(ranks: int, threads: int | None) -> Gpu:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or rank_threads(ranks))
     bf16, fp32 = (_matmul_rate(dtype) for dtype in (torch.bfloat16, torch.float32))
     torch.set_num_threads(before)
-    return Gpu(CPU, bf16, fp32, memory // ranks, "measured: matrix products here")
-
-
-def rank_threads(ranks: int) -> int:
-    """Threads of each of so many ranks on this machine; see ranks.join_process_group."""
-    return max((os.cpu_count() or 1) // ranks, 1)
+    return Gpu(CPU, bf16, fp32, memory_bytes() // ranks, "measured: matrix products here")
 
 
 def _matmul_rate(dtype: torch.dtype, size: int = 1024) -> float:

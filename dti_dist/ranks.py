@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dti_dist.errors import OtherRankFailed, UserError
+from dti_dist.host import rank_threads
 
 T = TypeVar("T")
 
@@ -121,7 +122,7 @@ def join_process_group(device: str, timeout_minutes: int, cpu_threads: int | Non
         # Before deepspeed is imported: it picks its accelerator then.
         os.environ["DS_ACCELERATOR"] = "cpu"
         chosen = torch.device("cpu")
-        torch.set_num_threads(cpu_threads or max((os.cpu_count() or 1) // local_world, 1))
+        torch.set_num_threads(cpu_threads or rank_threads(local_world))
     else:
         chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(chosen)

@@ -282,7 +282,7 @@ FLOORS = [
     {"attention"},
     {"console", "files"},
     {"redaction"},
-    {"errors", "launcher", "words"},
+    {"errors", "host", "launcher", "words"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

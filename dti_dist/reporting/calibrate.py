@@ -14,7 +14,7 @@ import torch
 from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan
-from dti_dist.gpus import rank_threads
+from dti_dist.host import rank_threads
 from dti_dist.inputs import Inputs
 from dti_dist.model.heads import Head
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group

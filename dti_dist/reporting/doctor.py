@@ -20,14 +20,17 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from dti_dist import host
 from dti_dist.config import RunConfig
 from dti_dist.data import storage
 from dti_dist.errors import UserError
+from dti_dist.model import sources
 from dti_dist.ranks import Ranks
 from dti_dist.redaction import redact
 
 GIB = 2**30
 _SHARED_MEMORY_GIB = 1.0  # a rank's buffers of NCCL
+_LOADED_SHARE = 0.8  # the rest is for Python, libraries and data
 _SKEW_S = 1.0  # beyond that, lines of several machines' logs can't be put in order
 _OPEN_FILES = 4096  # libraries keep row groups, sockets and libraries open
 
@@ -58,6 +61,7 @@ def examine(config: RunConfig | None, ranks: Ranks | None) -> list[Finding]:
         for finding in _guarded(check)
     ]
     findings += _guarded(_slurm)
+    findings += _guarded(lambda: _cores_and_memory(config, _ranks_here(ranks)))
     if ranks is not None and ranks.world > 1:
         findings += _clocks(ranks)
     if config is not None:
@@ -215,6 +219,54 @@ def _shared_memory() -> Iterator[Finding]:
         )
     else:
         yield Finding("fine", "shared memory", f"{free:.1f} GiB free in /dev/shm")
+
+
+def _ranks_here(ranks: Ranks | None) -> int:
+    """Of a job on this machine: this one's, or as many as there are GPUs."""
+    if ranks is not None and ranks.world > 1:
+        return ranks.local_world
+    return max(torch.cuda.device_count(), 1)
+
+
+def _cores_and_memory(config: RunConfig | None, ranks: int) -> Iterator[Finding]:
+    cores, machine = host.cores(), os.cpu_count() or 1
+    found = f"{cores} of this machine's {machine} for {ranks} rank(s)"
+    if cores < ranks:
+        yield Finding(
+            "warning",
+            "cores",
+            found,
+            "Ranks that share a core run in turn, and each waits for all: sbatch --exclusive or "
+            "--cpus-per-gpu=8, docker --cpus, or resources.requests.cpu on Kubernetes.",
+        )
+    else:
+        yield Finding("fine", "cores", found)
+    memory = host.memory_bytes() / GIB
+    found = f"{memory:.1f} GiB for {ranks} rank(s)"
+    if config is None:
+        yield Finding("fine", "memory", found)
+        return
+    loading = ranks * 4 * _parameters(config) / GIB
+    found += f", which load {loading:.1f} GiB of float32 weights"
+    if loading > _LOADED_SHARE * memory:
+        yield Finding(
+            "warning",
+            "memory",
+            found,
+            "Each rank reads the whole model before it is partitioned: sbatch --mem=0 or "
+            "--mem-per-gpu, docker --memory, or fewer ranks a machine.",
+        )
+    else:
+        yield Finding("fine", "memory", found)
+
+
+def _parameters(config: RunConfig) -> int:
+    from transformers import AutoModelForCausalLM
+
+    shape = sources.load_model_config(config.model, config.model.scratch.vocab_size)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _limits() -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dti_dist.console import say
 from dti_dist.errors import UserError
+from dti_dist.host import cores
 from dti_dist.ranks import Ranks
 from dti_dist.runs.commits import Commit
 
@@ -47,7 +48,7 @@ def _convert(commit: Commit, universal: Path, world: int) -> None:
         "converting it"
     )
     shutil.rmtree(universal, ignore_errors=True)
-    workers = str(min(os.cpu_count() or 1, 4))
+    workers = str(min(cores(), 4))
     done = subprocess.run(
         [
             *(sys.executable, "-c", _CONVERSION),

@@ -56,6 +56,26 @@ def test_a_driver_that_torch_can_not_use_is_a_failure(monkeypatch, build):
     assert ("CUDA build" if build is None else "Update the driver") in finding.fix
 
 
+def test_fewer_cores_than_ranks_are_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(doctor.host, "cores", lambda: 1)
+    finding = by_name(examine(None, None))["cores"]
+    assert finding.verdict == "warning"
+    assert finding.found.startswith("1 of this machine's ")
+    assert finding.found.endswith(" for 8 rank(s)")
+    assert "--cpus-per-gpu" in finding.fix
+
+
+@pytest.mark.parametrize(("gib", "verdict"), [(0.0001, "warning"), (1, "fine")])
+def test_memory_is_compared_with_the_weights_that_ranks_load(tmp_path, monkeypatch, gib, verdict):
+    monkeypatch.setattr(doctor.host, "memory_bytes", lambda: int(gib * 2**30))
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 8)
+    config = load_config(write_config(tmp_path / "config.yaml", tmp_path))
+    finding = by_name(examine(config, None))["memory"]
+    assert finding.verdict == verdict
+    assert "GiB for 8 rank(s), which load 0.0 GiB of float32 weights" in finding.found
+
+
 def test_little_shared_memory_is_a_warning_with_the_flags_that_help(monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(1 << 26, 0, 1 << 26))

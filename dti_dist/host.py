@@ -1,0 +1,52 @@
+"""The cores and the memory that a process may use: a scheduler or a container limits both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED = 2**60  # version 1 writes the largest page-aligned number
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def rank_threads(ranks: int) -> int:
+    """Threads of each of so many ranks on this machine."""
+    return max(cores() // ranks, 1)
+
+
+def memory_bytes(cgroups: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
+    """The machine's memory, or the least limit of the process's cgroups.
+
+    Args:
+        cgroups: where they are mounted; membership: which this process is in.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *_limits(cgroups, membership)])
+
+
+def _limits(cgroups: Path, membership: Path) -> Iterator[int]:
+    with suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2
+                root, name = cgroups, "memory.max"
+            elif "memory" in controllers.split(","):
+                root, name = cgroups / "memory", "memory.limit_in_bytes"
+            else:
+                continue
+            # In a container the path is the host's, and its root is mounted in the place.
+            folder = root / path.lstrip("/")
+            for place in [folder, *folder.parents]:
+                with suppress(OSError, ValueError):  # no limit is "max", or no file
+                    limit = int((place / name).read_text())
+                    if limit < _UNLIMITED:
+                        yield limit
+                if place == root:
+                    break
