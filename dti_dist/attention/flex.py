@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,8 +153,7 @@ def flex_attention_call(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: 
             "Use the chunked backend on a CPU."
         )
     try:
-        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
-            return _compiled(q, k, v, plan.block_mask, plan.score_mod, scale)
+        return _compiled(q, k, v, plan.block_mask, plan.score_mod, scale)
     except FailOnRecompileLimitHit as error:
         raise UserError(
             f"FlexAttention is compiled once for each combination of shapes, dtype and gradient "
@@ -200,5 +200,21 @@ def _counting_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any
     return lookup_backend("inductor")(graph, inputs)
 
 
-# fullgraph=True makes dynamo raise at its recompile limit, where it would go on without compiling.
-_compiled = torch.compile(_fused, backend=_counting_inductor, dynamic=False, fullgraph=True)
+def _compile(max_graphs: int) -> Callable[..., Tensor]:
+    # fullgraph=True makes dynamo raise at its recompile limit, where it would go on without
+    # compiling. The limit belongs to the function: a patch of dynamo's config costs 0.1 ms a call,
+    # and is not seen by autograd's thread, which recomputes activations.
+    options: dict[str, Any] = {"backend": _counting_inductor, "dynamic": False, "fullgraph": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = max_graphs
+        return torch.compile(_fused, **options)
+    compiled = torch.compile(_fused, **options)  # an older torch
+
+    def within_limit(*arguments: Any) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=max_graphs):
+            return compiled(*arguments)
+
+    return within_limit
+
+
+_compiled = _compile(_MAX_GRAPHS)
