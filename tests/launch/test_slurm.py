@@ -148,6 +148,32 @@ def test_an_array_is_a_sweep(cluster, synthetic, tmp_path):
     assert job
 
 
+def test_a_container_sees_the_folder_the_logs_and_the_mounts(cluster, synthetic, tmp_path):
+    """Apptainer is a script here that says how it was called; the rest of the job is real."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    apptainer = programs / "apptainer"
+    apptainer.write_text(
+        f'#!/usr/bin/env bash\nprintf \'%s\\n\' "${{@:1:7}}" >{tmp_path}/called\nexec "${{@:8}}"\n'
+    )
+    apptainer.chmod(0o755)
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    job = cluster.submit(
+        *(SCRIPT, str(config), "training.epochz=1"),
+        folder=tmp_path,
+        PATH=f"{programs}:{cluster.environment['PATH']}",
+        DTI_DIST_CONTAINER="/images/dti-dist.sif",
+        DTI_DIST_MOUNTS="/data:/data,/scratch/cache:/cache",
+    )
+    cluster.wait(job, SECONDS, ("FAILED",))
+    logs = f"{tmp_path}/logs/{job}/0"
+    mounts = f"{tmp_path}:{tmp_path},{logs}:{logs},/data:/data,/scratch/cache:/cache"
+    image = "/images/dti-dist.sif"
+    called = ["exec", "--nv", "--bind", mounts, "--pwd", str(tmp_path), image]
+    assert (tmp_path / "called").read_text().splitlines() == called
+    assert "unknown key" in (tmp_path / f"slurm-{job}.out").read_text()
+
+
 def test_a_mistake_fails_the_job_with_its_exit_code_and_is_not_requeued(
     cluster, synthetic, tmp_path
 ):
