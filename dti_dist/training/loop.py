@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dti_dist.config import RunConfig
+from dti_dist.config import RunConfig, TrainingConfig
 from dti_dist.console import say
 from dti_dist.costs.flops import flops_of_token
 from dti_dist.costs.shape import ModelShape
@@ -30,6 +31,8 @@ from dti_dist.training.signals import STOPPED_BY_SIGNAL
 from dti_dist.training.step import take_step
 from dti_dist.training.trackers import check_packages
 from dti_dist.training.validation import Validation
+
+_BAD_START = 0.5  # nats above the labels' entropy
 
 
 def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> int:
@@ -103,7 +106,12 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                 journal.stepped()
                 journal.skipped(step.skipped)
                 if progress.step % settings.log_every == 0 or progress.step == total_steps:
-                    journal.log(_figures(job, engine, step.epoch, interval, share_of_token))
+                    figures = _figures(job, engine, step.epoch, interval, share_of_token)
+                    journal.log(figures)
+                    if progress.step == settings.log_every:
+                        rate = inputs.dataset.manifest.label_rate
+                        if bad_start := of_bad_start(figures["loss"], rate, settings):
+                            journal.say(bad_start)
                     interval = Interval()
                 stop = step.stop
                 if not stop:
@@ -179,6 +187,23 @@ def _peak_share_of_a_token(model: CTRModel, pack: PackShape, ranks: Ranks) -> fl
     if gpu is None or gpu.bf16 is None:
         return None
     return flops_of_token(ModelShape.of(model), pack) / (gpu.bf16 * ranks.world)
+
+
+def of_bad_start(loss: float, label_rate: float, settings: TrainingConfig) -> str | None:
+    """What to say where the first logged steps are far worse than the label rate as prediction.
+
+    Args:
+        loss: their mean, in nats; label_rate: share of label 1 in the data set.
+    """
+    entropy = -sum(p * math.log(p) for p in (label_rate, 1 - label_rate) if p > 0)
+    if loss < entropy + _BAD_START:
+        return None
+    return (
+        f"The loss of the first {settings.log_every} steps is {loss:.3g}; always predicting the "
+        f"label rate, {label_rate:.3g}, has {entropy:.3g}. From such a start gradients spike. What "
+        f"helps: a longer training.warmup_fraction (now {settings.warmup_fraction:g}) or a lower "
+        f"training.learning_rate (now {settings.learning_rate:g})."
+    )
 
 
 def _figures(

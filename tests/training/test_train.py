@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dti_dist.config import TrainingConfig
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
+from dti_dist.training.loop import of_bad_start
 from tests.launching import (
     SECONDS,
     assert_same_losses,
@@ -151,6 +153,26 @@ def test_gradients_of_micro_steps_are_summed_in_float32_under_bf16(tmp_path, sta
         return float(re.findall(r"relative error (\S+)", printed)[-1])
 
     assert error() == error("fp32") < 0.6 * error("bf16")
+
+
+def test_a_start_far_above_the_labels_entropy_is_said_with_what_helps():
+    settings = TrainingConfig(global_batch_packs=1, warmup_fraction=0.03, learning_rate=0.0002)
+    told = of_bad_start(1.38, 0.575, settings)
+    assert told.startswith(
+        "The loss of the first 10 steps is 1.38; always predicting the label rate"
+    )
+    assert "0.575, has 0.682" in told
+    assert "warmup_fraction (now 0.03)" in told
+    assert of_bad_start(0.7, 0.575, settings) is None
+    assert of_bad_start(0.1, 0.0, settings) is None
+    assert of_bad_start(0.7, 0.01, settings), "an even guess, where one label in a hundred is 1"
+
+
+def test_a_start_far_above_the_labels_entropy_is_printed(synthetic, tmp_path):
+    """By weights that say no to everything with great certainty, after so many bad steps."""
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    bad = ["training.max_steps=8", "training.learning_rate=3", "training.log_every=8"]
+    assert "From such a start gradients spike." in train(config, *bad)
 
 
 def test_validation_marks_the_best_checkpoint_keeps_it_and_stops_early(synthetic, tmp_path):
