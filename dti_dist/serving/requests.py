@@ -218,16 +218,16 @@ def build_request_pack(
     requests: Requests,
     pieces: Pieces,
     tokens: ItemTokens,
-    filled_up: Callable[[int], int] = lambda size: size,
+    shape_of: Callable[[int, int], PackShape] = PackShape,
 ) -> RequestPack:
     """Lay pieces end to end: prefix, context with labels, then candidates without.
 
     Args:
-        filled_up: to what length so many tokens, or slots, are padded.
+        shape_of: what a pack of so many tokens and so many candidates is padded to.
     """
     prompts = _prompts(requests, pieces, with_gaps=bool(tokens.gaps))
     slots = len(prompts.targets)
-    shape = PackShape(filled_up(prompts.body_length(tokens)), filled_up(slots))
+    shape = shape_of(prompts.body_length(tokens), slots)
     return RequestPack(lay_out(prompts, tokens, shape), shape, prompts)
 
 

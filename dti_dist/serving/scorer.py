@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from dti_dist.config import StorageConfig
-from dti_dist.data.packing import multiple_of_128
+from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import KeptStates, cast_parameters
@@ -167,7 +167,7 @@ class Scorer:
             self._generation = self.items.generation
         scores = np.full(len(requests.candidate_items), np.nan, dtype=np.float32)
         for pieces in pack_requests(requests, tokens, self.pack_tokens):
-            built = build_request_pack(requests, pieces, tokens, self._filled_up)
+            built = build_request_pack(requests, pieces, tokens, self._shape_of)
             kept = self.states.of(built, tokens) if self.states is not None else None
             used = built.pack.used.numpy() > 0
             targets = built.pack.target_position.numpy()[used]
@@ -181,11 +181,12 @@ class Scorer:
         logits = self.model(batch.to(self.device), kept)[0]
         return torch.sigmoid(logits.float()).cpu().numpy()
 
+    def _shape_of(self, body: int, slots: int) -> PackShape:
+        """On a GPU one of few shapes, each of which is compiled for once; on a CPU any."""
+        return PackShape(body, slots) if self.device.type == "cpu" else compiled_shape(body, slots)
+
     def _filled_up(self, size: int) -> int:
-        """On a GPU few lengths occur, each of which is compiled for once; on a CPU any may."""
-        if self.device.type == "cpu":
-            return size
-        return max(1 << (multiple_of_128(size) - 1).bit_length(), 128)
+        return size if self.device.type == "cpu" else compiled_shape(size, 0).length
 
     def _raw(self, requests: Sequence[Request]) -> RawRequests:
         histories = [request.history for request in requests]
@@ -240,6 +241,18 @@ class Scorer:
                 "histories."
             )
         return None
+
+
+def compiled_shape(body: int, slots: int) -> PackShape:
+    """The least shape of a series that holds so many tokens and candidates.
+
+    Lengths double from 128 on, and slots are a quarter of them, at least 128. Were both free,
+    mixed traffic would need more graphs than FlexAttention may compile.
+    """
+    length = 1 << max(body - 1, 127).bit_length()
+    while slots > max(length // 4, 128):
+        length *= 2
+    return PackShape(length, max(length // 4, 128))
 
 
 def _offsets(lists: Sequence[Sequence[Any]]) -> npt.NDArray[np.int64]:

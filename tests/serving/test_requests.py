@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dti_dist.attention.flex import _MAX_GRAPHS
 from dti_dist.attention.policies import Budget
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import Batch
@@ -20,7 +21,7 @@ from dti_dist.serving.requests import (
     cut_requests,
     pack_requests,
 )
-from dti_dist.serving.scorer import Scorer
+from dti_dist.serving.scorer import _PACK_TOKENS, Scorer, compiled_shape
 from tests.tiny import FAMILIES, batch_of, ctr_model, item_tokens, logits_by_target, users
 
 N = 4
@@ -98,8 +99,28 @@ def test_scores_are_the_same_in_small_packs_and_padded_ones(policy, monkeypatch)
     tokens, block = world(time_gaps=True)
     model = ctr_model("smollm3", policy, N, positions="alibi")
     assert_equal_to_sliding_window(model, block, tokens, pack_tokens=30)
+    monkeypatch.setattr(Scorer, "_shape_of", lambda scorer, *sizes: compiled_shape(*sizes))
     monkeypatch.setattr(Scorer, "_filled_up", lambda scorer, size: -(-size // 128) * 128)
     assert_equal_to_sliding_window(model, block, tokens, pack_tokens=300)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5_000), st.integers(1, 2_000)), min_size=1, max_size=40))
+def test_mixed_traffic_needs_fewer_graphs_than_may_be_compiled(sizes):
+    """Of requests of so many tokens and candidates, each in packs as a GPU has them."""
+    shapes = set()
+    for body, slots in sizes:
+        body = max(body, slots)  # a candidate has a token of its own at least
+        shape = compiled_shape(body, slots)
+        assert shape.length >= body
+        assert shape.slots >= slots
+        assert shape.length % 128 == shape.slots % 128 == 0
+        shapes.add(shape)
+    largest = compiled_shape(_PACK_TOKENS["cuda"] // 2, _PACK_TOKENS["cuda"] // 2)
+    lengths = [128 << power for power in range(20) if 128 << power <= largest.length]
+    assert {shape.length for shape in shapes} <= set(lengths)
+    assert len(shapes) <= len(lengths)
+    # Body and readout of each shape, and the states of items of each length.
+    assert 3 * len(lengths) <= _MAX_GRAPHS
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -107,7 +128,7 @@ def test_the_mask_of_candidates_is_the_same_in_every_backend(policy):
     tokens, block = world(prefix=0 if policy == "budget" else 2)
     requests, _ = requests_of(block, tokens, candidates=[1, 2, 3])
     (pieces, *_) = pack_requests(requests, tokens, 600)
-    built = build_request_pack(requests, pieces, tokens, lambda size: -(-size // 128) * 128)
+    built = build_request_pack(requests, pieces, tokens, compiled_shape)
     batch = Batch.collate(
         [built.pack], built.shape, step=0, epoch=0, step_targets=0, last_of_step=True
     )
