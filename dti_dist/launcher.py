@@ -101,6 +101,17 @@ def exit_code(code: int, status: Path, received: Sequence[int]) -> int:
     return of_rank_0 or (code if code > 0 else 128 - code)
 
 
+def main(arguments: Sequence[str]) -> int:
+    if "--" not in arguments:
+        print(
+            "dti_dist.launcher: expected torchrun's options, -- and a command of dti-dist, as in "
+            "--standalone --nproc-per-node 2 -- train shop.yaml",
+            file=sys.stderr,
+        )
+        return 2
+    at = arguments.index("--")
+    return run_ranks(arguments[:at], arguments[at + 1 :])
+
+
 if __name__ == "__main__":
-    at = sys.argv.index("--")
-    sys.exit(run_ranks(sys.argv[1:at], sys.argv[at + 1 :]))
+    sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,8 @@ import pytest
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _START_S = 60
-_CPUS = 4  # of a node, as told to Slurm
+CPUS = 4  # of a node, as told to Slurm
+_GPUS = 2  # of a node; plain files, as Slurm wants a device file of each
 
 _CONFIG = """
 ClusterName=test
@@ -54,7 +55,9 @@ KillWait=15
 InactiveLimit=0
 SlurmdTimeout=30
 PropagateResourceLimits=NONE
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} Boards=1 \
+GresTypes=gpu
+NodeName=n[1-2] Gres=gpu:{gpus} NodeHostname={host} \
+NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} Boards=1 \
 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -157,11 +160,15 @@ def slurm_cluster(folder: Path, proctrack: str) -> Iterator[SlurmCluster]:
             port=port,
             first=first,
             last=first + 1,
-            cpus=_CPUS,
+            cpus=CPUS,
+            gpus=_GPUS,
             # Ranks meet at ports by the job number: not those of daemons or another cluster.
             first_job=7_000 + port % 5_000,
         )
     )
+    for number in range(_GPUS):
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{_GPUS - 1}]\n")
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
     for name in ("state", "spool.n1", "spool.n2"):
         (folder / name).mkdir()

@@ -17,7 +17,7 @@ compression, read through StreamingDataset. Writing is timed apart.
 Both then lay the token ids end to end into packs of the length of dti-dist's, its [SUM] slots
 included, in the order they come. They are spared what dti-dist's batches hold besides (positions,
 units, intervals, labels, weights), shuffling, and finding the samples that fill a pack best. Packs
-leave the workers as arrays, as dti-dist's do.
+leave the workers as arrays.
 """
 
 from __future__ import annotations

@@ -215,11 +215,6 @@ def count_pairs(model: CTRModel, batches: list[Batch]) -> Pairs:
     return Pairs(*found.mean(axis=0).tolist())
 
 
-def visible_pairs(model: CTRModel, batch: Batch) -> int:
-    """Pairs that the masks let see each other, summed over packs and layers."""
-    return sum(layers * _visible(intervals) for intervals, layers in _calls(model, batch))
-
-
 def _calls(model: CTRModel, batch: Batch) -> list[tuple[VisibleIntervals, int]]:
     """The attention of a forward pass: of body tokens and of slots, by window, and in how many
     layers. Nobody reads the last layer's body."""

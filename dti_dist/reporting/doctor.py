@@ -61,7 +61,8 @@ def examine(config: RunConfig | None, ranks: Ranks | None) -> list[Finding]:
         for finding in _guarded(check)
     ]
     findings += _guarded(_slurm)
-    findings += _guarded(lambda: _cores_and_memory(config, _ranks_here(ranks)))
+    findings += _guarded(lambda: _cores(_ranks_here(ranks)))
+    findings += _guarded(lambda: _memory(config, _ranks_here(ranks)))
     if ranks is not None and ranks.world > 1:
         findings += _clocks(ranks)
     if config is not None:
@@ -228,7 +229,7 @@ def _ranks_here(ranks: Ranks | None) -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def _cores_and_memory(config: RunConfig | None, ranks: int) -> Iterator[Finding]:
+def _cores(ranks: int) -> Iterator[Finding]:
     cores, machine = host.cores(), os.cpu_count() or 1
     found = f"{cores} of this machine's {machine} for {ranks} rank(s)"
     if cores < ranks:
@@ -241,6 +242,9 @@ def _cores_and_memory(config: RunConfig | None, ranks: int) -> Iterator[Finding]
         )
     else:
         yield Finding("fine", "cores", found)
+
+
+def _memory(config: RunConfig | None, ranks: int) -> Iterator[Finding]:
     memory = host.memory_bytes() / GIB
     found = f"{memory:.1f} GiB for {ranks} rank(s)"
     if config is None:
@@ -253,8 +257,8 @@ def _cores_and_memory(config: RunConfig | None, ranks: int) -> Iterator[Finding]
             "warning",
             "memory",
             found,
-            "Each rank reads the whole model before it is partitioned: sbatch --mem=0 or "
-            "--mem-per-gpu, docker --memory, or fewer ranks a machine.",
+            "Each rank reads the whole model before it is partitioned: sbatch --mem=0, "
+            "docker --memory, or fewer ranks a machine.",
         )
     else:
         yield Finding("fine", "memory", found)

@@ -196,7 +196,7 @@ def of_bad_start(loss: float, label_rate: float, settings: TrainingConfig) -> st
         loss: their mean, in nats; label_rate: share of label 1 in the data set.
     """
     entropy = -sum(p * math.log(p) for p in (label_rate, 1 - label_rate) if p > 0)
-    if loss < entropy + _BAD_START:
+    if not loss > entropy + _BAD_START:  # NaN is reported as what it is, elsewhere
         return None
     return (
         f"The loss of the first {settings.log_every} steps is {loss:.3g}; always predicting the "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import SECONDS, assert_same_losses, losses, metrics, run_dir, write_config
-from tests.slurm_cluster import SlurmCluster, has_freezer, slurm_cluster
+from tests.slurm_cluster import CPUS, SlurmCluster, has_freezer, slurm_cluster
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -172,6 +172,25 @@ def test_a_container_sees_the_folder_the_logs_and_the_mounts(cluster, synthetic,
     called = ["exec", "--nv", "--bind", mounts, "--pwd", str(tmp_path), image]
     assert (tmp_path / "called").read_text().splitlines() == called
     assert "unknown key" in (tmp_path / f"slurm-{job}.out").read_text()
+
+
+def test_a_job_can_share_its_nodes_and_has_a_rank_per_gpu(cluster, synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    shared = ("--oversubscribe", "--gpus-per-node=2", "--cpus-per-gpu=1", "--mem=200M")
+    job = cluster.submit(*shared, SCRIPT, str(config), "training.epochz=1", folder=tmp_path)
+    cluster.wait(job, SECONDS, ("FAILED",))
+    fields = {name: cluster.field(job, name) for name in ("NumCPUs", "OverSubscribe")}
+    assert fields == {"NumCPUs": "2", "OverSubscribe": "YES"}
+    logs = (tmp_path / "logs" / str(job)).rglob("stderr.log")
+    assert {path.parent.name for path in logs} == {"0", "1"}
+
+
+def test_a_job_gets_whole_nodes(cluster, synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic)
+    job = cluster.submit(SCRIPT, str(config), "training.epochz=1", folder=tmp_path)
+    cluster.wait(job, SECONDS, ("FAILED",))
+    assert cluster.field(job, "OverSubscribe") == "NO"
+    assert cluster.field(job, "NumCPUs") == str(CPUS)
 
 
 def test_a_mistake_fails_the_job_with_its_exit_code_and_is_not_requeued(

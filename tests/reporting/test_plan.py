@@ -12,10 +12,10 @@ from dti_dist import gpus as gpu_table
 from dti_dist.attention.backend import AttentionPlans
 from dti_dist.cli import main
 from dti_dist.config import LoraConfig, load_config
-from dti_dist.costs.flops import flops_of_pack
+from dti_dist.costs.flops import flops_of_pack, flops_of_token
 from dti_dist.costs.memory import states
 from dti_dist.costs.shape import ModelShape, meta_model
-from dti_dist.costs.workload import count_pairs, steps_for, visible_pairs, workload
+from dti_dist.costs.workload import count_pairs, steps_for, workload
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.errors import UserError
@@ -161,6 +161,16 @@ def test_linear_flops_of_each_policy(family, policy, checkpointing):
     assert counted == linear_flops(model, batch, checkpointing)
 
 
+@pytest.mark.parametrize("policy", ["windowed", "isolated"])
+def test_flops_of_a_token_times_tokens_are_a_packs_without_attention(policy):
+    """What the logged mfu counts."""
+    model, batch = tiny.ctr_model("llama", policy), a_batch(share=policy == "isolated")
+    packs, slots = batch.labels.shape
+    pack = PackShape(256, slots, batch.tokens.shape[1] - slots)
+    found = packs * batch.tokens.shape[1] * flops_of_token(ModelShape.of(model), pack)
+    assert found == pytest.approx(linear_flops(model, batch, heads=3))
+
+
 def test_linear_flops_with_adapters_leave_out_the_frozen_weights_gradients():
     pytest.importorskip("peft")
     model, batch = tiny.ctr_model("llama"), a_batch()
@@ -185,7 +195,7 @@ def test_attention_pairs_are_those_of_the_dense_masks(policy, prefix):
     visible += sum(int(plans._readout[w].mask.sum()) for w in model.scheme.windows.readout)
     found = count_pairs(model, [batch])
     packs = len(batch.tokens)
-    assert found.visible * packs == visible_pairs(model, batch) == visible
+    assert found.visible * packs == visible
     assert found.visible < found.chunked
     assert found.visible < found.flex
     # A square of all tokens in all layers would be several times that.
