@@ -28,7 +28,7 @@ from dti_dist.console import say
 from dti_dist.data.prepare.command import prepare
 from dti_dist.errors import OtherRankFailed, UserError
 from dti_dist.files import write_atomically
-from dti_dist.options import PackChoice, ScoringOptions, split_at_commas
+from dti_dist.options import FailureOptions, PackChoice, ScoringOptions, split_at_commas
 from dti_dist.redaction import redact
 from dti_dist.training.signals import listen
 
@@ -157,7 +157,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int | None]:
 
 # --- what the commands' signatures share ----------------------------------------------------
 
-_PACK, _SCORING = PackChoice(), ScoringOptions()
+_PACK, _SCORING, _FAILURES = PackChoice(), ScoringOptions(), FailureOptions()
 
 
 def _is_override(_: Any, words: tuple[str, ...] | str) -> None:
@@ -476,6 +476,7 @@ def plan(
     ] = None,
     mfu: Annotated[float, Parameter(validator=Number(gt=0, lte=1), metavar="SHARE")] = options.MFU,
     calibrate: bool = False,
+    failures: Annotated[FailureOptions, Parameter(name="*")] = _FAILURES,
     json: Json = False,
 ) -> None:
     """Say what a run will read, compute, hold, take and cost, before it is started.
@@ -490,7 +491,8 @@ def plan(
     settings = _config(config, overrides)
     from dti_dist.reporting.plan import plan, plan_table
 
-    _print(plan(settings, gpus, gpu, price, mfu, calibrate), json, plan_table)
+    found = plan(settings, gpus, gpu, price, mfu, calibrate, failures)
+    _print(found, json, plan_table)
 
 
 @app.command(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from cyclopts import ArgumentCollection, Group, Parameter
-from cyclopts.types import PositiveInt
+from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dti_dist.errors import UserError
 
@@ -128,6 +128,26 @@ class SyntheticOptions:
     items: int = 500
     interactions_per_user: Annotated[int, _N] = 60
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class FailureOptions:
+    """What `plan` takes for given about failures and checkpoints.
+
+    Attributes:
+        mtbf_hours: Mean hours between failures of one GPU, its share of the node and the network
+            included; says the goodput, and how often to save.
+        restart_s: Seconds from a failure until training goes on; the default is an assumption.
+        stall_s: Seconds that a checkpoint stops training (default: a rank's part at 5 GB/s, an
+            assumption; metrics.jsonl has those of a run).
+        disk_gb_s: GB/s at which all ranks together write a checkpoint; the default is an
+            assumption.
+    """
+
+    mtbf_hours: Annotated[PositiveFloat | None, Parameter(metavar="H")] = None
+    restart_s: Annotated[NonNegativeFloat, Parameter(metavar="S")] = 300.0
+    stall_s: Annotated[NonNegativeFloat | None, Parameter(metavar="S")] = None
+    disk_gb_s: Annotated[PositiveFloat, Parameter(metavar="GB/S")] = 5.0
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,16 @@ def offloads(zero: dict[str, Any], what: str) -> bool:
     return zero.get(f"offload_{what}", {}).get("device", "none") != "none"
 
 
+def checkpoint_bytes(trained: int, stage: int, precision: str, world: int) -> tuple[float, float]:
+    """Of a checkpoint, and of what its fullest rank writes, as DeepSpeed 0.19 does.
+
+    Each rank writes its float32 weights and moments; below stage 3 rank 0 the weights in the run's
+    precision as well. Frozen weights are left out.
+    """
+    whole = bytes_per_number(precision) * float(trained) if stage < 3 else 0.0
+    return 12.0 * trained + whole, 12.0 * trained / world + whole
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank at its fullest moments: as a backward pass begins, and in the step.

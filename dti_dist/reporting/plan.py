@@ -8,7 +8,8 @@ from typing import Any
 from dti_dist.config import RunConfig, validate_config
 from dti_dist.console import table
 from dti_dist.costs.flops import FLOPS_FORMULA, Flops, flops_of_pack
-from dti_dist.costs.memory import Memory, Setting, memory
+from dti_dist.costs.goodput import saving
+from dti_dist.costs.memory import Memory, Setting, checkpoint_bytes, memory
 from dti_dist.costs.shape import ModelShape, meta_model
 from dti_dist.costs.workload import (
     Pairs,
@@ -22,13 +23,14 @@ from dti_dist.data.stream import Batch, StreamPlan
 from dti_dist.errors import UserError
 from dti_dist.gpus import CPU, Gpu, find_gpu, gpu_at_hand
 from dti_dist.inputs import Inputs
-from dti_dist.options import MFU
+from dti_dist.options import MFU, FailureOptions
 from dti_dist.reporting.calibrate import Calibration, calibrate
 from dti_dist.training.engine import read_deepspeed
 from dti_dist.words import duration
 
 GIB = 2**30
 BASELINE = "sliding_window"
+NO_FAILURES = FailureOptions()
 MARGIN = 0.10  # of the memory is left free: allocators fragment, and shapes vary a little
 _MOST_PACKS = 32  # of a micro-batch that is looked at
 _MOST_GPUS = 4096
@@ -69,6 +71,7 @@ def plan(
     price: float | None = None,
     mfu: float = MFU,
     measure: bool = False,
+    failures: FailureOptions = NO_FAILURES,
 ) -> dict[str, Any]:
     """What a run will read, compute, hold, take and cost; no weights are loaded but to measure.
 
@@ -79,6 +82,7 @@ def plan(
         mfu: share of the hardware's dense peak that training reaches, recomputation and padding
             counted as work.
         measure: take some real steps here first, and predict the time from them.
+        failures: how often GPUs fail, for the goodput.
 
     Raises:
         UserError: GPUs that don't divide the global batch, an unknown GPU, one without the run's
@@ -99,6 +103,10 @@ def plan(
             variants[BASELINE] = _variant(as_baseline, mine.work.targets)
         measured = calibrate(config, inputs, mine.stream, gpus) if measure else None
     settings = _settings(mine, gpus, hardware)
+    times = {
+        name: _time(variant, mine, gpus, peak * mfu, price, measured)
+        for name, variant in variants.items()
+    }
     return {
         "command": {
             "gpus": gpus,
@@ -128,11 +136,22 @@ def plan(
         },
         "memory": settings,
         "calibration": None if measured is None else _achieved(measured, mine, peak),
-        "time": {
-            name: _time(variant, mine, gpus, peak * mfu, price, measured)
-            for name, variant in variants.items()
-        },
+        "time": times,
+        "failures": saving(
+            failures,
+            gpus,
+            mine.work.steps,
+            times[config.sample.paradigm]["train_s"] / mine.work.steps,
+            config.checkpoints.every_steps,
+            _checkpoint_bytes(mine, gpus),
+        ),
     }
+
+
+def _checkpoint_bytes(mine: _Variant, gpus: int) -> tuple[float, float]:
+    training = mine.config.training
+    stage = _setting(mine.config, training.deepspeed).stage
+    return checkpoint_bytes(mine.shape.trained, stage, training.precision, gpus)
 
 
 def _check_gpus(config: RunConfig, gpus: int) -> None:
@@ -382,6 +401,8 @@ def _time(
 def plan_table(found: dict[str, Any]) -> str:
     """The plan for people."""
     sections = [_data_text, _flops_text, _memory_text, _time_text]
+    if found["failures"] is not None:
+        sections.append(_failures_text)
     return "\n\n".join(section(found) for section in sections)
 
 
@@ -502,3 +523,27 @@ def _time_text(found: dict[str, Any]) -> str:
         )
     title = f"Time on {command['gpus']} x {gpu['name']}"
     return f"{table((title, *names), rows)}\n{basis}. Start-up and checkpoints come on top."
+
+
+def _failures_text(found: dict[str, Any]) -> str:
+    of = found["failures"]
+    rows = [
+        (
+            title,
+            f"{row['every_steps']:,}",
+            duration(row["every_s"]),
+            f"{row['goodput']:.1%}",
+            "no end" if row["hours"] is None else duration(row["hours"] * 3600),
+        )
+        for title, row in (("the config", of["config"]), ("best", of["best"]))
+    ]
+    gpus = found["command"]["gpus"]
+    header = ("Training where GPUs fail", "steps between", "time between", "goodput", "duration")
+    return (
+        f"{table(header, rows)}\n"
+        f"A failure every {duration(of['mtbf'])} (each GPU: {of['mtbf_hours']:,.0f} h; {gpus:,}), "
+        f"{duration(of['restart'])} until training goes on. A checkpoint of "
+        f"{of['checkpoint_bytes'] / 1e9:,.1f} GB stops training for {duration(of['stall'])} and is "
+        f"complete {duration(of['write'])} later. Goodput is the share of the time that is "
+        f"training and not lost again: checkpoints.every_steps={of['best']['every_steps']}"
+    )

@@ -13,7 +13,8 @@ from dti_dist.attention.backend import AttentionPlans
 from dti_dist.cli import main
 from dti_dist.config import LoraConfig, load_config
 from dti_dist.costs.flops import flops_of_pack, flops_of_token
-from dti_dist.costs.memory import states
+from dti_dist.costs.goodput import Failures
+from dti_dist.costs.memory import checkpoint_bytes, states
 from dti_dist.costs.shape import ModelShape, meta_model
 from dti_dist.costs.workload import count_pairs, steps_for, workload
 from dti_dist.data.layout import PackShape
@@ -23,9 +24,12 @@ from dti_dist.gpus import find_gpu, gpu_at_hand, gpu_of_device
 from dti_dist.inputs import Inputs
 from dti_dist.model.heads import Head
 from dti_dist.model.lora import add_adapters
+from dti_dist.options import FailureOptions
 from dti_dist.reporting.plan import plan, plan_table
+from dti_dist.runs.commits import complete_checkpoints
 from tests import tiny
 from tests.launching import job, metrics, run, train, write_config
+from tests.reporting.failing_job import simulated_goodput
 
 POLICIES = ["windowed", "reset", "budget", "isolated"]
 SCRIPT = __file__.replace("test_plan.py", "step_memory.py")
@@ -475,3 +479,74 @@ def test_calibration_measures_steps_and_predicts_from_them(config_of, tmp_path):
     ratio = found["flops"]["sliding_window"]["train"] / found["flops"]["dti"]["train"]
     times = [found["time"][name]["train_s"] for name in ("sliding_window", "dti")]
     assert times[0] / times[1] == pytest.approx(ratio, rel=0.5)
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        Failures(mtbf=10_000, stall=10, write=0, restart=600),
+        Failures(mtbf=10_000, stall=10, write=300, restart=600),
+        Failures(mtbf=3_000, stall=30, write=500, restart=600),
+        Failures(mtbf=1_000, stall=5, write=60, restart=300),
+    ],
+    ids=repr,
+)
+def test_goodput_is_that_of_a_simulated_job_and_greatest_where_it_says(failures):
+    best = failures.best_work()
+    found = []
+    for work in (best / 2, best, best * 2):
+        simulated = simulated_goodput(failures, work, count=30_000, seed=0)
+        assert failures.goodput(work) == pytest.approx(simulated, rel=0.01)
+        found.append(simulated)
+    assert found[1] == max(found)
+    around = [failures.goodput(best * factor) for factor in np.geomspace(0.1, 10, 401)]
+    assert failures.goodput(best) == pytest.approx(max(around), rel=1e-9)
+
+
+def test_how_often_to_save_is_youngs_where_the_stall_is_short_and_the_write_hidden():
+    failures = Failures(mtbf=1e6, stall=1, write=100, restart=600)
+    assert failures.best_work() == pytest.approx((2 * 1 * 1e6) ** 0.5, rel=1e-3)
+    assert failures.goodput(1e9) == 0.0  # it never gets there
+    assert Failures(mtbf=1e6, stall=0, write=100, restart=600).best_work() == 100
+
+
+def test_plan_says_how_often_to_save_where_gpus_fail(config_of):
+    path = config_of(checkpoints={"every_steps": 7})
+    assert planned(path)["failures"] is None
+    given = FailureOptions(mtbf_hours=1, stall_s=2, disk_gb_s=1e-3, restart_s=60)
+    found = planned(path, gpus=4, failures=given)
+    failures = found["failures"]
+    assert (failures["mtbf"], failures["stall"], failures["restart"]) == (900, 2, 60)
+    assert failures["write"] == failures["checkpoint_bytes"] / 1e6
+    assert failures["config"]["every_steps"] == 7
+    assert failures["best"]["goodput"] >= failures["config"]["goodput"]
+    assert f"checkpoints.every_steps={failures['best']['every_steps']}" in plan_table(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["cpu", "zero1"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bytes_of_a_checkpoint(synthetic, tmp_path, stage, precision):
+    """Beside the numbers there are names and shapes, about a hundred bytes for each weight."""
+    model = {"vocab_size": 4000, "hidden_size": 192, "intermediate_size": 384, "layers": 2}
+    path = write_config(
+        tmp_path / "config.yaml",
+        synthetic,
+        model={"scratch": {**model, "heads": 4, "key_value_heads": 2}},
+        training={"max_steps": 1, "deepspeed": stage, "precision": precision},
+    )
+    train(path, ranks=2)
+    (commit,), _ = complete_checkpoints(tmp_path / "run/checkpoints")
+    trained = planned(path)["model"]["trained"]
+    by_rank = [
+        sum(file.stat().st_size for file in commit.folder.glob(f"*zero_pp_rank_{rank}_*"))
+        for rank in range(2)
+    ]
+    by_rank[0] += sum(file.stat().st_size for file in commit.folder.glob("mp_rank_00_*"))
+    number = 3 if stage == "cpu" else 1
+    total, of_rank = checkpoint_bytes(trained, number, precision, 2)
+    assert commit.size == sum(by_rank) == pytest.approx(total, rel=0.03)
+    assert max(by_rank) == pytest.approx(of_rank, rel=0.03)
