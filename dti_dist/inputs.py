@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dti_dist.config import RunConfig
+from dti_dist.config import ModelConfig, RunConfig
 from dti_dist.console import say
 from dti_dist.data import index as split_index
 from dti_dist.data import item_tokens
@@ -37,21 +37,30 @@ from dti_dist.model.tokenizer import SUM_TOKEN
 
 @dataclass(frozen=True)
 class Inputs:
-    """An opened data set with a tokenizer and the tokens of its items."""
+    """An opened data set with a tokenizer and the tokens of its items.
+
+    Attributes:
+        model: where the weights are read: config.model, or the folder that a job fetched it to.
+    """
 
     config: RunConfig
     dataset: Dataset
     tokenizer: Any
     tokens: ItemTokens
     cache_dir: Path
+    model: ModelConfig
 
     @staticmethod
-    def open(config: RunConfig, tokenizer_dir: Path) -> Inputs:
+    def open(config: RunConfig, tokenizer_dir: Path, model: ModelConfig | None = None) -> Inputs:
         """Open what the config names; caches are built where missing.
 
         The tokenizer is read from `tokenizer_dir`, or made and kept there, so that a run and what
         follows it read the same tokens.
+
+        Args:
+            model: the config's, where `sources.fetch` has put it.
         """
+        model = model or config.model
         if config.model.lora.rank:
             require_peft()  # before caches are built
         dataset = Dataset.open(
@@ -73,12 +82,18 @@ class Inputs:
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
             sum_id = int(tokenizer.convert_tokens_to_ids(SUM_TOKEN))
         else:
-            tokenizer, sum_id = sources.load_tokenizer(config.model, dataset, template)
+            tokenizer, sum_id = sources.load_tokenizer(model, dataset, template)
             _keep(tokenizer, tokenizer_dir)
         cache_dir = cache_dir_of(dataset, config.data.cache_dir)
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache_dir)
         dataset = dataset.with_cache(cache_dir)
-        return Inputs(config, dataset, tokenizer, tokens, cache_dir)
+        return Inputs(config, dataset, tokenizer, tokens, cache_dir, model)
+
+    @staticmethod
+    def open_together(config: RunConfig, tokenizer_dir: Path, group: ProcessGroup) -> Inputs:
+        """`open` in all processes of `group` at once: one of each node builds and fetches."""
+        model = sources.fetch(config.model, group)
+        return group.first_on_node(lambda: Inputs.open(config, tokenizer_dir, model))
 
     @staticmethod
     @contextmanager
@@ -188,7 +203,7 @@ class Inputs:
 
     def causal_lm(self) -> Any:
         """The transformers model that the config names, with an embedding for [SUM]."""
-        return sources.load_causal_lm(self.config.model, self.vocabulary, self.config.seed)
+        return sources.load_causal_lm(self.model, self.vocabulary, self.config.seed)
 
     def wrap(self, causal_lm: Any) -> CTRModel:
         """A causal LM with the config's attention, head and adapters."""

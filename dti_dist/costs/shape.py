@@ -20,7 +20,7 @@ def meta_model(inputs: Inputs) -> CTRModel:
     """
     from transformers import AutoModelForCausalLM
 
-    config = sources.load_model_config(inputs.config.model, inputs.vocabulary)
+    config = sources.load_model_config(inputs.model, inputs.vocabulary)
     config.vocab_size = max(config.vocab_size, inputs.vocabulary)
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -35,6 +35,9 @@ class ProcessGroup(Protocol):
     @property
     def world(self) -> int: ...
 
+    @property
+    def local_rank(self) -> int: ...
+
     def each(self, make: Callable[[], T]) -> list[T]:
         """Call `make` in each process and return all results; an error in one ends all."""
         ...
@@ -45,7 +48,7 @@ class ProcessGroup(Protocol):
 
 
 class _SingleProcess:
-    rank, world = 0, 1
+    rank, world, local_rank = 0, 1, 0
 
     def each(self, make: Callable[[], T]) -> list[T]:
         return [make()]

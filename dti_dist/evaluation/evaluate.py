@@ -108,7 +108,7 @@ class _Evaluation:
         self.run, self.config, self.split, self.ranks = run, config, split, ranks
         self.options, self.prompt = options, config.evaluation.prompt
         self.commit = choose_checkpoint(run, which)
-        self.inputs = ranks.first_on_node(lambda: Inputs.open(config, run.tokenizer))
+        self.inputs = Inputs.open_together(config, run.tokenizer, ranks)
         self.drawn = ranks.each(self._check_options)[0]
 
     def _check_options(self) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,7 @@ import yaml
 from dti_dist.config import ModelConfig
 from dti_dist.console import without_library_chatter
 from dti_dist.data.dataset import Dataset
+from dti_dist.data.index import ProcessGroup
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.model.families import SUPPORTED, check_family
@@ -28,6 +31,8 @@ SMOLLM2 = "smollm2-135m"
 SMOLLM2_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # by the package's own README
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # weights, config, tokenizer
+_NOT_READ = ("*/*", "consolidated*")  # the same weights in other programs' forms
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -45,6 +50,62 @@ class Source:
         given = {"revision": self.revision, "gguf_file": self.gguf_file}
         named = {key: value for key, value in given.items() if value is not None}
         return {"trust_remote_code": False, **named}
+
+
+def fetch(config: ModelConfig, group: ProcessGroup) -> ModelConfig:
+    """The model as a folder of this machine: one process of each node asks the hub, if any must.
+
+    All processes of `group` must call this at once. They get the same commit, which the first one
+    looks up. Where the hub can't be reached, or HF_HUB_OFFLINE=1, its cache is read.
+
+    Raises:
+        UserError: the hub does not give the model, and the cache has not all of it.
+    """
+
+    def commit() -> str | None:
+        known = config.name in ("scratch", SMOLLM2) or Path(config.name).is_dir()
+        return _commit(config) if group.rank == 0 and not known else None
+
+    wanted = group.each(commit)[0]
+    if wanted is None:
+        return config
+    folder = group.first_on_node(lambda: _snapshot(config, wanted, ask=group.local_rank == 0))
+    return config.model_copy(update={"name": folder, "revision": None})
+
+
+def _commit(config: ModelConfig) -> str:
+    from huggingface_hub import hf_hub_download
+
+    with _explaining_hub(config):  # a file's: of a gated model anybody may look up the commit
+        path = hf_hub_download(config.name, "config.json", revision=config.revision)
+        return Path(path).parent.name
+
+
+def _snapshot(config: ModelConfig, commit: str, ask: bool) -> str:
+    from huggingface_hub import snapshot_download
+
+    with _explaining_hub(config):
+        return snapshot_download(
+            config.name,
+            revision=commit,
+            allow_patterns=list(_READ),
+            ignore_patterns=list(_NOT_READ),
+            local_files_only=not ask,
+        )
+
+
+@contextmanager
+def _explaining_hub(config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the hub's client, of its HTTP library, of the file system
+        wanted = f"{config.name}@{config.revision}" if config.revision else config.name
+        raise UserError(
+            f"Model {wanted!r} could not be loaded from the hub: {' '.join(str(error).split())} "
+            "Check the name, the network and your access to the model (hf auth login, or "
+            "HF_TOKEN), or set model.name to a folder. Where compute nodes reach no network, fetch "
+            "it into their cache before (hf download) and set HF_HUB_OFFLINE=1."
+        ) from error
 
 
 def resolve(config: ModelConfig) -> Source:

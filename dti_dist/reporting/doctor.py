@@ -62,7 +62,8 @@ def examine(config: RunConfig | None, ranks: Ranks | None) -> list[Finding]:
     ]
     findings += _guarded(_slurm)
     findings += _guarded(lambda: _cores(_ranks_here(ranks)))
-    findings += _guarded(lambda: _memory(config, _ranks_here(ranks)))
+    of_model = config if ranks is None or ranks.is_main else None  # one rank asks the hub
+    findings += _guarded(lambda: _memory(of_model, _ranks_here(ranks)))
     if ranks is not None and ranks.world > 1:
         findings += _clocks(ranks)
     if config is not None:

@@ -339,7 +339,7 @@ class _OpenedPack:
         sample_start = starts - (len(self.inputs.tokens.prefix) > 0)
         ends = np.append(sample_start[1:], self.units)
         config = self.inputs.config
-        model = load_model_config(config.model, self.inputs.vocabulary)
+        model = load_model_config(self.inputs.model, self.inputs.vocabulary)
         first_in_sample = int(slot_unit[slots[0]]) - int(starts[chosen])
         return PackView(
             policy=config.attention.policy,

@@ -43,8 +43,16 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / "config.yaml").exists() and not (Path(folder) / DTI_CONFIG).exists()
 
 
-def load_run(folder: str | Path, which: str = "best", data: str | None = None) -> Pretrained:
+def load_run(
+    folder: str | Path,
+    which: str = "best",
+    data: str | None = None,
+    base_model: str | None = None,
+) -> Pretrained:
     """A run's checkpoint, in float32, with the data set that it was trained on, or another.
+
+    Args:
+        base_model: a folder with the model that the run began with, in place of its model.name.
 
     Raises:
         UserError: the run has no such checkpoint, or its data set can't be opened.
@@ -54,6 +62,9 @@ def load_run(folder: str | Path, which: str = "best", data: str | None = None) -
     if data is not None:
         read_from = config.data.model_copy(update={"path": data})
         config = config.model_copy(update={"data": read_from})
+    if base_model is not None:
+        base = config.model.model_copy(update={"name": base_model, "revision": None})
+        config = config.model_copy(update={"model": base})
     commit = choose_checkpoint(run, which)
     inputs = Inputs.open(config, run.tokenizer)
     template = Template.for_items(config.template, inputs.dataset.manifest.item_text_columns)

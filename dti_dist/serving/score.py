@@ -30,6 +30,7 @@ from dti_dist.data.dataset import MANIFEST, Dataset
 from dti_dist.data.prepare.events import read_item_table
 from dti_dist.data.samples import IntArray
 from dti_dist.errors import UserError
+from dti_dist.model.sources import fetch
 from dti_dist.options import ScoringOptions
 from dti_dist.ranks import Ranks, choose_device, join_process_group, leave_process_group
 from dti_dist.runs.folder import RunFolder
@@ -90,7 +91,8 @@ def _score(
         say(f"going on: {len(done):,} of {len(parts):,} parts of {out} are there.")
     if len(done) < len(parts):
         with ExitStack() as stack:
-            scorer = ranks.first_on_node(lambda: _scorer(model, options))
+            base = _base_model(model, ranks)
+            scorer = ranks.first_on_node(lambda: _scorer(model, base, options))
             opened: list[_PartScorer] = []
             ranks.each(
                 lambda: opened.append(
@@ -181,7 +183,12 @@ def _differing(before: str, plan: dict[str, Any]) -> str:
     return ", ".join(names) or "the settings"
 
 
-def _scorer(model: str, options: ScoreOptions) -> Scorer:
+def _base_model(model: str, ranks: Ranks) -> str | None:
+    """Where a run's base model lies on this machine."""
+    return fetch(RunFolder(model).read_config().model, ranks).name if is_run(model) else None
+
+
+def _scorer(model: str, base_model: str | None, options: ScoreOptions) -> Scorer:
     return Scorer.from_pretrained(
         model,
         device=options.device,
@@ -191,6 +198,7 @@ def _scorer(model: str, options: ScoreOptions) -> Scorer:
         pack_tokens=options.pack_tokens,
         state_cache_gib=options.state_cache_gib,
         storage=options.storage,
+        base_model=base_model,
     )
 
 

@@ -98,6 +98,7 @@ class Scorer:
         pack_tokens: int | None = None,
         state_cache_gib: float = 2.0,
         storage: StorageConfig | None = None,
+        base_model: str | None = None,
     ) -> Scorer:
         """Read what `dti-dist export` wrote, or a run's folder.
 
@@ -109,6 +110,8 @@ class Scorer:
             pack_tokens: tokens of one pass of the model, about. Default: 4096, on a GPU 16384.
             state_cache_gib: memory for the states of items, which are kept under `isolated`.
             storage: how `data` is reached.
+            base_model: a folder with the model that a run began with, where its model.name is not
+                to be looked up.
 
         Raises:
             UserError: the folder is neither, or there is no such device.
@@ -118,7 +121,7 @@ class Scorer:
         if precision is None:
             raise UserError(f"dtype: expected fp32 or bf16, found {dtype!r}.")
         if is_run(folder):
-            found = load_run(folder, checkpoint, data)
+            found = load_run(folder, checkpoint, data, base_model)
             cast_parameters(found.model, precision)
         else:
             found = load_exported(folder, data, precision, storage)

@@ -48,7 +48,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
     with open_job(config) as job:
         ranks, folder = job.ranks, job.folder
         copies = _prepare_folder(job)
-        inputs = ranks.first_on_node(lambda: Inputs.open(config, folder.tokenizer))
+        inputs = Inputs.open_together(config, folder.tokenizer, ranks)
         plan = inputs.stream_plan("train", epochs=settings.epochs, shuffle=True, group=ranks)
         validation_plan = inputs.stream_plan(
             "valid", max_targets=config.validation.max_targets, group=ranks
