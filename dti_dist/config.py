@@ -322,6 +322,12 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     every_steps: NonNegative = Field(500, description="0: at the end of each epoch only.")
     keep_last: Positive = 2
+    background: bool = Field(
+        True,
+        description="Write checkpoints while training goes on. Each rank keeps room in the host's "
+        "memory for a copy of what it writes, about 12 bytes per trained parameter, divided by the "
+        "ranks. false, or where there is no room: training stands still until one is written.",
+    )
     on_failed_save: Literal["go_on", "stop"] = Field(
         "go_on",
         description="What to do when a checkpoint can't be written, for example on a full disk. "

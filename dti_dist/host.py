@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 _UNLIMITED = 2**60  # version 1 writes the largest page-aligned number
 
 
@@ -21,24 +22,40 @@ def rank_threads(ranks: int) -> int:
     return max(cores() // ranks, 1)
 
 
-def memory_bytes(cgroups: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
+def memory_bytes(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
     """The machine's memory, or the least limit of the process's cgroups.
 
     Args:
         cgroups: where they are mounted; membership: which this process is in.
     """
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *_limits(cgroups, membership)])
+    return min([machine, *(limit for limit, _ in _limits(cgroups, membership))])
 
 
-def _limits(cgroups: Path, membership: Path) -> Iterator[int]:
+def free_memory_bytes(
+    cgroups: Path = _CGROUPS,
+    membership: Path = _MEMBERSHIP,
+    meminfo: Path = Path("/proc/meminfo"),
+) -> int:
+    """What may still be taken of `memory_bytes`; the page cache, which gives way, is free."""
+    (machine,) = (
+        int(line.split()[1]) * 1024
+        for line in meminfo.read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    return min([machine, *(limit - used for limit, used in _limits(cgroups, membership))])
+
+
+def _limits(cgroups: Path, membership: Path) -> Iterator[tuple[int, int]]:
+    """Each limit with what is used of it."""
     with suppress(OSError):
         for line in membership.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":  # version 2
-                root, name = cgroups, "memory.max"
+                root, name, usage, cache = cgroups, "memory.max", "memory.current", "inactive_file"
             elif "memory" in controllers.split(","):
                 root, name = cgroups / "memory", "memory.limit_in_bytes"
+                usage, cache = "memory.usage_in_bytes", "total_inactive_file"
             else:
                 continue
             # In a container the path is the host's, and its root is mounted in the place.
@@ -47,6 +64,14 @@ def _limits(cgroups: Path, membership: Path) -> Iterator[int]:
                 with suppress(OSError, ValueError):  # no limit is "max", or no file
                     limit = int((place / name).read_text())
                     if limit < _UNLIMITED:
-                        yield limit
+                        yield limit, _used(place, usage, cache)
                 if place == root:
                     break
+
+
+def _used(place: Path, usage: str, cache: str) -> int:
+    with suppress(OSError, ValueError):
+        used = int((place / usage).read_text())
+        counts = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        return used - int(counts.get(cache, 0))
+    return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import socket
 import sys
@@ -19,6 +20,8 @@ from dti_dist.errors import OtherRankFailed, UserError
 from dti_dist.host import rank_threads
 
 T = TypeVar("T")
+
+_UNTIL_THE_JOB_ENDS = timedelta(days=7)  # whoever lets others wait is the watchdog's concern
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,49 @@ def end_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def own_store() -> Any:
+    """A connection of one's own to the job's store: another's may be waiting for an answer."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
+
+
+class Messages:
+    """What one thread of each rank tells that of the others, beside the main threads' collectives.
+
+    Collectives of two threads could meet in another order on another rank; keys in the job's store
+    can't. Values are plain JSON, and a name is used once in a job.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+        self._store = own_store() if ranks.world > 1 else None
+
+    def gather(self, name: str, value: T) -> list[T] | None:
+        """All ranks' values on rank 0, which waits for them; None elsewhere."""
+        if self._store is None:
+            return [value]
+        self._store.set(f"{name}/{self._ranks.rank}", json.dumps(value))
+        if not self._ranks.is_main:
+            return None
+        return [self._take(f"{name}/{rank}") for rank in range(self._ranks.world)]
+
+    def broadcast(self, name: str, value: T) -> T:
+        """Rank 0's value on all ranks."""
+        if self._store is None:
+            return value
+        if self._ranks.is_main:
+            self._store.set(name, json.dumps(value))
+        self._store.wait([name], _UNTIL_THE_JOB_ENDS)
+        return json.loads(self._store.get(name))
+
+    def _take(self, name: str) -> Any:
+        assert self._store is not None
+        self._store.wait([name], _UNTIL_THE_JOB_ENDS)
+        value = json.loads(self._store.get(name))
+        self._store.delete_key(name)
+        return value
 
 
 _set_here: list[str] = []  # environment variables of a group of one, or taken from Slurm's

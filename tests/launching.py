@@ -131,10 +131,10 @@ class Ranks:
             os.kill(pid, number)
 
 
-def job_with(before_step: str, script: Path) -> Path:
+def job_with(before_step: str, script: Path, first: str = "") -> Path:
     """The training job, with statements that run before each step; they see `engine` and `step`.
 
-    `step` is the step about to be taken, from 1.
+    `step` is the step about to be taken, from 1. `first` runs once, before the job.
     """
     body = "\n".join(f"    {line}" for line in before_step.strip().splitlines())
     script.write_text(
@@ -142,6 +142,7 @@ def job_with(before_step: str, script: Path) -> Path:
         "import torch\n"
         "from dti_dist import cli\n"
         "from dti_dist.training import loop\n"
+        f"{first}\n"
         "original = loop.take_step\n"
         "def patched(engine, stream, number, rate, seed, ranks, stop):\n"
         "    step, rank = number + 1, ranks.rank\n"

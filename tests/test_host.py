@@ -53,5 +53,32 @@ def test_memory_is_the_least_limit_of_the_cgroups(tmp_path, membership, files, e
     assert host.memory_bytes(tmp_path / "cgroups", tmp_path / "self") == expected
 
 
+def test_free_memory_is_what_machine_and_cgroups_leave(tmp_path):
+    def write(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def free():
+        return host.free_memory_bytes(tmp_path / "cgroups", tmp_path / "self", tmp_path / "meminfo")
+
+    group = {"memory.current": "30000\n", "memory.stat": "anon 10000\ninactive_file 4000\n"}
+    write({"meminfo": "MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable: 64 kB\n"})
+    write({f"cgroups/job/{name}": text for name, text in group.items()})
+    write({"self": "0::/job/step\n", "cgroups/job/memory.max": "40960\n"})
+    assert free() == 40960 - (30000 - 4000)
+    write({"cgroups/job/memory.max": "200000\n"})
+    assert free() == 64 * 1024
+    group = {
+        "memory.limit_in_bytes": "40960\n",
+        "memory.usage_in_bytes": "30000\n",
+        "memory.stat": "inactive_file 0\ntotal_inactive_file 4000\n",
+    }
+    write({"self": "4:memory:/job\n"})
+    write({f"cgroups/memory/job/{name}": text for name, text in group.items()})
+    assert free() == 40960 - (30000 - 4000)
+
+
 def test_without_cgroups_memory_is_the_machines(tmp_path):
     assert host.memory_bytes(tmp_path / "none", tmp_path / "none") == MACHINE

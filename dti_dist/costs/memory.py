@@ -111,6 +111,8 @@ class Memory:
         batch: the packs and their attention plans.
         overhead: of the framework.
         host: bytes of the host that offloading takes.
+        copy: of the host too, for what a checkpoint holds of rank 0; it is written from there while
+            training goes on. Where there is no room, training waits instead.
         phases_add: whether what the backward pass frees stays with the process: glibc's heap
             keeps freed blocks of less than 32 MiB, and the step asks for larger ones. GPUs'
             allocators give them out again.
@@ -128,6 +130,7 @@ class Memory:
     batch: float
     overhead: float
     host: float
+    copy: float
     phases_add: bool
 
     @property
@@ -201,6 +204,9 @@ def memory(
     host = held.host
     if offloads(zero, "optimizer"):
         host, step = host + 4.0 * trained / world, 0.0
+    copied = 0.0
+    if config.checkpoints.background:  # float32 weights and moments; below stage 3 the model too
+        copied = 12.0 * trained / world + (width * trained if stage < 3 else 0)
     activations, workspace = _activations(shape, work, width, setting.checkpointing)
     table = float(width * shape.head_table)
     plans = pairs.plan_bytes if device == "cpu" else 0.0
@@ -217,6 +223,7 @@ def memory(
         batch=packs * (batch_bytes + plans),
         overhead=OVERHEAD[device],
         host=host,
+        copy=copied,
         phases_add=device == "cpu",
     )
 

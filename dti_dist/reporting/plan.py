@@ -480,6 +480,11 @@ def _memory_text(found: dict[str, Any]) -> str:
         f"The config's settings ({_words(own)}) take {_gib(own['peak'])} GiB: {verdict}, with "
         f"{MARGIN:.0%} left free.",
     ]
+    if own["copy"]:
+        lines.append(
+            "Checkpoints are written while training goes on, from a copy that takes "
+            f"{_gib(own['copy'])} GiB of the host's memory for rank 0, and no more for the others."
+        )
     if chosen:
         lines.append(
             f"Fastest that fits: {_words(chosen)}, {_gib(chosen['peak'])} GiB: "

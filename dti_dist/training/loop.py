@@ -116,12 +116,12 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                 stop = step.stop
                 if not stop:
                     with interval.paused():
+                        saving.settle()
                         if validation.is_due():
                             validation.run()
                         if saving.is_due():
                             saving.save()
-            saved = saving.save()
-            saving.close()
+            saved = saving.finish()
             if stop or saved:
                 early = progress.step < total_steps
                 journal.ended("signal" if stop else "patience" if early else "done")

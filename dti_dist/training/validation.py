@@ -60,8 +60,9 @@ class Validation:
             return
         gain = value if metric == "auc" else -value
         if progress.best is None or gain > progress.best:
-            progress.best, progress.validations_without_gain = gain, 0
-            self._saving.save(best=value)
+            progress.best, progress.best_at = gain, progress.step
+            progress.validations_without_gain = 0
+            self._saving.save()
         else:
             progress.validations_without_gain += 1
         self._journal.write(valid=figures)

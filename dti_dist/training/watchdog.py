@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from dti_dist.console import say
-from dti_dist.ranks import Ranks
+from dti_dist.ranks import Ranks, own_store
 
 _POLL_S = 1.0
 _GRACE_S = 10.0  # for a rank to end by itself, by the error that a lost peer gives it
@@ -62,8 +60,7 @@ class Watchdog:
         self._ranks, self._stacks, self._end = ranks, stacks, end
         self._patience = None if minutes is None else minutes * 60
         self._beat: float | None = None
-        # A connection of its own: the process group's may be waiting for an answer.
-        self._store = _default_store().clone() if ranks.world > 1 else None
+        self._store = own_store() if ranks.world > 1 else None
         self._own: Failure | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
@@ -157,7 +154,3 @@ class Watchdog:
             with (self._stacks / f"rank-{self._ranks.rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-
-
-def _default_store() -> Any:
-    return dist.distributed_c10d._get_default_store()

@@ -257,6 +257,24 @@ def test_below_stage_3_a_single_micro_step_keeps_no_gradients(stage, gradients):
     assert (held.gradients, held.optimizer, held.host) == (gradients, 12 * 300 / 2, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero1", "cpu"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_copy_of_a_checkpoint_is_what_rank_0_writes(config_of, tmp_path, stage, precision):
+    training = {"max_steps": 1, "precision": precision, "deepspeed": stage}
+    path = config_of(model=MODEL, training=training)
+    found = planned(path, gpus=2)
+    train(path, ranks=2)
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    files = [*folder.glob("*rank_0_*.pt"), *folder.glob("mp_rank_00_model*.pt")]
+    written = sum(file.stat().st_size for file in files)
+    assert found["memory"]["config"]["copy"] == pytest.approx(written, rel=0.01)
+    assert f"a copy that takes {written / 2**30:.2f} GiB" in plan_table(found)
+    alone = planned(path, "checkpoints.background=false", gpus=2)
+    assert alone["memory"]["config"]["copy"] == 0
+    assert "a copy" not in plan_table(alone)
+
+
 def test_what_is_offloaded_is_on_the_host():
     zero = {"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": {"device": "cpu"}}
     held = states(1000, 1000, zero, "bf16", world=2, accumulates=True)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.launching import (
     assert_same_losses,
     command,
     job,
+    job_with,
     kill,
     losses,
     metrics,
@@ -27,6 +29,7 @@ from tests.launching import (
     start,
     train,
     wait_for_step,
+    wait_until,
     write_config,
 )
 
@@ -51,28 +54,212 @@ def assert_bit_identical(first: Path, second: Path) -> None:
         assert torch.equal(value, other[name]), name
 
 
+KILLS_OF_A_RUN = 10
+
+
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(uninterrupted, synthetic, tmp_path):
     """DTI_DIST_TEST_KILLS says how often; a checkpoint a step, so that many kills hit a save."""
-    config = write_config(tmp_path / "config.yaml", synthetic, checkpoints={"every_steps": 1})
-    rng = random.Random(0)
-    done, in_save = 0, 0
-    for number in range(KILLS):
-        process = start(job(2, config), tmp_path / f"{number}.log")
+    rng = random.Random(KILLS)
+    found: Counter[str] = Counter()
+    for first in range(0, KILLS, KILLS_OF_A_RUN):
+        kills = min(KILLS - first, KILLS_OF_A_RUN)
+        config = write_config(
+            tmp_path / str(first) / "config.yaml", synthetic, checkpoints={"every_steps": 1}
+        )
+        done = 0
+        for number in range(kills):
+            process = start(job(2, config), tmp_path / f"{first + number}.log")
+            try:
+                goal = done + 1 + rng.randrange(max(1, (19 - done) // (kills - number)))
+                wait_for_step(process, run_dir(config), min(goal, 19))
+                time.sleep(rng.random() * 0.3)
+            finally:
+                kill(process)
+            found[where_it_was(run_dir(config) / "checkpoints")] += 1
+            complete = commits.complete_checkpoints(run_dir(config) / "checkpoints")[0]
+            done = complete[-1].step if complete else 0
+        printed = train(config, ranks=2)
+        assert f"resuming from {commits.tag(done)}" in printed
+        assert losses(run_dir(config)) == losses(run_dir(uninterrupted[0]))
+        assert_bit_identical(run_dir(config), run_dir(uninterrupted[0]))
+        assert commits.best_step(run_dir(config) / "checkpoints") == commits.best_step(
+            run_dir(uninterrupted[0]) / "checkpoints"
+        )
+        print(f"{first + kills} kills so far: {dict(found)}", flush=True)
+
+
+def where_it_was(checkpoints: Path) -> str:
+    """Where the save was that a kill hit, by what it left."""
+    complete = commits.complete_checkpoints(checkpoints)[0]
+    newest = complete[-1].folder.name if complete else ""
+    begun = [path for path in checkpoints.glob("step-*") if path.name > newest]
+    if not begun:
+        return "between saves"
+    sizes = {path.name: path.stat().st_size for path in begun[0].iterdir()}
+    if not sizes:
+        return "copying"
+    if complete and sizes == {path: (complete[-1].folder / path).stat().st_size for path in sizes}:
+        return "written, not committed" if len(sizes) == len(complete[-1].files) else "writing"
+    return "writing"
+
+
+# Moments of the save of a step, for a job in which rank `RANK` then stays there.
+_HOLD = """
+import threading
+from pathlib import Path
+from dti_dist.training import checkpoint, saving, signals, staging
+MOMENT, STEP, RANK, MARKER = {moment!r}, {step}, "{rank}", Path({marker!r})
+now = 0
+def stay():
+    MARKER.touch()
+    while not ({until}):
+        time.sleep(0.01)
+def hold(owner, name, moment, when=lambda *args: True):
+    original = getattr(owner, name)
+    def held(*args, **options):
+        if moment == MOMENT and now == STEP and os.environ["RANK"] == RANK and when(*args):
+            stay()
+        return original(*args, **options)
+    setattr(owner, name, held)
+begin = checkpoint.Saver.begin
+def noted(saver, state, *rest):
+    global now
+    now = state["step"]
+    return begin(saver, state, *rest)
+checkpoint.Saver.begin = noted
+hold(staging.HostCopies, "copy", "copying", lambda copies, content: copies._used > 0)
+hold(checkpoint._Counted, "write", "writing", lambda counted, data: counted.size > 10_000)
+hold(checkpoint, "write_atomically", "written")
+hold(saving.Saving, "_committed", "committed")
+hold(saving.shutil, "rmtree", "removing")
+"""
+
+
+def held_job(
+    folder: Path, moment: str, rank: int, step: int, until: str = "False", before_step: str = "pass"
+) -> tuple[Path, Path]:
+    """A job that stays at a moment of a save until something holds: its script, and a file that is
+    there from then on."""
+    marker = folder / f"{moment}-{step}"
+    script = folder / f"{moment}-{step}.py"
+    first = _HOLD.format(moment=moment, step=step, rank=rank, marker=str(marker), until=until)
+    return job_with(before_step, script, first), marker
+
+
+def test_a_kill_at_any_moment_of_a_save_loses_nothing(uninterrupted, synthetic, tmp_path):
+    config = write_config(
+        tmp_path / "config.yaml", synthetic, checkpoints={"every_steps": 4, "keep_last": 2}
+    )
+    checkpoints = run_dir(config) / "checkpoints"
+    for moment, rank, step, complete, left in (
+        ("copying", 1, 12, [4, 8], "copying"),
+        ("writing", 1, 12, [4, 8], "writing"),
+        ("written", 0, 12, [4, 8], "written, not committed"),
+        ("committed", 0, 12, [4, 8, 12], "between saves"),
+        ("removing", 0, 16, [8, 12, 16], "between saves"),  # of step 4 only the commit file is gone
+    ):
+        script, marker = held_job(tmp_path, moment, rank, step)
+        process = start(job(2, config, script=script), tmp_path / f"{moment}.log")
         try:
-            goal = done + 1 + rng.randrange(max(1, (19 - done) // (KILLS - number)))
-            wait_for_step(process, run_dir(config), min(goal, 19))
-            time.sleep(rng.random() * 0.1)
+            wait_until(process, marker.exists, moment)
+            if moment != "copying":
+                wait_for_step(process, run_dir(config), step + 2)
         finally:
             kill(process)
-        steps = {path.name for path in (run_dir(config) / "checkpoints").glob("step-*")}
-        complete = commits.complete_checkpoints(run_dir(config) / "checkpoints")[0]
-        in_save += len(steps) > len(complete)
-        done = complete[-1].step if complete else 0
-    printed = train(config, ranks=2)
-    assert f"resuming from {commits.tag(done)}" in printed
-    print(f"{KILLS} kills, {in_save} of them while a checkpoint was written")
+        assert [c.step for c in commits.complete_checkpoints(checkpoints)[0]] == complete, moment
+        assert where_it_was(checkpoints) == left
+    assert commits.best_step(checkpoints) == 12, "the job after marked it"
+    assert any((checkpoints / commits.tag(4)).iterdir())
+    assert "resuming from step-00000016" in train(config, ranks=2)
     assert losses(run_dir(config)) == losses(run_dir(uninterrupted[0]))
     assert_bit_identical(run_dir(config), run_dir(uninterrupted[0]))
+    straight = run_dir(uninterrupted[0]) / "checkpoints"
+    assert (checkpoints / "best.json").read_text() == (straight / "best.json").read_text()
+    assert {path.name for path in checkpoints.glob("step-*")} == {
+        commits.tag(step) for step in (16, 20, commits.best_step(checkpoints))
+    }
+
+
+def test_a_signal_during_a_save_leaves_both_checkpoints(uninterrupted, synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic, checkpoints={"every_steps": 4})
+    script, marker = held_job(tmp_path, "writing", 1, 4, until="signals._received")
+    process = start(job(2, config, script=script), tmp_path / "log")
+    try:
+        wait_until(process, marker.exists, "the save")
+        wait_for_step(process, run_dir(config), 6)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(SECONDS) == 75
+    finally:
+        kill(process)
+    stopped_at = max(losses(run_dir(config)))
+    assert 6 <= stopped_at <= 8
+    complete = commits.complete_checkpoints(run_dir(config) / "checkpoints")[0]
+    assert [commit.step for commit in complete] == [4, stopped_at]
+    train(config, ranks=2)
+    assert losses(run_dir(config)) == losses(run_dir(uninterrupted[0]))
+
+
+def test_a_failure_during_a_save_leaves_the_checkpoint(synthetic, tmp_path):
+    config = write_config(tmp_path / "config.yaml", synthetic, checkpoints={"every_steps": 4})
+    script, _ = held_job(
+        tmp_path, "writing", 1, 4, until="failed", before_step="if step == 6: fail()"
+    )
+    script.write_text(
+        script.read_text().replace(
+            "begin = ",
+            "failed = []\n"
+            "def fail():\n"
+            "    failed.append(True)\n"
+            "    raise ValueError('a fault of the test')\n"
+            "begin = ",
+        )
+    )
+    printed = run(job(2, config, script=script), tmp_path / "log", expect=1)
+    assert "a fault of the test" in printed
+    assert "resuming from step-00000004" in train(config, ranks=2)
+
+
+def test_a_disk_that_hangs_behind_training_is_said_and_in_the_end_stops_it(synthetic, tmp_path):
+    config = write_config(
+        tmp_path / "config.yaml",
+        synthetic,
+        checkpoints={"every_steps": 0},
+        training={"watchdog_minutes": 0.1},
+    )
+    script, _ = held_job(tmp_path, "writing", 1, 12, before_step="if step > 12: time.sleep(1.2)")
+    printed = run(job(2, config, script=script), tmp_path / "log", expect=1)
+    (said,) = re.findall(r"rank \d: the checkpoint of step 12 is not complete after.*", printed)
+    assert said.startswith("rank 1:")
+    assert "this rank is writing" in said
+    assert "step 20/20" in printed, "training went on"
+    assert "no step, batch of a validation or save ended for 0.1 minutes" in printed
+    stacks = (run_dir(config) / "stacks" / "rank-1.txt").read_text()
+    assert "in _write" in stacks, "where it hangs"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", ["zero1", "cpu"])
+def test_files_are_the_same_as_without_the_background(synthetic, tmp_path, stage, precision):
+    """Of all ranks; and without room for copies."""
+    digests = []
+    no_room = job_with(
+        "pass",
+        tmp_path / "job.py",
+        "from dti_dist.training import staging\nstaging.free_memory_bytes = lambda: 0",
+    )
+    for name, script in (("true", None), ("false", None), ("true", no_room)):
+        config = write_config(
+            tmp_path / str(len(digests)) / "config.yaml",
+            synthetic,
+            training={"deepspeed": stage, "precision": precision, "max_steps": 3},
+            checkpoints={"every_steps": 2, "background": name == "true"},
+        )
+        printed = run(job(2, config, script=script), tmp_path / f"{len(digests)}.log")
+        assert ("no room for a copy" in printed) == (script is not None)
+        (first, _), _ = commits.complete_checkpoints(run_dir(config) / "checkpoints")
+        assert first.step == 2
+        digests.append(first.files)
+    assert digests[0] == digests[1] == digests[2]
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_losses(uninterrupted, synthetic, tmp_path):
@@ -177,7 +364,8 @@ def test_a_checkpoint_costs_time_that_is_on_record(uninterrupted):
         folder = run_dir(uninterrupted[0]) / "checkpoints" / commits.tag(line["step"])
         written = sum(path.stat().st_size for path in folder.iterdir() if path.suffix == ".pt")
         assert line["checkpoint"]["bytes"] == written
-        assert 0 < line["checkpoint"]["seconds"] < 60
+        seconds, total = line["checkpoint"]["seconds"], line["checkpoint"]["total_seconds"]
+        assert 0 < seconds <= total < 60
 
 
 @pytest.fixture
@@ -229,7 +417,7 @@ def test_a_full_disk_stops_the_run_where_that_is_asked_for(synthetic, tmp_path, 
     )
     printed = train(config, ranks=1, expect=1)
     assert "The checkpoint of step 8 could not be written" in printed
-    assert "step 9/20" not in printed
+    assert "step 13/20" not in printed, "the checkpoint of step 12 would wait for that of step 8"
     assert "Traceback" not in printed
 
 
