@@ -631,6 +631,32 @@ def data(
 
 
 @benchmark.command(
+    help_epilogue="example: dti-dist benchmark scale launch/recipes/demo.yaml "
+    "training.global_batch_packs=3072 --ranks 1024 768",
+)
+def scale(
+    config: Config,
+    /,
+    *overrides: Override,
+    ranks: Counts = options.SCALE_RANKS,
+    interactions: PositiveInt = options.SCALE_INTERACTIONS,
+    costs_only: bool = False,
+    json: Json = False,
+) -> None:
+    """The data of a job of many ranks: tried on one machine, and its cost for large data sets.
+
+    Args:
+        ranks: Ranks of jobs that follow each other through an epoch, each taking equal steps.
+        interactions: Predict costs for so many, with the first number of ranks.
+        costs_only: Do not run the ranks.
+    """
+    settings = _config(config, overrides)
+    from dti_dist.benchmarks.scale import benchmark_scale, scale_table
+
+    _print(benchmark_scale(settings, ranks, interactions, not costs_only), json, scale_table)
+
+
+@benchmark.command(
     help_epilogue="example: dti-dist benchmark scoring benchmarks/paradigm_cpu.yaml "
     "--candidates 100",
 )

@@ -16,6 +16,7 @@ from dti_dist.attention.dense import dense_mask
 from dti_dist.attention.intervals import body_intervals, readout_intervals
 from dti_dist.attention.policies import Windowed
 from dti_dist.attention.scheme import AttentionScheme
+from dti_dist.benchmarks import scale as scale_benchmark
 from dti_dist.benchmarks.attention import HEAD_DIM, HEADS, KV_HEADS, TOKENS, N, full_pack
 from dti_dist.benchmarks.data import data_table
 from dti_dist.benchmarks.data_peers import SampleDigest, exchange
@@ -26,6 +27,7 @@ from dti_dist.cli import main
 from dti_dist.config import load_config
 from dti_dist.data.layout import PackShape
 from dti_dist.data.samples import SampleSettings
+from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from tests.launching import write_config
 from tests.tiny import batch_of, item_tokens, users
@@ -108,6 +110,54 @@ def test_lengths_that_are_no_blocks_are_refused(lengths, capsys):
 
 def data_config(tmp_path, data, **sections):
     return write_config(tmp_path / "config.yaml", data, template={"item": "\n{title}:"}, **sections)
+
+
+def test_scale_runs_the_ranks_of_jobs_that_follow_each_other(capsys, synthetic, tmp_path):
+    """The command itself checks that targets come once and steps are equal."""
+    path = write_config(
+        tmp_path / "config.yaml",
+        synthetic,
+        sample={"context": 2, "targets": 2},
+        pack={"length": 128},
+        training={"global_batch_packs": 12},
+    )
+    small = "data.shuffle_interactions=300"
+    arguments = ["benchmark", "scale", str(path), small, "--ranks", "4", "3", "--json"]
+    assert main([*arguments, "--interactions", "1000000"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = found["jobs"]
+    assert (first["ranks"], second["ranks"]) == (4, 3)
+    assert 0 == first["steps"][0] < first["steps"][1] == second["steps"][0] < second["steps"][1]
+    config = load_config(path)
+    plan = Inputs.open(config, tmp_path / "tokenizer").stream_plan("train", shuffle=True)
+    assert first["targets"] + second["targets"] == plan.index.total_targets
+    measured, predicted = found["measured"], found["predicted"]
+    assert measured["interactions"] == plan.index.interactions.sum()
+    times = 1_000_000 / measured["interactions"]
+    assert predicted["index_bytes"] == pytest.approx(measured["index_bytes"] * times)
+    assert predicted["index_s"] == pytest.approx(measured["index_cpu_s"] * times / 4)
+    assert main([*arguments[:-1], "--costs-only"]) == 0
+    assert "10G" in capsys.readouterr().out
+
+
+def test_scale_sees_a_target_that_is_lost_or_comes_twice(synthetic, tmp_path, monkeypatch):
+    path = write_config(
+        tmp_path / "config.yaml",
+        synthetic,
+        pack={"length": 128},
+        training={"global_batch_packs": 12},
+    )
+    shares = scale_benchmark._shares
+    monkeypatch.setattr(  # the second job counts its ranks wrongly: two read the same packs
+        scale_benchmark,
+        "_shares",
+        lambda config, world: shares(config, world)[: world - 1] + shares(config, world)[:1],
+    )
+    with pytest.raises(AssertionError):
+        scale_benchmark.benchmark_scale(load_config(path), [4, 3], 10**6)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="--ranks 5: expected a divisor"):
+        scale_benchmark.benchmark_scale(load_config(path), [5], 10**6)
 
 
 @pytest.mark.parametrize("policy", ["budget", "isolated"])

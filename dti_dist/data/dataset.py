@@ -28,6 +28,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -347,11 +348,16 @@ class Dataset:
         return SEQUENCE_SCHEMA
 
     def _folder(self, folder: str) -> list[Part]:
-        return [
-            Part(path, storage.join(self.uri, path), entry.rows, entry.bytes, entry.sha256)
-            for path, entry in sorted(self.manifest.files.items())
-            if posixpath.dirname(path) == folder
-        ]
+        return self._parts.get(folder, [])
+
+    @cached_property
+    def _parts(self) -> dict[str, list[Part]]:
+        """By folder. Looked up for each row group that is read, so it is not made each time."""
+        found: dict[str, list[Part]] = {}
+        for path, entry in sorted(self.manifest.files.items()):
+            part = Part(path, storage.join(self.uri, path), entry.rows, entry.bytes, entry.sha256)
+            found.setdefault(posixpath.dirname(path), []).append(part)
+        return found
 
     def _check_sizes(self) -> None:
         found = storage.list_files(self.uri, self.storage)

@@ -78,9 +78,9 @@ class EpochPlan:
     def windows(self) -> list[tuple[int, ...]]:
         return _windows(self.index, self.order, self.epoch)
 
-    def window_of(self, pack: int) -> int:
-        """The number of the window that a pack lies in."""
-        return int(np.searchsorted(self.first_pack, pack, side="right")) - 1
+    def windows_of(self, packs: IntArray) -> list[int]:
+        """The number of the window that each pack lies in."""
+        return (np.searchsorted(self.first_pack, packs, side="right") - 1).tolist()
 
     def window(self, number: int) -> Window:
         order, pack_of = _fill(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,7 @@ class PackStream:
     def __iter__(self) -> Iterator[Batch]:
         share, G = self.share, self.share.global_packs
         pool = ThreadPoolExecutor(_READERS, "read-ahead")
-        windows = _Windows(self.plan, pool)
+        windows = _Windows(self.plan, pool, self._windows_in_order())
         first_step = 0
         try:
             for epoch in self.plan.epochs:
@@ -170,6 +171,21 @@ class PackStream:
                 first_step += steps
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _windows_in_order(self) -> Iterator[tuple[EpochPlan, int]]:
+        """Those in which this rank has packs: of many ranks each needs few of small windows."""
+        share, G = self.share, self.share.global_packs
+        of_step = np.concatenate([share.of_micro_step(m) for m in range(share.micro_steps)])
+        first_step = 0
+        for epoch in self.plan.epochs:
+            steps, last = epoch.steps(G), -1
+            for step in range(max(self.start_step - first_step, 0), steps):
+                packs = step * G + of_step
+                for window in epoch.windows_of(packs[packs < epoch.packs]):
+                    if window != last:
+                        yield epoch, window
+                    last = window
+            first_step += steps
 
 
 class _OpenWindow:
@@ -195,33 +211,29 @@ class _OpenWindow:
 
 
 class _Windows:
-    """Opens windows as packs of them are asked for, in rising order, and reads the next one ahead.
+    """Opens windows in the order in which packs of them are asked for, and reads the next ahead.
 
     Two windows are in memory at most, so memory does not grow with the data.
     """
 
-    def __init__(self, plan: StreamPlan, pool: Executor):
-        self.plan, self.pool = plan, pool
-        self.ahead: dict[tuple[int, int], list[Future[SequenceBlock]]] = {}
+    def __init__(self, plan: StreamPlan, pool: Executor, order: Iterator[tuple[EpochPlan, int]]):
+        self.plan, self.pool, self.order = plan, pool, order
         self.opened: tuple[int, int] | None = None
         self.skipped: list[str] = []
+        self._read_ahead()
 
     def pack(self, epoch: EpochPlan, number: int) -> Pack:
         if number >= epoch.packs:
             return self._empty_pack()
-        window = epoch.window_of(number)
-        place = (epoch.epoch, window)
-        if place != self.opened:
-            reading = self.ahead.pop(place, None) or self._read(epoch, window)
-            for unused in self.ahead.values():
-                for future in unused:
-                    future.cancel()
-            self.ahead.clear()
-            self._read_ahead(epoch, window)
+        (window,) = epoch.windows_of(np.array([number]))
+        if (epoch.epoch, window) != self.opened:
+            assert (epoch.epoch, window) == self.ahead
+            reading = self.reading
+            self._read_ahead()
             self.window = _OpenWindow(
                 self.plan, epoch.window(window), [self._block(block) for block in reading]
             )
-            self.opened = place
+            self.opened = epoch.epoch, window
         return self.window.pack(number - int(epoch.first_pack[window]))
 
     def newly_skipped(self) -> tuple[str, ...]:
@@ -229,17 +241,12 @@ class _Windows:
         skipped, self.skipped = tuple(self.skipped), []
         return skipped
 
-    def _read(self, epoch: EpochPlan, window: int) -> list[Future[SequenceBlock]]:
-        return [
-            self.pool.submit(_read_indexed, self.plan, group) for group in epoch.windows[window]
-        ]
-
-    def _read_ahead(self, epoch: EpochPlan, window: int) -> None:
-        if window + 1 < len(epoch.windows):
-            self.ahead[epoch.epoch, window + 1] = self._read(epoch, window + 1)
-        elif epoch.epoch + 1 < len(self.plan.epochs):
-            following = self.plan.epochs[epoch.epoch + 1]
-            self.ahead[following.epoch, 0] = self._read(following, 0)
+    def _read_ahead(self) -> None:
+        for epoch, window in islice(self.order, 1):
+            self.ahead = epoch.epoch, window
+            self.reading = [
+                self.pool.submit(_read_indexed, self.plan, group) for group in epoch.windows[window]
+            ]
 
     def _block(self, reading: Future[SequenceBlock]) -> SequenceBlock | None:
         try:

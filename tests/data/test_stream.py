@@ -326,9 +326,33 @@ def test_each_window_is_read_once_and_while_the_one_before_is_packed(plan):
         for made_packs, _ in enumerate(stream, 1):
             epoch, pack = divmod(made_packs - 1, made.epochs[0].packs)
             if epoch == 0:
-                assert len(opened) <= made.epochs[0].window_of(pack) + 2
+                assert len(opened) <= made.epochs[0].windows_of(np.array([pack]))[0] + 2
     order = [made.index.row_groups[g] for epoch in made.epochs for (g,) in epoch.windows]
     assert opened == order, "each is read once an epoch, in order"
+
+
+def test_a_rank_reads_only_the_windows_of_its_packs(plan):
+    made = plan(window_interactions=1, epochs=2)
+    ranks, opened = 24, []
+    per_window = made.epochs[0].packs / len(made.epochs[0].windows)
+    assert per_window < ranks, "too few ranks to tell"
+
+    def reading(dataset, row_group, tokens):
+        opened.append(row_group)
+        return read_block(dataset, row_group, tokens)
+
+    with mock.patch.object(stream_module, "read_block", reading):
+        for rank in range(ranks):
+            del opened[:]
+            share = Share(2 * ranks, 1, rank, ranks)
+            read(made, share)
+            of_rank = dict.fromkeys(
+                (number, epoch.windows_of(np.array([pack]))[0])
+                for number, epoch in enumerate(made.epochs)
+                for pack in range(rank, epoch.packs, ranks)
+            )
+            groups = [made.epochs[number].windows[window][0] for number, window in of_rank]
+            assert opened == [made.index.row_groups[group] for group in groups]
 
 
 def test_resuming_reads_only_the_windows_that_are_left(plan):
