@@ -13,6 +13,7 @@ from dti_dist.config import load_config
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.export.export import DTI_CONFIG, dti_settings, hugging_face_model
 from dti_dist.inputs import Inputs
+from dti_dist.model.ctr_model import CTRModel
 from dti_dist.ranks import Ranks
 from tests.launching import write_config
 
@@ -23,12 +24,7 @@ def export_random_weights(folder: Path, data: Path, **sections: Any) -> tuple[Pa
     """The folder, and the inputs of the same config."""
     config = load_config(write_config(folder / "config.yaml", data, **sections))
     inputs = Inputs.open(config, folder / "tokenizer")
-    model = inputs.untrained_model()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # wider than the default, so that scores differ
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=0.3, generator=generator)
+    model = random_weights(inputs)
     exported = folder / "exported"
     hugging_face_model(model).save_pretrained(exported)
     inputs.tokenizer.save_pretrained(exported)
@@ -36,9 +32,22 @@ def export_random_weights(folder: Path, data: Path, **sections: Any) -> tuple[Pa
     return exported, inputs
 
 
-def target_scores(model: Any, inputs: Inputs, split: str = "test") -> dict[tuple[int, int], float]:
+def random_weights(inputs: Inputs) -> CTRModel:
+    """The run's model in float32, with the weights that `export_random_weights` exports."""
+    model = inputs.untrained_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # wider than the default, so that scores differ
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def target_scores(
+    model: Any, inputs: Inputs, split: str = "test", max_targets: int | None = None
+) -> dict[tuple[int, int], float]:
     """(row, position) → what evaluation by sliding-window prompts predicts."""
-    plan = inputs.stream_plan(split, k=1)
+    plan = inputs.stream_plan(split, k=1, max_targets=max_targets)
     found = {}
     with torch.no_grad():
         for batch in PackStream(plan, Share(1, 1)):

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.errors import UserError
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import load_exported
-from tests.export.exported import export_random_weights, target_scores
+from tests.export.exported import export_random_weights, random_weights, target_scores
 from tests.launching import write_config
 
 
@@ -97,6 +98,33 @@ def test_bf16_casts_parameters_and_leaves_rotary_frequencies_in_float32(isolated
     for name, buffer in buffers.items():
         assert buffer.dtype == expected[name].dtype, name
         assert torch.equal(buffer, expected[name]), name
+
+
+def test_an_export_in_bf16_scores_like_the_run_over_thousands_of_tokens(synthetic, items, tmp_path):
+    """With buffers cast too, frequencies are off by 2⁻⁹ of themselves: radians over this length."""
+    folder, inputs = export_random_weights(
+        tmp_path,
+        synthetic,
+        sample={"context": 16},
+        template={"item": "{title}" + " as good as new" * 60, "max_item_tokens": 256},
+        pack={"length": 8192},
+    )
+    assert 16 * inputs.tokens.longest_interaction > 3_500
+    keys, requests = zip(*some_targets(synthetic, items, 3), strict=True)
+    requests = [replace(request, candidates=request.candidates[:1]) for request in requests]
+    run = random_weights(inputs).eval()
+    for parameter in run.parameters():
+        parameter.data = parameter.data.bfloat16()
+    expected = target_scores(run, inputs, max_targets=3)
+
+    def furthest(scorer):
+        scores = np.concatenate(scorer.score_batch(requests))
+        return np.abs(scores - [expected[key] for key in keys]).max()
+
+    scorer = Scorer.from_pretrained(folder, device="cpu", dtype="bf16")
+    assert furthest(scorer) < 1e-6
+    scorer.model.to(torch.bfloat16)
+    assert furthest(scorer) > 1e-4
 
 
 def test_requests_do_not_depend_on_each_other_nor_on_calls_before(isolated, synthetic, items):
