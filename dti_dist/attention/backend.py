@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,10 +38,10 @@ _READOUT_CHUNK = 32
 
 @dataclass(frozen=True)
 class _Backend:
-    """How a backend plans body and readout attention, and runs a plan."""
+    """How a backend plans body and readout attention of several windows, and runs a plan."""
 
-    plan_body: Callable[[VisibleIntervals], Any]
-    plan_readout: Callable[[VisibleIntervals, ScoreBias | None], Any]
+    plan_body: Callable[[VisibleIntervals], list[Any]]
+    plan_readout: Callable[[VisibleIntervals, ScoreBias | None], list[Any]]
     attention: Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
 
 
@@ -121,38 +122,53 @@ class AttentionPlans:
         self._planned = windows.body[: -1 if self._has_slots or record else None]
         if kept is not None:
             self._planned = ()
-        self._body = {
-            w: self._backend.plan_body(scheme.body(layout, w)) for w in set(self._planned)
-        }
+        self._body = self._plan(self._planned, layout, scheme.body, self._backend.plan_body)
         if self._has_slots:
             falling = scheme.positions.falling
             slopes = alibi_slopes(scheme.heads, layout.unit.device) if falling else None
             bias = score_bias(layout, slopes, scheme.forgetting)
-            self._readout = {
-                w: self._backend.plan_readout(scheme.readout(layout, w), bias)
-                for w in set(windows.readout)
-            }
+            self._readout = self._plan(
+                windows.readout,
+                layout,
+                scheme.readout,
+                lambda intervals: self._backend.plan_readout(intervals, bias),
+            )
+
+    @staticmethod
+    def _plan(
+        windows: Iterable[int],
+        layout: PackLayout,
+        see: Callable[[PackLayout, Tensor], VisibleIntervals],
+        build: Callable[[VisibleIntervals], list[Any]],
+    ) -> dict[int, Any]:
+        """The plan of each window, all of them made at once."""
+        distinct = tuple(sorted(set(windows)))
+        if not distinct:
+            return {}
+        intervals = see(layout, _on_device(distinct, layout.unit.device))
+        return dict(zip(distinct, build(intervals.for_windows(len(distinct))), strict=True))
 
     def _place_positions(self, layout: PackLayout, inverse_frequencies: Tensor | None) -> None:
         """Positions that the model rotates by, and by how much [SUM] must turn what it reads."""
         scheme, length = self.scheme, layout.length
-        in_sample = layout.position[:, :length].long()
+        position = layout.position.long()
+        in_sample = position[:, :length]
         if layout.shared is not None:
             body = layout.shared.position.long()
             rotated_by = body.gather(1, layout.shared.source.long())
         else:
             body = restarted_positions(layout).long() if scheme.isolated else in_sample
             rotated_by = body
-        slots = layout.position[:, length:].long()
+        slots = position[:, length:]
         if not scheme.positions.rotated:
             slots = torch.zeros_like(slots)
         self.positions = slots if self._kept else torch.cat([body, slots], dim=1)
         self._turn = self._turn_initial = None
-        wanted = in_sample if scheme.positions.rotated else torch.zeros_like(in_sample)
         if scheme.turns_keys:
-            self._turn = Turn.by(wanted - rotated_by, _needed(inverse_frequencies))
+            by = in_sample - rotated_by if scheme.positions.rotated else -rotated_by
+            self._turn = Turn.by(by, _needed(inverse_frequencies))
         if scheme.policy.forgets and scheme.positions.rotated:
-            self._turn_initial = Turn.by(wanted, _needed(inverse_frequencies))
+            self._turn_initial = Turn.by(in_sample, _needed(inverse_frequencies))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of one layer over whole packs.
@@ -224,6 +240,13 @@ class AttentionPlans:
             for column in zip(*parts, strict=True)
         )
         return keys, values
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _on_device(windows: tuple[int, ...], device: torch.device) -> Tensor:
+    """[W, 1, 1], copied to a GPU once."""
+    return torch.tensor(windows, device=device)[:, None, None]
 
 
 def _rows_of(shared: SharedBody) -> Tensor:

@@ -47,19 +47,31 @@ class ChunkedPlan:
     @classmethod
     def build(
         cls, intervals: VisibleIntervals, bias: ScoreBias | None = None, chunk: int = 128
-    ) -> ChunkedPlan:
+    ) -> list[ChunkedPlan]:
         """Cut the queries of every pack into chunks of ``chunk`` tokens.
 
         A longer chunk means fewer calls, and more keys that only some of its queries see.
+
+        Args:
+            intervals: of W windows.
+
+        Returns:
+            a plan for each window.
         """
-        start, end = intervals.start.cpu().numpy(), intervals.end.cpu().numpy()
-        _, packs, length = start.shape
-        chunks = []
-        for pack in range(packs):
-            for first in range(0, length, chunk):
-                queries = slice(first, min(first + chunk, length))
-                chunks.append(_make_chunk(pack, queries, start[:, pack], end[:, pack], bias))
-        return cls(chunks, None if bias is None else bias.slopes)
+        slopes = None if bias is None else bias.slopes
+        return [cls(_chunks(seen, bias, chunk), slopes) for seen in intervals.by_window()]
+
+
+def _chunks(intervals: VisibleIntervals, bias: ScoreBias | None, chunk: int) -> list[_Chunk]:
+    start, end = intervals.start.cpu().numpy(), intervals.end.cpu().numpy()
+    _, packs, length = start.shape
+    return [
+        _make_chunk(
+            pack, slice(first, min(first + chunk, length)), start[:, pack], end[:, pack], bias
+        )
+        for pack in range(packs)
+        for first in range(0, length, chunk)
+    ]
 
 
 def _make_chunk(

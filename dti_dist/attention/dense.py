@@ -61,7 +61,12 @@ class DensePlan:
     bias: Tensor
 
     @classmethod
-    def build(cls, intervals: VisibleIntervals, bias: ScoreBias | None = None) -> DensePlan:
+    def build(cls, intervals: VisibleIntervals, bias: ScoreBias | None = None) -> list[DensePlan]:
+        """A plan for each of W windows."""
+        return [cls.of(seen, bias) for seen in intervals.by_window()]
+
+    @classmethod
+    def of(cls, intervals: VisibleIntervals, bias: ScoreBias | None) -> DensePlan:
         mask = dense_mask(intervals)
         total = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=mask.device)
         if bias is not None:

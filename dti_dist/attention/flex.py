@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from dti_dist.errors import UserError
 
 # FlexAttention's default block. Other lengths are padded inside its kernels, where gradients can
 # be NaN (pytorch#153799).
-BLOCK = 128
+_LOG_BLOCK = 7
+BLOCK = 1 << _LOG_BLOCK
 # The smallest side of a Triton matrix product.
 _MIN_HEAD_DIM = 16
 # Graphs of one process: (body, readout) x (with, without gradients) x (train, eval shapes), and
@@ -29,22 +32,47 @@ _MAX_GRAPHS = 32
 _graphs = 0
 
 
+class Blocks(NamedTuple):
+    """The blocks of a mask, in the form and order that BlockMask takes: int32 [B, 1, rows] each
+    row's number of blocks, and [B, 1, rows, columns] which ones, those first.
+
+    Rows are blocks of queries and columns of keys, with `q` the other way round. Full blocks, in
+    which each query sees each key, are not among the others.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
+
+
 @dataclass(frozen=True)
 class FlexPlan:
-    """The block mask of a batch of packs; made once, used by every layer with the same window."""
+    """The blocks of a batch of packs; made once, used by every layer with the same window."""
 
-    block_mask: BlockMask
-    score_mod: Callable[..., Tensor] | None
+    intervals: VisibleIntervals
+    blocks: Blocks
+    bias: ScoreBias | None
 
     @classmethod
-    def build(cls, intervals: VisibleIntervals, bias: ScoreBias | None = None) -> FlexPlan:
+    def build(cls, intervals: VisibleIntervals, bias: ScoreBias | None = None) -> list[FlexPlan]:
         """Derive the blocks from the intervals' ends, without ever evaluating the mask.
+
+        Args:
+            intervals: of W windows.
+
+        Returns:
+            a plan for each window. Their number does not change the number of operators.
 
         Raises:
             UserError: the number of queries or keys is not a multiple of 128.
         """
         for what, length in (
-            ("queries", intervals.start.shape[2]),
+            ("queries", intervals.start.shape[-1]),
             ("keys", intervals.key_length),
         ):
             if length % BLOCK:
@@ -53,54 +81,98 @@ class FlexPlan:
                     f"{what}. Pad body and readout tail to a multiple of {BLOCK}, or use the "
                     f"chunked backend."
                 )
-        start, end = intervals.start, intervals.end
-        # The blocks that a range touches, and those that lie wholly inside it.
-        touched = _count_queries(intervals, start // BLOCK, (end - 1) // BLOCK + 1) > 0
-        full = _count_queries(intervals, (start - 1) // BLOCK + 1, end // BLOCK) == BLOCK
-        partial = touched & ~full
-        block_mask = BlockMask.from_kv_blocks(
-            *_ordered(partial),
-            *_ordered(full),
-            BLOCK_SIZE=BLOCK,
-            mask_mod=_interval_test(start, end),
-            compute_q_blocks=False,  # takes as long again as all the rest
-        )
-        block_mask.q_num_blocks, block_mask.q_indices = _ordered(partial.mT)
-        block_mask.full_q_num_blocks, block_mask.full_q_indices = _ordered(full.mT)
-        return cls(block_mask, None if bias is None else _biased(bias))
+        blocks = _partial_and_full(intervals)
+        parts = [*_ordered(blocks), *_ordered(blocks.mT)]  # [2 · W, …] each
+        kv_counts, kv_indices, q_counts, q_indices = (part.unbind() for part in parts)
+        windows = intervals.by_window()
+        W = len(windows)
+        return [
+            cls(
+                of_window,
+                Blocks(
+                    *(kv_counts[w], kv_indices[w], kv_counts[W + w], kv_indices[W + w]),
+                    *(q_counts[w], q_indices[w], q_counts[W + w], q_indices[W + w]),
+                ),
+                bias,
+            )
+            for w, of_window in enumerate(windows)
+        ]
+
+    @property
+    def block_mask(self) -> BlockMask:
+        return _block_mask(self.intervals.start, self.intervals.end, self.blocks)
 
 
-def _count_queries(intervals: VisibleIntervals, first: Tensor, last: Tensor) -> Tensor:
-    """How many (query, range) pairs of a query block cover each key block.
+def _block_mask(start: Tensor, end: Tensor, blocks: Blocks) -> BlockMask:
+    rows, columns = blocks.kv_indices.shape[-2:]
+    return BlockMask(
+        (rows * BLOCK, columns * BLOCK),
+        *blocks,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=_interval_test(start, end),
+    )
 
-    Args:
-        intervals: of B packs.
-        first, last: [R, B, Tq] the half-open range of key blocks that a range of keys covers.
 
-    Returns:
-        [B, Tq/128, Tk/128]: prefix sums of +1 where ranges begin and -1 where they end.
+def _partial_and_full(intervals: VisibleIntervals) -> Tensor:
+    """Bool [2 · W, B, Tq/128, Tk/128]: blocks of which some pairs are visible, then those of all.
+
+    Counted is how many (query, range) pairs of a block of queries touch a block of keys, and how
+    many cover all of it: by prefix sums of +1 where ranges of blocks begin and -1 where they end.
     """
-    ranges, packs, length = first.shape
+    start, end = intervals.start, intervals.end
+    windows, ranges, packs, length = start.shape
     rows, columns = length // BLOCK, intervals.key_length // BLOCK + 1
-    covers = ((intervals.start < intervals.end) & (first < last)).int()
-    row = torch.arange(length, device=first.device) // BLOCK
-    row = row + torch.arange(packs, device=first.device)[:, None] * rows
-    row = row.expand(ranges, -1, -1) * columns
-    delta = torch.zeros(packs * rows * columns, dtype=torch.int32, device=first.device)
-    # A range that covers nothing adds 0, wherever; its place only has to exist.
-    delta.scatter_add_(0, (row + first.clamp(0, columns - 1)).flatten(), covers.flatten())
-    delta.scatter_add_(0, (row + last.clamp(0, columns - 1)).flatten(), -covers.flatten())
-    return delta.view(packs, rows, columns).cumsum(dim=-1)[..., :-1]
+    # Divided by 128, rounded down and up.
+    first = torch.stack([start, start + (BLOCK - 1)]) >> _LOG_BLOCK
+    last = torch.stack([end + (BLOCK - 1), end]) >> _LOG_BLOCK
+    covers = ((start < end) & (first < last)).int()  # else it adds 0, wherever
+    row = _rows(rows, columns, start.device)
+    delta = torch.zeros(
+        (2, windows, ranges, packs, rows * columns), dtype=torch.int32, device=start.device
+    )
+    delta.scatter_add_(-1, row + first, covers)
+    delta.scatter_add_(-1, row + last, -covers)
+    counts = delta.sum(dim=2, dtype=torch.int32).unflatten(-1, (rows, columns))
+    touched, covered = counts.cumsum(dim=-1)[..., :-1].unbind()
+    full = covered == BLOCK
+    return torch.cat([(touched > 0) ^ full, full])
+
+
+# Outside of inference mode: a later training pass may read what is kept.
+@lru_cache
+@torch.inference_mode(False)
+def _rows(rows: int, columns: int, device: torch.device) -> Tensor:
+    """[128 · rows] where the row of each query begins."""
+    begins = torch.arange(0, rows * columns, columns, device=device)
+    return begins.repeat_interleave(BLOCK, output_size=rows * BLOCK)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _columns(columns: int, device: torch.device) -> Tensor:
+    return torch.arange(columns, dtype=torch.int32, device=device)
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool [B, rows, columns] → FlexAttention's counts [B, 1, rows] and indices of key blocks."""
-    before = blocks.cumsum(dim=-1, dtype=torch.int32)
-    counts = before[..., -1]
-    column = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
-    place = torch.where(blocks, before - 1, counts[..., None] + column - before)
-    indices = torch.empty_like(before).scatter_(-1, place.long(), column.expand_as(before))
-    return counts[:, None].contiguous(), indices[:, None]
+    """Bool [..., rows, columns] → counts [..., 1, rows] and indices [..., 1, rows, columns]."""
+    before = blocks.cumsum(dim=-1)
+    counts = before[..., -1:]
+    column = _columns(blocks.shape[-1], blocks.device)
+    place = torch.where(blocks, before - 1, counts + column - before)
+    indices = _aligned(blocks.shape, blocks.device)
+    indices.scatter_(-1, place, column.expand(blocks.shape))
+    per_row = counts.mT
+    return _aligned(per_row.shape, blocks.device).copy_(per_row), indices.unsqueeze(-3)
+
+
+def _aligned(shape: torch.Size, device: torch.device) -> Tensor:
+    """An empty int32 tensor, of which each `tensor[w]` is contiguous and begins at 16 bytes.
+
+    Compiled kernels assume that of their inputs, and would copy others in each call.
+    """
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    strides[0] = -(-strides[0] // 4) * 4
+    return torch.empty_strided(shape, strides, dtype=torch.int32, device=device)
 
 
 def _interval_test(
@@ -153,7 +225,8 @@ def flex_attention_call(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: 
             "Use the chunked backend on a CPU."
         )
     try:
-        return _compiled(q, k, v, plan.block_mask, plan.score_mod, scale)
+        seen = plan.intervals
+        return _compiled(q, k, v, seen.start, seen.end, plan.blocks, plan.bias, scale)
     except FailOnRecompileLimitHit as error:
         raise UserError(
             f"FlexAttention is compiled once for each combination of shapes, dtype and gradient "
@@ -171,8 +244,10 @@ def _fused(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    block_mask: BlockMask,
-    score_mod: Callable[..., Tensor] | None,
+    start: Tensor,
+    end: Tensor,
+    blocks: Blocks,
+    bias: ScoreBias | None,
     scale: float,
 ) -> Tensor:
     # Dynamo runs this line only while it traces. Reached in any other way (compilation disabled,
@@ -186,8 +261,8 @@ def _fused(
         q,
         k,
         v,
-        score_mod=score_mod,
-        block_mask=block_mask,
+        score_mod=None if bias is None else _biased(bias),
+        block_mask=_block_mask(start, end, blocks),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )

@@ -19,17 +19,34 @@ class VisibleIntervals:
     """Query (b, i) sees key j if and only if ``start[r, b, i] <= j < end[r, b, i]`` for some r.
 
     Attributes:
-        start, end: [R, B, Tq] int32, half-open. The ranges of a query are disjoint; one with
-            start >= end is empty. Every query sees at least itself.
+        start, end: [R, B, Tq] int32 in 0 … Tk, half-open. The ranges of a query are disjoint; one
+            with start >= end is empty. Every query sees at least itself.
         key_length: Tk, the number of keys.
+
+    Made for W windows at once, start and end are [W, R, B, Tq].
     """
 
     start: Tensor
     end: Tensor
     key_length: int
 
+    def for_windows(self, windows: int) -> VisibleIntervals:
+        """The same with a dimension for so many windows, if it has none."""
+        if self.start.dim() == 4:
+            return self
+        start, end = (x.expand(windows, -1, -1, -1) for x in (self.start, self.end))
+        return VisibleIntervals(start, end, self.key_length)
 
-def body_intervals(layout: PackLayout, w_body: int, prefix_visible: bool) -> VisibleIntervals:
+    def by_window(self) -> list[VisibleIntervals]:
+        """Those of each window, [R, B, Tq] each."""
+        pairs = zip(self.start.unbind(), self.end.unbind(), strict=True)
+        return [VisibleIntervals(start, end, self.key_length) for start, end in pairs]
+
+
+Windows = int | Tensor  # how many interactions back; or several windows, [W, 1, 1]
+
+
+def body_intervals(layout: PackLayout, w_body: Windows, prefix_visible: bool) -> VisibleIntervals:
     """What body tokens see among the L tokens of the samples; Tq = Tk = L.
 
     A token of interaction t sees interactions t - w_body … t of its own sample up to itself, and
@@ -37,7 +54,7 @@ def body_intervals(layout: PackLayout, w_body: int, prefix_visible: bool) -> Vis
     """
     length = layout.length
     unit = layout.unit[:, :length]
-    position = torch.arange(length, device=unit.device).expand_as(unit)
+    position = torch.arange(length, device=unit.device)
     start = torch.where(unit < 0, position, _window_start(layout, unit, w_body))
     ranges = _in_window(layout, unit, start, position + 1)
     if prefix_visible:
@@ -60,7 +77,9 @@ def shared_body_intervals(shared: SharedBody, prefix_length: int) -> VisibleInte
     return _stack(ranges, key_length=length)
 
 
-def readout_intervals(layout: PackLayout, w_readout: int, prefix_visible: bool) -> VisibleIntervals:
+def readout_intervals(
+    layout: PackLayout, w_readout: Windows, prefix_visible: bool
+) -> VisibleIntervals:
     """What [SUM] slots see among all T tokens of the pack; Tq = S, Tk = T.
 
     The slot of target t sees interactions t - w_readout … t of its own sample up to, and without,
@@ -72,7 +91,7 @@ def readout_intervals(layout: PackLayout, w_readout: int, prefix_visible: bool) 
     ranges = _in_window(layout, unit, _window_start(layout, unit, w_readout), layout.readout_end)
     if prefix_visible:
         ranges.append(_prefix_range(layout, unit))
-    slot = torch.arange(length, layout.unit.shape[1], device=unit.device).expand_as(unit)
+    slot = torch.arange(length, layout.unit.shape[1], device=unit.device)
     ranges.append((slot, slot + 1))
     return _stack(ranges, key_length=layout.unit.shape[1])
 
@@ -85,10 +104,11 @@ def _of(per_unit: Tensor, unit: Tensor) -> Tensor:
     return per_unit.gather(1, unit.clamp(min=0).long())
 
 
-def _window_start(layout: PackLayout, unit: Tensor, window: int) -> Tensor:
-    place = layout.place_of(unit).clamp(min=0).long()
-    oldest = torch.maximum(place - window, _of(layout.unit_first, unit).long())
-    return layout.unit_start.gather(1, oldest)
+def _window_start(layout: PackLayout, unit: Tensor, window: Windows) -> Tensor:
+    """[B, Tq], or of several windows [W, B, Tq]."""
+    index = unit.clamp(min=0).long()
+    oldest = torch.maximum(layout.place_of(index) - window, layout.unit_first.gather(1, index))
+    return layout.unit_start.expand(*oldest.shape[:-1], -1).gather(-1, oldest)
 
 
 def _in_window(
@@ -107,8 +127,11 @@ def _prefix_range(layout: PackLayout, unit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stack(ranges: list[tuple[Tensor, Tensor]], key_length: int) -> VisibleIntervals:
-    return VisibleIntervals(
-        start=torch.stack([start.int() for start, _ in ranges]),
-        end=torch.stack([end.int() for _, end in ranges]),
-        key_length=key_length,
-    )
+    starts, ends = zip(*ranges, strict=True)
+    shape = torch.broadcast_shapes(*(bound.shape for bound in (*starts, *ends)))
+
+    def stacked(bounds: tuple[Tensor, ...]) -> Tensor:
+        alike = [b.int() if b.shape == shape else b.int().expand(shape) for b in bounds]
+        return torch.stack(alike, dim=-3)
+
+    return VisibleIntervals(stacked(starts), stacked(ends), key_length)

@@ -16,6 +16,7 @@ which is a change of the keys and values of its own attention call:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -63,9 +64,19 @@ class ScoreBias:
         return self.log_weights[(key >= self.initial_from).long(), apart]
 
 
+@lru_cache
+@torch.inference_mode(False)
 def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
     """[heads] float32: 2^(-8h / heads) for h = 1 … heads (Press et al., arXiv 2108.12409)."""
     return torch.exp2(-8.0 * torch.arange(1, heads + 1, device=device) / heads)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _log_weights(forgetting: tuple[float, ...], device: torch.device) -> Tensor:
+    """[2, n + 1] float32 for ScoreBias."""
+    alpha = torch.tensor(forgetting, dtype=torch.float64, device=device)
+    return torch.stack([torch.log1p(-alpha), torch.log(alpha)]).float()
 
 
 _NO_DISTANCE = 2**30  # as a key's unit: never behind its query, so nothing of it is forgotten
@@ -88,12 +99,12 @@ def score_bias(
     log_weights = None
     key_position, key_unit = position, place
     if forgetting is not None:
-        alpha = forgetting.to(device, non_blocking=True)
-        log_weights = torch.stack([torch.log1p(-alpha), torch.log(alpha)]).float()
+        log_weights = _log_weights(tuple(forgetting.tolist()), device)
         # A prefix is no interaction: it is never forgotten.
-        index = unit[:, :length].clamp(min=0).long()
+        context = unit[:, :length]
+        index = context.clamp(min=0).long()
         starts = layout.prefix_end.gather(1, (index + 1).clamp(max=layout.prefix_end.shape[1] - 1))
-        in_prefix = (starts > torch.arange(length, device=device)) & (unit[:, :length] >= 0)
+        in_prefix = (starts > torch.arange(length, device=device)) & (context >= 0)
         context = torch.where(in_prefix, _NO_DISTANCE, place[:, :length])
         key_unit = torch.cat([context, place[:, length:], context], dim=1)
         key_position = torch.cat([position, position[:, :length]], dim=1)
@@ -114,13 +125,14 @@ def with_initial_memory(intervals: VisibleIntervals, length: int) -> VisibleInte
     The first range of a query, its context, is seen there too.
     """
     behind = intervals.key_length
-    empty = intervals.start[:1] >= intervals.end[:1]
-    start = torch.where(empty, 0, intervals.start[:1] + behind)
-    end = torch.where(empty, 0, intervals.end[:1] + behind)
+    context, context_end = intervals.start[..., :1, :, :], intervals.end[..., :1, :, :]
+    empty = context >= context_end
+    start = torch.where(empty, 0, context + behind)
+    end = torch.where(empty, 0, context_end + behind)
     return replace(
         intervals,
-        start=torch.cat([intervals.start, start]),
-        end=torch.cat([intervals.end, end]),
+        start=torch.cat([intervals.start, start], dim=-3),
+        end=torch.cat([intervals.end, end], dim=-3),
         key_length=behind + length,
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dti_dist.attention.intervals import (
     VisibleIntervals,
+    Windows,
     body_intervals,
     readout_intervals,
     shared_body_intervals,
@@ -103,14 +104,17 @@ class AttentionScheme:
         """[SUM] reads keys and values of its own making, not those of the body."""
         return self.turns_keys or self.policy.forgets
 
-    def body(self, layout: PackLayout, window: int) -> VisibleIntervals:
-        """What body tokens see in a layer with this window."""
+    def body(self, layout: PackLayout, window: Windows) -> VisibleIntervals:
+        """What body tokens see in a layer with this window, or these."""
         if layout.shared is not None:
             return shared_body_intervals(layout.shared, self.prefix_length)
         return body_intervals(layout, window, self.prefix_length > 0)
 
-    def readout(self, layout: PackLayout, window: int) -> VisibleIntervals:
-        """What [SUM] sees in a layer with this window; keys behind the T are initial embeddings."""
+    def readout(self, layout: PackLayout, window: Windows) -> VisibleIntervals:
+        """What [SUM] sees in a layer with this window, or these.
+
+        Keys behind the T are initial embeddings.
+        """
         intervals = readout_intervals(layout, window, self.readout_sees_prefix)
         if self.policy.forgets:
             intervals = with_initial_memory(intervals, layout.length)

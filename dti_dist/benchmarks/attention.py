@@ -124,8 +124,8 @@ def _at_length(
         "plain causal": _causal_pass(qkv, weight),
         f"plan, {names[0]}": lambda: AttentionPlans(layout, replace(scheme, backend=names[0])),
         "plan, block masks": lambda: (
-            FlexPlan.build(body_intervals(layout, window, False)),
-            FlexPlan.build(readout_intervals(layout, window, False)),
+            FlexPlan.build(body_intervals(layout, window, False).for_windows(1)),
+            FlexPlan.build(readout_intervals(layout, window, False).for_windows(1)),
         ),
         _PRODUCT: _matrix_product(device, dtype),
     }

@@ -235,11 +235,11 @@ def _pairs(model: CTRModel, batch: Batch) -> tuple[float, float, float, float]:
     visible = chunked = flex = plan_bytes = 0
     for intervals, layers in _calls(model, batch):  # which share a plan
         readout = intervals.start.shape[2] != intervals.key_length
-        plan = ChunkedPlan.build(intervals, chunk=32 if readout else 128)
+        (plan,) = ChunkedPlan.build(intervals.for_windows(1), chunk=32 if readout else 128)
         cells = sum(chunk.visible.numel() for chunk in plan.chunks)
-        blocks = FlexPlan.build(intervals).block_mask
-        full = blocks.full_kv_num_blocks
-        computed = int(blocks.kv_num_blocks.sum()) + (int(full.sum()) if full is not None else 0)
+        (flex_plan,) = FlexPlan.build(intervals.for_windows(1))
+        blocks = flex_plan.blocks
+        computed = int(blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum())
         # A bool, and for slots an int32 distance beside it.
         plan_bytes += cells * (5 if readout else 1)
         visible += layers * _visible(intervals)

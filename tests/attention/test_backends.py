@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dti_dist.attention import flex
@@ -20,7 +21,7 @@ from dti_dist.attention.flex import BLOCK, FlexPlan, compiled_graphs
 from dti_dist.attention.intervals import VisibleIntervals, body_intervals, readout_intervals
 from dti_dist.attention.layout import PackLayout
 from dti_dist.attention.policies import POLICIES, Budget
-from dti_dist.attention.scheme import AttentionScheme
+from dti_dist.attention.scheme import POSITIONS, AttentionScheme
 from dti_dist.errors import UserError
 from tests.attention.random_packs import random_packs
 
@@ -81,8 +82,10 @@ def test_chunks_may_cut_a_pack_anywhere(random, chunk, prefix):
     length = layout.body_length
     q, k, v = random_qkv(layout, 4, 2, 8, torch.float64)
     expected = make_plans(layout, "windowed", "dense", prefix).attend(0, q, k, v, 0.3)
-    body = ChunkedPlan.build(body_intervals(layout, 3, prefix), chunk=chunk)
-    readout = ChunkedPlan.build(readout_intervals(layout, 3, prefix), chunk=chunk)
+    body, readout = (
+        *ChunkedPlan.build(body_intervals(layout, 3, prefix).for_windows(1), chunk=chunk),
+        *ChunkedPlan.build(readout_intervals(layout, 3, prefix).for_windows(1), chunk=chunk),
+    )
     found = torch.cat(
         [
             chunked_attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], body, 0.3),
@@ -157,7 +160,8 @@ def test_flex_visits_only_blocks_with_visible_keys_and_marks_full_ones(random, w
 
 def check_blocks(intervals: VisibleIntervals) -> Tensor:
     """Returns the full blocks, bool [B, blocks of queries, blocks of keys]."""
-    mask = FlexPlan.build(intervals).block_mask
+    (plan,) = FlexPlan.build(intervals.for_windows(1))
+    mask = plan.block_mask
     # What the backward pass reads is what torch itself would derive from the forward's blocks.
     derived = BlockMask.from_kv_blocks(
         *(mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices),
@@ -176,6 +180,60 @@ def check_blocks(intervals: VisibleIntervals) -> Tensor:
         full[b, row, mask.full_kv_indices[b, 0, row, :count].long()] = True
     assert blocks.all(dim=-1)[full].all()
     return full
+
+
+@settings(max_examples=10, deadline=None)
+@given(random=st.randoms(use_true_random=False), prefix=st.booleans())
+def test_plans_of_several_windows_are_those_of_each_window_alone(random, prefix):
+    layout = flex_packs(random)
+    windows = [0, 2, 5]
+    column = torch.tensor(windows)[:, None, None]
+    for see in (body_intervals, readout_intervals):
+        together = see(layout, column, prefix).for_windows(3)
+        for window, seen, found in zip(
+            windows, together.by_window(), FlexPlan.build(together), strict=True
+        ):
+            alone = see(layout, window, prefix)
+            assert torch.equal(seen.start, alone.start)
+            assert torch.equal(seen.end, alone.end)
+            assert seen.key_length == alone.key_length
+            (expected,) = FlexPlan.build(alone.for_windows(1))
+            for name, blocks in expected.blocks._asdict().items():
+                mine = getattr(found.blocks, name)
+                assert torch.equal(mine, blocks), name
+                assert mine.is_contiguous()
+                assert mine.data_ptr() % 16 == 0
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_plans_take_few_operators_whatever_the_number_of_windows(policy, positions):
+    layout = flex_packs(Random(0), max_prefix=0)
+    counts = []
+    for n, layers in ((5, 2), (40, 32)):
+        scheme = AttentionScheme(
+            POLICIES[policy](),
+            n,
+            layers,
+            positions=POSITIONS[positions],
+            initial_memory=lambda layer, initial: (initial, initial),
+            backend="flex",
+        )
+        AttentionPlans(layout, scheme, torch.ones(8))  # what is kept for later batches
+        with _Operators() as operators:
+            AttentionPlans(layout, scheme, torch.ones(8))
+        counts.append(operators.count)
+    assert counts[0] == counts[1] <= 200
 
 
 def test_flex_knows_the_full_blocks_of_a_long_causal_pack():
