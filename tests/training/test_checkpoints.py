@@ -95,11 +95,13 @@ def where_it_was(checkpoints: Path) -> str:
     begun = [path for path in checkpoints.glob("step-*") if path.name > newest]
     if not begun:
         return "between saves"
-    sizes = {path.name: path.stat().st_size for path in begun[0].iterdir()}
+    (folder,) = begun
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.pt")}
     if not sizes:
         return "copying"
-    if complete and sizes == {path: (complete[-1].folder / path).stat().st_size for path in sizes}:
-        return "written, not committed" if len(sizes) == len(complete[-1].files) else "writing"
+    as_before = [complete[-1].folder / name for name in complete[-1].files] if complete else []
+    if sizes == {path.name: path.stat().st_size for path in as_before}:
+        return "written, not committed"
     return "writing"
 
 
