@@ -26,7 +26,7 @@ BLOCK = 1 << _LOG_BLOCK
 # The smallest side of a Triton matrix product.
 _MIN_HEAD_DIM = 16
 # Graphs of one process: (body, readout) x (with, without gradients) x (train, eval shapes), and
-# room. Dynamo's default of 8 is just those.
+# room. Dynamo's default of 8 is just those. Who needs more says so: `allow_graphs`.
 _MAX_GRAPHS = 32
 
 _graphs = 0
@@ -230,7 +230,7 @@ def flex_attention_call(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: 
     except FailOnRecompileLimitHit as error:
         raise UserError(
             f"FlexAttention is compiled once for each combination of shapes, dtype and gradient "
-            f"mode; this process needs more than {_MAX_GRAPHS} graphs, the last for queries "
+            f"mode; this process needs more than {_most_graphs} graphs, the last for queries "
             f"{tuple(q.shape)} and keys {tuple(k.shape)}. Keep the pack lengths constant."
         ) from error
 
@@ -292,4 +292,11 @@ def _compile(max_graphs: int) -> Callable[..., Tensor]:
     return within_limit
 
 
-_compiled = _compile(_MAX_GRAPHS)
+def allow_graphs(count: int) -> None:
+    """Let this process compile so many graphs at least."""
+    global _compiled, _most_graphs
+    if count > _most_graphs:
+        _compiled, _most_graphs = _compile(count), count
+
+
+_compiled, _most_graphs = _compile(_MAX_GRAPHS), _MAX_GRAPHS

@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dti_dist.attention import flex
 from dti_dist.config import StorageConfig
+from dti_dist.console import progress
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
@@ -33,6 +35,8 @@ from dti_dist.serving.requests import (
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
+_SHORTEST = 128  # FlexAttention's block
+_GRAPHS = 3  # of each shape: body, readout, and the states of items
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,10 @@ class Scorer:
             limit = int(state_cache_gib * 2**30)
             self.states = ItemStates(self.model, limit, self.pack_tokens, self._filled_up)
         self._generation = self.items.generation
+        self._pads = self.device.type != "cpu"
+        self._at_least = 0  # tokens of a pack, while shapes are compiled
+        if self._pads:
+            flex.allow_graphs(_GRAPHS * len(self.shapes()))
 
     @classmethod
     def from_pretrained(
@@ -126,6 +134,46 @@ class Scorer:
         else:
             found = load_exported(folder, data, precision, storage)
         return cls(found, chosen, pack_tokens, state_cache_gib)
+
+    def shapes(self) -> list[PackShape]:
+        """What passes of the model are padded to on a GPU; no request needs another."""
+        longest, prefix = self.items.longest_interaction, len(self.items.tokens.prefix)
+        # A context that is longer than a pack gets one candidate at a time.
+        most = max(self.pack_tokens, prefix + (self.n + 1) * longest)
+        # Candidates have a token and a [SUM] at least; states have a prefix, and a text may end
+        # behind the pass.
+        largest = max(
+            compiled_shape(most, 1).length,
+            compiled_shape(most // 2, most // 2).length,
+            compiled_shape(prefix + self.pack_tokens + longest + 2, 0).length,
+        )
+        found = [compiled_shape(_SHORTEST, 0)]
+        while found[-1].length < largest:
+            found.append(compiled_shape(2 * found[-1].length, 0))
+        return found
+
+    def warm_up(self) -> None:
+        """Compile for all `shapes`, so that no request waits for it; on a CPU there is nothing to.
+
+        States of items that were kept are forgotten.
+        """
+        if not self._pads:
+            return
+        item = dict.fromkeys(self.items.template.columns, "a")
+        try:
+            with progress("compiling", len(self.shapes()), "shapes") as bar:
+                for shape in self.shapes():
+                    self._forget()
+                    self._at_least = shape.length
+                    self.score([Interaction(item, 1, 0)], [item], 1)
+                    bar.advance()
+        finally:
+            self._at_least = 0
+            self._forget()
+
+    def _forget(self) -> None:
+        if self.states is not None:
+            self.states.clear()
 
     def score(
         self,
@@ -185,11 +233,13 @@ class Scorer:
         return torch.sigmoid(logits.float()).cpu().numpy()
 
     def _shape_of(self, body: int, slots: int) -> PackShape:
-        """On a GPU one of few shapes, each of which is compiled for once; on a CPU any."""
-        return PackShape(body, slots) if self.device.type == "cpu" else compiled_shape(body, slots)
+        """On a GPU one of `shapes`, each of which is compiled for once; on a CPU any."""
+        if not self._pads:
+            return PackShape(body, slots)
+        return compiled_shape(max(body, self._at_least), slots)
 
     def _filled_up(self, size: int) -> int:
-        return size if self.device.type == "cpu" else compiled_shape(size, 0).length
+        return self._shape_of(size, 0).length
 
     def _raw(self, requests: Sequence[Request]) -> RawRequests:
         histories = [request.history for request in requests]
@@ -252,10 +302,10 @@ def compiled_shape(body: int, slots: int) -> PackShape:
     Lengths double from 128 on, and slots are a quarter of them, at least 128. Were both free,
     mixed traffic would need more graphs than FlexAttention may compile.
     """
-    length = 1 << max(body - 1, 127).bit_length()
-    while slots > max(length // 4, 128):
+    length = 1 << max(body - 1, _SHORTEST - 1).bit_length()
+    while slots > max(length // 4, _SHORTEST):
         length *= 2
-    return PackShape(length, max(length // 4, 128))
+    return PackShape(length, max(length // 4, _SHORTEST))
 
 
 def _offsets(lists: Sequence[Sequence[Any]]) -> npt.NDArray[np.int64]:

@@ -276,6 +276,21 @@ def test_flex_never_falls_back_to_the_unfused_attention(flex_device, monkeypatch
         plans.attend(0, *qkv, 0.25)
 
 
+def test_more_graphs_are_compiled_where_that_is_allowed(flex_device, monkeypatch):
+    layout = flex_packs(Random(0)).to(flex_device)
+    plans = make_plans(layout, "windowed", "flex", True)
+    qkv = [x.detach() for x in random_qkv(layout, 2, 1, 32, torch.float32)]
+    torch._dynamo.reset()
+    monkeypatch.setattr(flex, "_compiled", flex._compile(1))
+    monkeypatch.setattr(flex, "_most_graphs", 1)
+    with pytest.raises(UserError, match="needs more than 1 graphs"):
+        plans.attend(0, *qkv, 0.25)
+    flex.allow_graphs(2)
+    plans.attend(0, *qkv, 0.25)
+    flex.allow_graphs(1)
+    assert flex._most_graphs == 2
+
+
 def test_flex_refuses_what_it_cannot_do():
     with pytest.raises(UserError, match=r"multiples of 128.*48"):
         make_plans(random_packs(Random(0)).layout, "windowed", "flex", True)

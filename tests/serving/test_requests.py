@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dti_dist.attention.flex import _MAX_GRAPHS
 from dti_dist.attention.policies import Budget
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import Batch
@@ -105,7 +104,7 @@ def test_scores_are_the_same_in_small_packs_and_padded_ones(policy, monkeypatch)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5_000), st.integers(1, 2_000)), min_size=1, max_size=40))
-def test_mixed_traffic_needs_fewer_graphs_than_may_be_compiled(sizes):
+def test_mixed_traffic_needs_few_shapes(sizes):
     """Of requests of so many tokens and candidates, each in packs as a GPU has them."""
     shapes = set()
     for body, slots in sizes:
@@ -119,8 +118,6 @@ def test_mixed_traffic_needs_fewer_graphs_than_may_be_compiled(sizes):
     lengths = [128 << power for power in range(20) if 128 << power <= largest.length]
     assert {shape.length for shape in shapes} <= set(lengths)
     assert len(shapes) <= len(lengths)
-    # Body and readout of each shape, and the states of items of each length.
-    assert 3 * len(lengths) <= _MAX_GRAPHS
 
 
 @pytest.mark.parametrize("policy", POLICIES)

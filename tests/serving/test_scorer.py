@@ -15,6 +15,7 @@ from dti_dist import Interaction, Request, Scorer
 from dti_dist.cli import main
 from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.errors import UserError
+from dti_dist.model.ctr_model import CTRModel
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import load_exported
 from tests.export.exported import export_random_weights, random_weights, target_scores
@@ -137,6 +138,49 @@ def test_requests_do_not_depend_on_each_other_nor_on_calls_before(isolated, synt
         assert np.abs(alone - scores).max() < 1e-5
     assert scorer.states.misses == computed, "states of items are kept from call to call"
     assert scorer.states.hits > computed
+
+
+@pytest.mark.parametrize("pack_tokens", [1024, 3000])
+@pytest.mark.parametrize("kept", [False, True], ids=["packs", "kept states"])
+def test_no_request_needs_a_shape_that_was_not_warmed_up(isolated, monkeypatch, kept, pack_tokens):
+    """On the CPU, padded as on a GPU; what the model would be compiled for is noted instead."""
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu", pack_tokens=pack_tokens)
+    scorer._pads = True
+    if not kept:
+        scorer.states = None
+    packs, states = set(), set()
+
+    def note_pack(scorer, built, kept):
+        packs.add(built.shape)
+        return np.zeros(built.shape.slots, dtype=np.float32)
+
+    def note_states(model, ids, interactions):
+        states.add(ids.shape[1])
+        return [torch.zeros(ids.shape[1], 1)]
+
+    monkeypatch.setattr(Scorer, "_probabilities", note_pack)
+    monkeypatch.setattr(CTRModel, "states", note_states)
+    scorer.warm_up()
+    warm, warm_states = set(packs), set(states)
+    assert warm == set(scorer.shapes())
+    assert warm_states == ({shape.length for shape in warm} if kept else set())
+    packs.clear()
+    states.clear()
+    rng = np.random.default_rng(0)
+    columns = scorer.items.template.columns
+    longest = " ".join(["z"] * 500)
+    for _ in range(30):
+        texts = ["a", longest, *(f"item {n}" for n in range(40))]
+        chosen = rng.choice(texts, rng.integers(1, 700), p=[0.3, 0.3, *[0.01] * 40])
+        if rng.random() < 0.3:
+            chosen = np.full(rng.integers(1, 3000), rng.choice(["a", longest]))
+        given = [dict.fromkeys(columns, text) for text in chosen.tolist()]
+        past = rng.integers(0, min(len(given), 8))
+        history = [Interaction(item, 1, 0) for item in given[:past]]
+        scorer.score(history, given[past:], 1)
+    assert packs <= warm
+    assert states <= warm_states
+    assert len(packs) > 3
 
 
 def test_new_texts_and_an_empty_history_are_scored(exported):
