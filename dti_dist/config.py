@@ -340,6 +340,19 @@ class CheckpointConfig(Section):
     )
 
 
+class ProfileConfig(Section):
+    """A torch profiler's trace of some steps, in `profile/` of the run's folder.
+
+    On GPUs a snapshot of their memory lies beside it. Traced steps are slower.
+    """
+
+    from_step: Positive | None = Field(
+        None, description="The first step to trace, counted from 1. null: no trace."
+    )
+    steps: Positive = Field(3, description="How many steps to trace.")
+    ranks: list[NonNegative] = Field([0], description="Which ranks trace.")
+
+
 class TrainingConfig(Section):
     epochs: Positive = 1
     max_steps: Positive | None = Field(None, description="Stop after this many, even in mid-epoch.")
@@ -378,6 +391,7 @@ class TrainingConfig(Section):
         description="How many steps of a run may be skipped because their loss or gradients are "
         "not finite; one more ends the run.",
     )
+    profile: ProfileConfig = ProfileConfig()
 
     @field_validator("betas")
     @classmethod

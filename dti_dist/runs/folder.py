@@ -34,6 +34,7 @@ _MAY_CHANGE = (
     "training.collective_timeout_minutes",
     "training.watchdog_minutes",
     "training.max_skipped_steps",
+    "training.profile",
     "validation",
     "checkpoints",
     "tracking",
@@ -46,6 +47,7 @@ class RunFolder:
 
     Attributes:
         stacks: what every thread did when the watchdog ended the job.
+        profile: traces of steps.
         nonfinite: steps whose loss or gradients were not finite.
     """
 
@@ -57,6 +59,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "eval"
         self.stacks = self.path / "stacks"
+        self.profile = self.path / "profile"
         self.nonfinite = self.path / "nonfinite"
         self._made_here = False
         self._held: TextIO | None = None

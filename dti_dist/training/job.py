@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from dti_dist.config import RunConfig
 from dti_dist.data.stream import Share
@@ -50,11 +52,12 @@ def open_job(config: RunConfig) -> Iterator[Job]:
     """
     settings = config.training
     stop = StopSignal()  # first, so that a signal is not lost while the ranks connect
+    folder = RunFolder(config.run_dir)
+    set_defaults(os.environ, folder.stacks)
     ranks = join_process_group(
         settings.device, settings.collective_timeout_minutes, settings.cpu_threads
     )
     micro_steps_per_step(settings, ranks.world)  # refuse a bad batch before any work
-    folder = RunFolder(config.run_dir)
     watchdog = Watchdog(ranks, settings.watchdog_minutes, folder.stacks)
     job = Job(config, ranks, stop, folder, watchdog, ExitStack())
     waits_for_others = ranks.world > 1
@@ -72,6 +75,26 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         if not waits_for_others:  # else the watchdog ends this process if it hangs while it ends
             leave_process_group()
             watchdog.close()
+
+
+def set_defaults(environ: MutableMapping[str, str], stacks: Path) -> None:
+    """What torch reads when it first uses a GPU and NCCL, where the site does not set it.
+
+    Args:
+        stacks: gets NCCL's last collectives, ``nccl-rank-0`` and so on, when one fails or takes
+            too long.
+    """
+    for names, value in (
+        (("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "expandable_segments:True"),
+        (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+        (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+        (
+            ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+            str(stacks.absolute() / "nccl-rank-"),
+        ),
+    ):
+        if not any(name in environ for name in names):  # the second is an older name
+            environ[names[0]] = value
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from dti_dist.training.job import Job, explained_out_of_memory, open_job
 from dti_dist.training.journal import Interval, Journal
 from dti_dist.training.machine import memory_gib, surroundings
 from dti_dist.training.nonfinite import report_left_out
+from dti_dist.training.profile import Profiler
 from dti_dist.training.progress import Schedule
 from dti_dist.training.saving import Saving, resume
 from dti_dist.training.signals import STOPPED_BY_SIGNAL
@@ -90,6 +91,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
             journal.started(parameters=parameters, trainable=trainable, **surroundings(ranks))
             if left_out:
                 journal.write(skipped=list(dict.fromkeys(left_out)))
+            profiler = job.at_end.enter_context(Profiler(settings.profile, ranks, folder.profile))
             interval = Interval()
             stop = False
             job.watchdog.beat()
@@ -97,7 +99,10 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                 validation.run()
             while progress.step < total_steps and not validation.out_of_patience() and not stop:
                 rate = learning_rate(progress.step, total_steps, settings)
-                step = take_step(engine, stream, progress.step, rate, config.seed, ranks, job.stop)
+                with profiler.around(progress.step + 1):
+                    step = take_step(
+                        engine, stream, progress.step, rate, config.seed, ranks, job.stop
+                    )
                 if step.left_out:
                     report_left_out(job, engine, step, progress, journal)
                 progress.step += 1
@@ -154,6 +159,8 @@ def _prepare_folder(job: Job) -> CheckpointCopies | None:
         if copy_to := config.checkpoints.copy_to:
             copies.append(CheckpointCopies(job.folder.path, copy_to, config.data.storage))
             copies[0].restore(config)
+        if job.ranks.device.type == "cuda":  # NCCL makes no folder for what it writes there
+            job.folder.stacks.mkdir(exist_ok=True)
 
     job.ranks.each(lambda: prepare() if job.ranks.is_main else None)
     return copies[0] if copies else None
