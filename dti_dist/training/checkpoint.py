@@ -93,6 +93,14 @@ class Saver:
         self._engine, self._folder, self._ranks = engine, folder, ranks
         self._copies, self._messages = copies, Messages(ranks)
 
+    def prepare(self) -> None:
+        """Have memory ready for the first copies, soon. All ranks must call this at once.
+
+        Before the first step the optimizer may not have its state yet.
+        """
+        if self._copies:
+            self._copies.expect(self._engine.saved_content())
+
     def begin(self, state: dict[str, Any], background: bool, committed: Callable[[], None]) -> Save:
         """Begin a checkpoint of what the ranks hold now, when the last one's outcome is known.
 

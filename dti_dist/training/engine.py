@@ -193,6 +193,15 @@ class Engine:
             str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True
         )
 
+    def saved_content(self) -> list[Any]:
+        """What `save` would have written now. All ranks must call this at once."""
+        content: list[Any] = []
+        files = self._engine.checkpoint_engine
+        files.makedirs = lambda path, exist_ok=False: None
+        self.save(Path(), "unwritten", lambda state_dict, path: content.append(state_dict))
+        del files.makedirs
+        return content
+
     def load(self, folder: Path, whole: bool) -> None:
         """Restore weights and optimizer from what as many ranks saved.
 

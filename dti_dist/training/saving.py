@@ -82,6 +82,7 @@ class Saving:
         self._writing: checkpoint.Save | None = None
         self._stood_still_s = 0.0  # training, for the one that is written
         self._said_slow = False
+        self._prepared = False
         self._saved_at = progress.step or None
         self._failed_at: int | None = None
         if job.ranks.is_main and self._saved_at:  # the job before may have ended before its own
@@ -102,11 +103,14 @@ class Saving:
         self._begin(background=self._progress.step < self._schedule.total_steps)
 
     def settle(self) -> None:
-        """Put the checkpoint that was being written on record, if all ranks know how it ended.
+        """After a step: put the checkpoint being written on record, if all ranks know how it ended.
 
         Raises:
             RunFailed: as with `save`.
         """
+        if not self._prepared:
+            self._saver.prepare()
+            self._prepared = True
         if self._writing is None:
             return
         done = self._job.ranks.sum(float(self._writing.is_done))[0]

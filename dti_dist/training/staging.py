@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ class NoRoom(Exception):
 class HostCopies:
     """Copies what `torch.save` would write, into buffers that stay for the next checkpoint.
 
-    A process's first touch of a page costs several times what copying it does, so keeping the
-    buffers is what makes copying short. They are given out from the first again by `reuse`.
+    A process's first touch of a page costs many times what copying it does, so keeping the buffers,
+    and a thread that makes the first ones, is what makes copying short.
 
     Args:
         processes: on this machine that copy at once, each about as much.
@@ -31,6 +32,14 @@ class HostCopies:
         self._processes = processes
         self._buffers: list[torch.UntypedStorage] = []
         self._used = 0
+        self._making: threading.Thread | None = None
+
+    def expect(self, contents: list[Any]) -> None:
+        """Have a thread make buffers for such contents, copied in this order, if there is room."""
+        sizes = [storage.nbytes() for content in contents for storage in _pickled(content).storages]
+        if self._lacking(sizes) is None:
+            self._making = threading.Thread(target=self._make, args=(sizes,), daemon=True)
+            self._making.start()
 
     def reuse(self) -> None:
         """Let the buffers of earlier copies be overwritten."""
@@ -42,28 +51,44 @@ class HostCopies:
         Raises:
             NoRoom: nothing is copied then.
         """
-        pickled = io.BytesIO()
-        pickler = _Pickler(pickled)
-        pickler.dump(content)
-        copies = self._take([source.nbytes() for source in pickler.storages])
-        for source, target in zip(pickler.storages, copies, strict=True):
+        pickled = _pickled(content)
+        copies = self._take([source.nbytes() for source in pickled.storages])
+        for source, target in zip(pickled.storages, copies, strict=True):
             target.copy_(source, False)
-        pickled.seek(0)
-        return _Unpickler(pickled, copies).load()
+        return _Unpickler(io.BytesIO(pickled.file.getvalue()), copies).load()
 
     def _take(self, sizes: list[int]) -> list[torch.UntypedStorage]:
+        if self._making is not None:
+            self._making.join()
+            self._making = None
         first, end = self._used, self._used + len(sizes)
         if [buffer.nbytes() for buffer in self._buffers[first:end]] != sizes:
             del self._buffers[first:]
-            need, free = self._processes * sum(sizes), (1 - _SPARED) * free_memory_bytes()
-            if need > free:
-                raise NoRoom(
-                    f"{need / 2**30:.1f} GiB more are needed on this machine, and "
-                    f"{free / 2**30:.1f} GiB may be taken"
-                )
-            self._buffers += map(torch.UntypedStorage, sizes)
+            if lacking := self._lacking(sizes):
+                raise NoRoom(lacking)
+            self._make(sizes)
         self._used = end
         return self._buffers[first:end]
+
+    def _lacking(self, sizes: list[int]) -> str | None:
+        need, free = self._processes * sum(sizes), (1 - _SPARED) * free_memory_bytes()
+        if need <= free:
+            return None
+        return (
+            f"{need / 2**30:.1f} GiB more are needed on this machine, and {free / 2**30:.1f} GiB "
+            "may be taken"
+        )
+
+    def _make(self, sizes: list[int]) -> None:
+        for size in sizes:
+            touched = torch.zeros(size, dtype=torch.uint8)
+            self._buffers.append(touched.untyped_storage())
+
+
+def _pickled(content: Any) -> _Pickler:
+    pickler = _Pickler(io.BytesIO())
+    pickler.dump(content)
+    return pickler
 
 
 class _Pickler(pickle.Pickler):
@@ -71,6 +96,7 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.file = file
         self.storages: list[torch.UntypedStorage] = []
         self._numbers: dict[int, int] = {}
 

@@ -250,7 +250,21 @@ def test_files_are_the_same_as_without_the_background(synthetic, tmp_path, stage
         tmp_path / "job.py",
         "from dti_dist.training import staging\nstaging.free_memory_bytes = lambda: 0",
     )
-    for name, script in (("true", None), ("false", None), ("true", no_room)):
+    made_ahead = job_with(
+        "pass",
+        tmp_path / "noting.py",
+        """
+import threading
+from dti_dist.training import staging
+make = staging.HostCopies._make
+def noted(copies, sizes):
+    by_main = threading.current_thread() is threading.main_thread()
+    print("made by the main thread:", by_main, flush=True)
+    make(copies, sizes)
+staging.HostCopies._make = noted
+""",
+    )
+    for name, script in (("true", made_ahead), ("false", None), ("true", no_room)):
         config = write_config(
             tmp_path / str(len(digests)) / "config.yaml",
             synthetic,
@@ -258,7 +272,10 @@ def test_files_are_the_same_as_without_the_background(synthetic, tmp_path, stage
             checkpoints={"every_steps": 2, "background": name == "true"},
         )
         printed = run(job(2, config, script=script), tmp_path / f"{len(digests)}.log")
-        assert ("no room for a copy" in printed) == (script is not None)
+        assert ("no room for a copy" in printed) == (script == no_room)
+        if script == made_ahead:
+            assert printed.count("made by the main thread: False") == 2, "by a thread of each rank"
+            assert "made by the main thread: True" not in printed
         (first, _), _ = commits.complete_checkpoints(run_dir(config) / "checkpoints")
         assert first.step == 2
         digests.append(first.files)

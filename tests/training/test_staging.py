@@ -70,6 +70,28 @@ def test_the_next_copies_take_the_same_memory():
     assert saved(second[0]) == saved(content(1))
 
 
+def test_memory_that_was_made_ahead_is_what_the_copies_take(monkeypatch):
+    copies = HostCopies(1)
+    copies.expect([content(0), {"more": torch.ones(5)}])
+    copies._making.join()
+    made = [buffer.data_ptr() for buffer in copies._buffers]
+    monkeypatch.setattr(staging, "free_memory_bytes", lambda: 0)
+    copies.reuse()
+    found = [copies.copy(content(1)), copies.copy({"more": torch.ones(5)})]
+    assert saved(found[0]) == saved(content(1))
+    assert found[0]["module"]["first"].data_ptr() == made[0]
+    assert found[1]["more"].data_ptr() == made[-1]
+
+
+def test_no_memory_is_made_ahead_where_there_is_no_room(monkeypatch):
+    monkeypatch.setattr(staging, "free_memory_bytes", lambda: 0)
+    copies = HostCopies(1)
+    copies.expect([content()])
+    with pytest.raises(NoRoom):
+        copies.copy(content())
+    assert copies._buffers == []
+
+
 def test_content_of_another_size_is_copied_too():
     copies = HostCopies(1)
     for numbers in (5, 9, 2):
