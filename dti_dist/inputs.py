@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from dti_dist.config import ModelConfig, RunConfig
 from dti_dist.console import say
@@ -31,8 +32,9 @@ from dti_dist.errors import UserError
 from dti_dist.files import replacing
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.lora import add_adapters, require_peft
+from dti_dist.model.lora import add_adapters, base_fingerprint, require_peft
 from dti_dist.model.tokenizer import SUM_TOKEN
+from dti_dist.model.weights import BaseWeights, Placement, fill
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,29 @@ class Inputs:
                     raise
         raise AssertionError("an index with targets has row groups")
 
+    def hollow_model(self) -> CTRModel:
+        """The model with shapes and no weights: [SUM] added, adapters as they begin."""
+        return self.wrap(sources.hollow_causal_lm(self.model, self.vocabulary))
+
+    def open_weights(self, model: CTRModel, dtype: torch.dtype = torch.float32) -> BaseWeights:
+        """What a hollow model starts to train from, opened and not read."""
+        return sources.open_weights(self.model, self.vocabulary, self.config.seed, model, dtype)
+
+    def fill(self, model: CTRModel, placement: Placement) -> str | None:
+        """Give a hollow model the weights that it starts to train from.
+
+        Returns:
+            where weights are read: the fingerprint of those that stay as they are.
+        """
+        weights = placement.by_reader(lambda: self.open_weights(model, placement.dtype))
+        fill(model, weights, placement)
+        return base_fingerprint(model, weights) if weights else None
+
     def untrained_model(self) -> CTRModel:
         """The model before training, in float32 on the CPU: [SUM] added, nothing partitioned."""
-        return self.wrap(self.causal_lm())
+        model = self.hollow_model()
+        self.fill(model, Placement())
+        return model
 
     def causal_lm(self) -> Any:
         """The transformers model that the config names, with an embedding for [SUM]."""

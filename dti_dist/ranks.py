@@ -127,8 +127,7 @@ def join_process_group(device: str, timeout_minutes: int, cpu_threads: int | Non
         chosen = torch.device("cpu")
         torch.set_num_threads(cpu_threads or rank_threads(local_world))
     else:
-        chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(chosen)
+        chosen = _use_gpu(local_rank)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates, once per call and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
     if not dist.is_initialized():
@@ -141,12 +140,29 @@ def join_process_group(device: str, timeout_minutes: int, cpu_threads: int | Non
     return Ranks(rank, world, local_rank, local_world, chosen)
 
 
+def _use_gpu(local_rank: int) -> torch.device:
+    """This rank's GPU, which DeepSpeed too is to take: it goes by LOCAL_RANK alone.
+
+    Where each task sees one GPU, that is 0 on all ranks.
+    """
+    index = local_rank % torch.cuda.device_count()
+    if index != local_rank:
+        _set(LOCAL_RANK=str(index))
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
 def leave_process_group() -> None:
     """Leave the process group, and leave the environment as it was."""
     if dist.is_initialized():
         dist.destroy_process_group()
     while _set_here:
-        os.environ.pop(_set_here.pop(), None)
+        name, before = _set_here.pop()
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def end_process(code: int) -> NoReturn:
@@ -205,13 +221,13 @@ class Messages:
         return value
 
 
-_set_here: list[str] = []  # environment variables of a group of one, or taken from Slurm's
+_set_here: list[tuple[str, str | None]] = []  # environment variables, and what they were before
 
 
 def _set(**variables: str) -> None:
     for name, value in variables.items():
+        _set_here.append((name, os.environ.get(name)))
         os.environ[name] = value
-        _set_here.append(name)
 
 
 def _tasks_on_this_node(environ: Mapping[str, str]) -> str:

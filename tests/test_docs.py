@@ -275,7 +275,7 @@ FLOORS = [
     {"benchmarks", "export", "training"},
     {"evaluation", "serving", "reading"},
     {"costs", "runs"},
-    {"inputs"},
+    {"inputs", "zero"},
     {"model"},
     {"data"},
     {"config", "gpus", "options", "ranks", "sql"},

@@ -15,7 +15,7 @@ from dti_dist.errors import UserError
 from dti_dist.model import sources
 from dti_dist.runs import commits
 from dti_dist.runs.folder import RunFolder
-from dti_dist.runs.trained import choose_checkpoint, load_weights
+from dti_dist.runs.trained import choose_checkpoint, trained_tensors
 from dti_dist.runs.unpickling import without_code
 from dti_dist.training import conversion
 from dti_dist.training.copying import CheckpointCopies
@@ -238,7 +238,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, proof):
     )
     found = choose_checkpoint(run, "last")
     with pytest.raises(UserError, match=r"could run code, so it is not read: .*mkdir"):
-        load_weights(ctr_model(), found)
+        trained_tensors(ctr_model(), found)
     with pytest.raises(UserError, match="could not be converted"):
         conversion._convert(found, tmp_path / "universal", world=2)
 

@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from dti_dist.inputs import Inputs
-from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
-
-
-def meta_model(inputs: Inputs) -> CTRModel:
-    """The run's model with shapes and no weights, on the meta device.
-
-    Raises:
-        UserError: as `sources.load_model_config` and adapters do.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = sources.load_model_config(inputs.model, inputs.vocabulary)
-    config.vocab_size = max(config.vocab_size, inputs.vocabulary)
-    with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return inputs.wrap(causal_lm)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from dti_dist.evaluation.slices import check_slices, measure_slices, slice_colum
 from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
 from dti_dist.files import replacing, write_atomically
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import CTRModel, cast_parameters
+from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.weights import Placement
 from dti_dist.options import CHECKPOINT, RESAMPLES, SPLIT
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.runs.folder import RunFolder
@@ -122,9 +123,10 @@ class _Evaluation:
 
     def figures(self) -> dict[str, Any] | None:
         plans = {split: self._plan(split) for split in self._splits()}
-        model = trained_model(self.inputs, self.commit).to(self.ranks.device)
-        if self.ranks.device.type == "cuda" and self.config.training.precision == "bf16":
-            cast_parameters(model, torch.bfloat16)
+        device = self.ranks.device
+        on_gpu_in_bf16 = device.type == "cuda" and self.config.training.precision == "bf16"
+        dtype = torch.bfloat16 if on_gpu_in_bf16 else torch.float32
+        model = trained_model(self.inputs, self.commit, Placement(dtype, device))
         with scratch_folder(self.run.evaluations, self.ranks) as scratch:
             for split, plan in plans.items():
                 self._spool(model, split, plan, scratch)

@@ -14,7 +14,7 @@ import torch
 
 import dti_dist
 from dti_dist.config import RunConfig, StorageConfig
-from dti_dist.console import progress, without_library_chatter
+from dti_dist.console import progress
 from dti_dist.data import storage
 from dti_dist.data.template import LONGEST_TIME_GAP, TIME_GAPS
 from dti_dist.errors import UserError
@@ -22,14 +22,16 @@ from dti_dist.export.model_card import Exported, model_card
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.lora import SumEmbedding, merge_adapters
+from dti_dist.model.lora import SumEmbedding, is_adapted, merged
 from dti_dist.model.tokenizer import SUM_TOKEN
+from dti_dist.model.weights import Placement, Reader, fill, hollow
 from dti_dist.redaction import redact
 from dti_dist.runs.commits import refuse_altered
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
-from dti_dist.runs.trained import choose_checkpoint, trained_model
+from dti_dist.runs.trained import TrainedWeights, choose_checkpoint
 
 MODEL_CARD = "README.md"
+_SHARD = 5 * 10**9  # bytes
 
 
 def export(
@@ -67,7 +69,10 @@ def export(
     commit = choose_checkpoint(run, which)
     refuse_altered(commit)
     inputs = Inputs.open(config, run.tokenizer)
-    model = trained_model(inputs, commit)
+    model = inputs.hollow_model()
+    weights = TrainedWeights(inputs, commit, model, torch.float32)
+    # Only what adapters consist of is in memory as a whole.
+    fill(model, weights, Placement(), only=lambda p: is_adapted(model) and p.requires_grad)
     precision = dtype or config.training.precision
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     settings = dti_settings(inputs, model, commit.step)
@@ -75,8 +80,8 @@ def export(
         if adapter_only:
             save_adapter(model, chosen, sources.public_name(config.model.name), folder)
         else:
-            merge_adapters(model)
-            save_model(model, inputs.tokenizer, chosen, folder)
+            save_model(model, weights, inputs.tokenizer, chosen, folder)
+        weights.check_base()
         inputs.tokenizer.save_pretrained(folder)
         card = model_card(
             run,
@@ -121,13 +126,45 @@ def _parameters(model: CTRModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_model(model: CTRModel, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
-    """model.safetensors (or shards) and config.json, as transformers' Auto classes load them."""
-    with without_library_chatter():
-        exported = hugging_face_model(model).to(dtype)
-        if exported.config.pad_token_id is None:  # a classifier's batches need one
-            exported.config.pad_token_id = tokenizer.pad_token_id
-        exported.save_pretrained(folder)
+def save_model(
+    model: CTRModel, read: Reader, tokenizer: Any, dtype: torch.dtype, folder: Path
+) -> None:
+    """model.safetensors (or shards) and config.json, as transformers' Auto classes load them.
+
+    One shard at a time is in memory.
+
+    Args:
+        read: values of the model's weights; those of its adapters it has itself.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    plain = hollow_hugging_face_model(model)
+    if plain.config.pad_token_id is None:  # a classifier's batches need one
+        plain.config.pad_token_id = tokenizer.pad_token_id
+    plain.config.dtype = str(dtype).rpartition(".")[2]
+    plain.config.architectures = [type(plain).__name__]
+    plain.config.save_pretrained(folder)
+    if plain.can_generate():
+        plain.generation_config.save_pretrained(folder)
+    shapes = {
+        name: torch.empty(parameter.shape, dtype=dtype, device="meta")
+        for name, parameter in plain.named_parameters()
+    }
+    shards = split_torch_state_dict_into_shards(
+        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=_SHARD
+    )
+    with progress("writing weights", shards.metadata["total_size"], "bytes") as bar:
+        for file, names in shards.filename_to_tensors.items():
+            tensors = {
+                name: hugging_face_value(model, name, read).to(dtype).contiguous() for name in names
+            }
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            bar.advance(sum(tensor.nbytes for tensor in tensors.values()))
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def save_adapter(model: CTRModel, dtype: torch.dtype, base_model: str, folder: Path) -> None:
@@ -163,20 +200,29 @@ def save_adapter(model: CTRModel, dtype: torch.dtype, base_model: str, folder: P
     )
 
 
-def hugging_face_model(model: CTRModel) -> Any:
-    """The same weights as a transformers model of the family, freshly made.
+def hollow_hugging_face_model(model: CTRModel) -> Any:
+    """A transformers model of the family that has the same weights, but for their values.
 
-    A fresh model, because one that was read from GGUF can't be saved as safetensors.
+    A fresh one, because one that was read from GGUF can't be saved as safetensors.
     """
+    from accelerate import init_empty_weights
+
     family = copy.deepcopy(model.config)
     family.vocab_size = model.backbone.get_input_embeddings().num_embeddings
     if hasattr(family, "quantization_config"):
         del family.quantization_config
-    weights = {f"model.{name}": value for name, value in model.backbone.state_dict().items()}
-    weights[model.head.exported_weight] = model.head.weight.detach()
-    fresh = model.head.empty_export(family)
-    fresh.load_state_dict(weights, strict=True)
-    return fresh
+    with init_empty_weights(include_buffers=False):
+        plain = model.head.empty_export(family)
+    plain.tie_weights()
+    hollow(plain)
+    return plain
+
+
+def hugging_face_value(model: CTRModel, name: str, read: Reader) -> torch.Tensor:
+    """A weight by its name in a transformers model of the family."""
+    if name == model.head.exported_weight:
+        return model.head.exported(lambda own, _: merged(model, own, read))
+    return merged(model, f"backbone.{name.removeprefix('model.')}", read)
 
 
 def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dti_dist.data.layout import Pack
 from dti_dist.errors import UserError
 from dti_dist.model.families import logits_divisor
+from dti_dist.model.weights import Reader, Stored, mark_stored, stored
 
 
 class Head(nn.Module, ABC):
@@ -34,7 +35,7 @@ class Head(nn.Module, ABC):
     exported_weight: ClassVar[str]
     pipeline_tag: ClassVar[str]
     reading: ClassVar[str]
-    weight: Tensor
+    weight: nn.Parameter
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -48,6 +49,15 @@ class Head(nn.Module, ABC):
         Args:
             label_ids: token ids of label 0 and label 1.
         """
+
+    @property
+    def table(self) -> nn.Parameter | None:
+        """The base model's table, of which `weight` has some rows alone; it does not train."""
+        return None
+
+    def exported(self, read: Reader) -> Tensor:
+        """The weight of an exported model, made of this head's and the table."""
+        return read("head.weight", self.weight)
 
     @staticmethod
     def loss(logits: Tensor, pack: Pack) -> Tensor:
@@ -67,7 +77,8 @@ class LabelWordHead(Head):
     """The language-model head, asked for the label words alone.
 
     Computing two rows of the vocabulary's logits instead of all gives the same softmax over the
-    two words at a small part of the cost.
+    two words at a small part of the cost. Where the table is not the input embeddings too, its two
+    rows are all that is held and trained; an export puts them back into the base model's table.
     """
 
     is_new = False
@@ -80,20 +91,41 @@ class LabelWordHead(Head):
         "label 0"
     )
 
-    def __init__(self, lm_head: nn.Linear, label_ids: tuple[int, int], divisor: float = 1.0):
+    def __init__(
+        self, table: nn.Parameter, tied: bool, label_ids: tuple[int, int], divisor: float = 1.0
+    ):
         super().__init__()
-        self.weight = lm_head.weight
         self.divisor = divisor
         self.label_ids: Tensor
         self.register_buffer("label_ids", torch.tensor(label_ids), persistent=False)
+        self._table = None if tied else (table,)  # in a tuple it is no parameter of this module
+        self.weight = table if tied else nn.Parameter(table.detach()[list(label_ids)])
+        if not tied and (where := stored(table)) is not None:
+            mark_stored(self.weight, Stored(where.name, rows=label_ids))
 
     @classmethod
     def of(cls, causal_lm: Any, label_ids: tuple[int, int]) -> LabelWordHead:
-        return cls(causal_lm.get_output_embeddings(), label_ids, logits_divisor(causal_lm.config))
+        table = causal_lm.get_output_embeddings().weight
+        tied = table is causal_lm.get_input_embeddings().weight
+        return cls(table, tied, label_ids, logits_divisor(causal_lm.config))
+
+    @property
+    def table(self) -> nn.Parameter | None:
+        return self._table and self._table[0]
+
+    def exported(self, read: Reader) -> Tensor:
+        rows = super().exported(read)
+        if self.table is None:
+            return rows
+        table = read("head.table", self.table).clone()
+        table[self.label_ids] = rows.to(table.dtype)
+        return table
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, hidden] → [B, S] float32: the logit of label 1 minus that of label 0."""
-        no, yes = _at_least_float32(F.embedding(self.label_ids, self.weight))
+        tied = self.table is None
+        rows = F.embedding(self.label_ids, self.weight) if tied else self.weight
+        no, yes = _at_least_float32(rows)
         return _at_least_float32(hidden) @ (yes - no) / self.divisor
 
 

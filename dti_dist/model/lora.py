@@ -11,8 +11,7 @@ from torch import nn
 from dti_dist.config import LoraConfig
 from dti_dist.errors import UserError, nearest
 from dti_dist.model.ctr_model import CTRModel
-
-_SAMPLED_VALUES = 4096  # of each weight: enough to tell models apart, and read at once
+from dti_dist.model.weights import BaseWeights, Reader, Stored, mark_stored, stored
 
 
 def require_peft() -> None:
@@ -35,7 +34,10 @@ class SumEmbedding(nn.Module):
     def __init__(self, table: Any, sum_id: int):
         super().__init__()
         self.table = table
+        self.num_embeddings: int = table.num_embeddings
         self.row = nn.Parameter(table.weight[sum_id].detach().clone())
+        if (where := stored(table.weight)) is not None:
+            mark_stored(self.row, Stored(where.name, rows=sum_id))
         self.sum_id = sum_id
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -88,38 +90,50 @@ def _target_modules(backbone: Any, wanted: list[str] | None) -> list[str]:
     return wanted or known
 
 
-def merge_adapters(model: CTRModel) -> None:
-    """Add the adapters to the weights, write [SUM]'s row into the table, and remove both.
+def is_adapted(model: CTRModel) -> bool:
+    return isinstance(model.backbone.get_input_embeddings(), SumEmbedding)
 
-    In place. A model without adapters is left as it is.
+
+def merged(model: CTRModel, name: str, read: Reader) -> torch.Tensor:
+    """A weight of the model without adapters: with what its adapters add, and [SUM]'s row in place.
+
+    Args:
+        model: with adapters or without; those that train have their values.
+        name: of the weight in a model without adapters.
+        read: values of the weights beneath.
     """
-    backbone = model.backbone
-    embeddings = backbone.get_input_embeddings()
-    if not isinstance(embeddings, SumEmbedding):
-        return
     from peft.tuners.lora import LoraLayer
 
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, module.get_base_layer())
-    with torch.no_grad():
-        embeddings.table.weight[embeddings.sum_id] = embeddings.row
-    backbone.set_input_embeddings(embeddings.table)
+    owner_name, _, own = name.rpartition(".")
+    owner: Any = model.get_submodule(owner_name)
+    embeddings = model.backbone.get_input_embeddings()
+    if isinstance(owner, LoraLayer):
+        value = read(f"{owner_name}.base_layer.{own}", getattr(owner.get_base_layer(), own))
+        return value + owner.get_delta_weight("default") if own == "weight" else value
+    if owner is embeddings and is_adapted(model):
+        name, owner = f"{owner_name}.table.{own}", embeddings.table
+    parameter = getattr(owner, own)
+    value = read(name, parameter)
+    if is_adapted(model) and parameter is embeddings.table.weight:
+        value = value.clone()
+        value[embeddings.sum_id] = embeddings.row
+    return value
 
 
-def base_fingerprint(model: CTRModel) -> str | None:
+def base_fingerprint(model: CTRModel, weights: BaseWeights) -> str | None:
     """Tells base models apart by their frozen decoder layers; None where all weights train.
 
     Checkpoints leave frozen weights out, so they are right only with the base model of the run.
+
+    Args:
+        weights: what `model` is filled from.
     """
     digest, frozen = hashlib.sha256(), False
     for name, parameter in model.backbone.layers.named_parameters():
-        if not parameter.requires_grad:
+        where = stored(parameter)
+        if not parameter.requires_grad and where is not None:
             frozen = True
-            values = parameter.detach().flatten()
-            sample = values[:: max(values.numel() // _SAMPLED_VALUES, 1)]
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(sample.float().cpu().numpy().tobytes())
+            shape, sample = weights.sample(where.name)
+            digest.update(f"{name} {shape}".encode())
+            digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16] if frozen else None

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from torch import nn
 
 from dti_dist.config import ModelConfig
 from dti_dist.console import without_library_chatter
@@ -26,6 +28,15 @@ from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.model.families import SUPPORTED, check_family
 from dti_dist.model.tokenizer import add_sum_token, train_tokenizer
+from dti_dist.model.weights import (
+    BaseWeights,
+    Placement,
+    Safetensors,
+    StateDict,
+    Tensors,
+    fill,
+    hollow,
+)
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # by the package's own README
@@ -247,28 +258,53 @@ def load_tokenizer(config: ModelConfig, dataset: Dataset, template: Template) ->
     return tokenizer, add_sum_token(tokenizer)
 
 
-def load_causal_lm(config: ModelConfig, vocabulary: int, seed: int) -> Any:
-    """The causal LM in float32 with embeddings for `vocabulary` tokens, [SUM] the last.
-
-    New rows start at the mean of the old ones, so that [SUM] begins as an unremarkable token.
+def hollow_causal_lm(config: ModelConfig, vocabulary: int) -> Any:
+    """The causal LM with embeddings for `vocabulary` tokens, [SUM] the last, and no weights yet.
 
     Raises:
-        UserError: when the model can't be loaded, its family is not supported, or weights are
-            missing from the checkpoint or of another shape.
+        UserError: when its config can't be loaded or its family is not supported.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    model_config = load_model_config(config, vocabulary)
+    model_config.vocab_size = max(model_config.vocab_size, vocabulary)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    model.tie_weights()
+    hollow(model)
+    return model.eval()
+
+
+def open_weights(
+    config: ModelConfig, vocabulary: int, seed: int, model: nn.Module, dtype: torch.dtype
+) -> BaseWeights:
+    """The weights of a hollow model, or of one that was built around it; none is read yet.
+
+    Raises:
+        UserError: when they can't be read, or some are missing or of another shape.
     """
     if config.name == "scratch":
-        model = _from_scratch(config, vocabulary, seed)
-    else:
-        model = _pretrained(resolve(config))
-    old = model.get_input_embeddings().num_embeddings
-    if vocabulary > old:
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
-        with torch.no_grad():
-            tables = [model.get_input_embeddings().weight]
-            if not model.config.tie_word_embeddings:
-                tables.append(model.get_output_embeddings().weight)
-            for table in tables:
-                table[old:] = table[:old].mean(dim=0)
+        return BaseWeights(StateDict(_from_scratch(config, vocabulary, seed)), {}, dtype)
+    source = resolve(config)
+    old = _pretrained_config(source).vocab_size
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    with _explaining(source):
+        _refuse_adapters(source)
+        weights = BaseWeights(_stored_tensors(source), dict.fromkeys(tables, old), dtype)
+    if wrong := weights.faults(model):
+        raise UserError(
+            f"The weights of {source.name} don't fit its config: {wrong}. Training would start "
+            "from random values there. Use a complete checkpoint."
+        )
+    return weights
+
+
+def load_causal_lm(config: ModelConfig, vocabulary: int, seed: int) -> Any:
+    """The causal LM in float32, as `hollow_causal_lm` and `open_weights`."""
+    model = hollow_causal_lm(config, vocabulary)
+    whole = Placement()
+    fill(model, open_weights(config, vocabulary, seed, model, whole.dtype), whole)
     return model
 
 
@@ -301,13 +337,13 @@ def _scratch_config(config: ModelConfig, vocabulary: int) -> Any:
     )
 
 
-def _from_scratch(config: ModelConfig, vocabulary: int, seed: int) -> Any:
+def _from_scratch(config: ModelConfig, vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
     from transformers import LlamaForCausalLM
 
     llama = _scratch_config(config, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(llama)
+        return LlamaForCausalLM(llama).state_dict()
 
 
 def _pretrained_config(source: Source) -> Any:
@@ -330,26 +366,37 @@ def _refuse_adapters(source: Source) -> None:
         )
 
 
-def _pretrained(source: Source) -> Any:
+def _stored_tensors(source: Source) -> Tensors:
     from transformers import AutoModelForCausalLM
 
-    _pretrained_config(source)  # refuses a family before its weights are read
-    with _explaining(source), without_library_chatter():
-        _refuse_adapters(source)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+    if source.gguf_file is None:
+        return Safetensors(_safetensors_files(source), base_prefix="model")
+    with without_library_chatter():  # transformers takes GGUF apart as a whole
+        model = AutoModelForCausalLM.from_pretrained(
+            source.name, dtype=torch.float32, **source.arguments
+        )
+    return StateDict(model.state_dict())
+
+
+def _safetensors_files(source: Source) -> list[Path]:
+    """One file, or the shards that an index names."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    def find(name: str) -> str | None:
+        return cached_file(
             source.name,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            **source.arguments,
+            name,
+            revision=source.revision,
+            _raise_exceptions_for_missing_entries=False,
         )
-    wrong = {kind: loading[kind] for kind in ("missing_keys", "mismatched_keys") if loading[kind]}
-    if wrong:
-        raise UserError(
-            f"The weights of {source.name} don't fit its config: {wrong}. Training would start "
-            "from random values there. Use a complete checkpoint."
-        )
-    return model
+
+    if (index := find("model.safetensors.index.json")) is not None:
+        files, _ = get_checkpoint_shard_files(source.name, index, revision=source.revision)
+        return [Path(file) for file in files]
+    if (single := find("model.safetensors")) is not None:
+        return [Path(single)]
+    raise OSError("it has no model.safetensors and no model.safetensors.index.json.")
 
 
 class _explaining:
@@ -369,7 +416,7 @@ class _explaining:
                 f"guarantee that targets are isolated. Choose a model of {', '.join(SUPPORTED)} in "
                 "transformers' own form."
             ) from error
-        if isinstance(error, OSError | ValueError | KeyError):
+        if isinstance(error, OSError | ValueError | KeyError | SafetensorError):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(
                 f"Model {self.source.name!r} could not be loaded: {reason} Set model.name to a "

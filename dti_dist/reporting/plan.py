@@ -10,7 +10,7 @@ from dti_dist.console import table
 from dti_dist.costs.flops import FLOPS_FORMULA, Flops, flops_of_pack
 from dti_dist.costs.goodput import saving
 from dti_dist.costs.memory import Memory, Setting, checkpoint_bytes, memory
-from dti_dist.costs.shape import ModelShape, meta_model
+from dti_dist.costs.shape import ModelShape
 from dti_dist.costs.workload import (
     Pairs,
     Workload,
@@ -25,8 +25,8 @@ from dti_dist.gpus import CPU, Gpu, find_gpu, gpu_at_hand
 from dti_dist.inputs import Inputs
 from dti_dist.options import MFU, FailureOptions
 from dti_dist.reporting.calibrate import Calibration, calibrate
-from dti_dist.training.engine import read_deepspeed
 from dti_dist.words import duration
+from dti_dist.zero import read_deepspeed
 
 GIB = 2**30
 BASELINE = "sliding_window"
@@ -200,7 +200,7 @@ def _variant(inputs: Inputs, targets: int | None = None) -> _Variant:
     work = workload(stream, packs_of_step, enough)
     validation = inputs.stream_plan("valid", max_targets=config.validation.max_targets)
     packs = validation.epochs[0].packs * len(_validations(config, stream, work.steps))
-    model = meta_model(inputs)
+    model = inputs.hollow_model()
     shape = ModelShape.of(model)
     first = first_packs(stream)
     pairs = count_pairs(model, first)

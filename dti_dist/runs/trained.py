@@ -6,12 +6,14 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from dti_dist.console import without_library_chatter
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.lora import base_fingerprint
+from dti_dist.model.weights import Placement, StateDict, Tensors, fill
 from dti_dist.runs import commits
 from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
@@ -38,38 +40,67 @@ def choose_checkpoint(run: RunFolder, which: str) -> Commit:
     )
 
 
-def load_weights(model: CTRModel, commit: Commit) -> None:
-    """Fill the model with the checkpoint's float32 weights; frozen ones it has already.
+def trained_model(inputs: Inputs, commit: Commit, placement: Placement | None = None) -> CTRModel:
+    """The run's model with the checkpoint's weights; those that it leaves out are the base model's.
+
+    Args:
+        placement: default: in float32 on the CPU.
 
     Raises:
         UserError: if keys or shapes differ, or the frozen weights are of another model.
     """
-    commits.check_base(commit, base_fingerprint(model))
+    model = inputs.hollow_model()
+    placement = placement or Placement()
+    weights = TrainedWeights(inputs, commit, model, placement.dtype)
+    fill(model, weights, placement)
+    weights.check_base()
+    return model.eval()
+
+
+class TrainedWeights:
+    """The values of a run's model at a checkpoint, by name.
+
+    Args:
+        model: hollow.
+        dtype: of the base model's values; the checkpoint's are float32.
+    """
+
+    def __init__(self, inputs: Inputs, commit: Commit, model: CTRModel, dtype: torch.dtype):
+        self._model, self._commit = model, commit
+        self._trained = trained_tensors(model, commit)
+        frozen = any(not parameter.requires_grad for parameter in model.parameters())
+        needs_base = frozen or model.head.table is not None
+        self._base = inputs.open_weights(model, dtype) if needs_base else None
+
+    def __call__(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
+        if self._base is None or self._trained.shape(name) is not None:
+            return self._trained.read(name)
+        return self._base(name, parameter)
+
+    def check_base(self) -> None:
+        """Raise UserError where what was read beside the checkpoint is another base model's."""
+        base = base_fingerprint(self._model, self._base) if self._base else None
+        commits.check_base(self._commit, base)
+
+
+def trained_tensors(model: CTRModel, commit: Commit) -> Tensors:
+    """The checkpoint's float32 weights, put together from the ranks' parts as they are read."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns where it has to find out
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with without_library_chatter(), without_code():
         state: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-            str(commit.folder.parent), commit.folder.name
+            str(commit.folder.parent), commit.folder.name, lazy_mode=True
         )
     named = model.named_parameters(remove_duplicate=False)
-    frozen = {name for name, parameter in named if not parameter.requires_grad}
-    own = {name: value for name, value in model.state_dict().items() if name not in frozen}
+    own = {name: parameter.shape for name, parameter in named if parameter.requires_grad}
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    shapes = [name for name in own if name in state and own[name] != state[name].shape]
     if missing or unexpected or shapes:
         raise UserError(
             f"Checkpoint {commit.folder} does not fit the run's model: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}, other shapes {shapes[:3]}. Was config.yaml changed?"
         )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(state[name])
-
-
-def trained_model(inputs: Inputs, commit: Commit) -> CTRModel:
-    model = inputs.untrained_model()
-    load_weights(model, commit)
-    return model.eval()
+    return StateDict(state)

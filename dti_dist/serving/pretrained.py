@@ -19,6 +19,7 @@ from dti_dist.inputs import Inputs, cache_dir_of
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import HEADS
+from dti_dist.model.weights import Placement
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.serving.item_texts import ItemTexts
@@ -48,8 +49,9 @@ def load_run(
     which: str = "best",
     data: str | None = None,
     base_model: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Pretrained:
-    """A run's checkpoint, in float32, with the data set that it was trained on, or another.
+    """A run's checkpoint with the data set that it was trained on, or another.
 
     Args:
         base_model: a folder with the model that the run began with, in place of its model.name.
@@ -69,7 +71,8 @@ def load_run(
     inputs = Inputs.open(config, run.tokenizer)
     template = Template.for_items(config.template, inputs.dataset.manifest.item_text_columns)
     items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
-    return Pretrained(trained_model(inputs, commit), items, config.sample.context, inputs.dataset)
+    model = trained_model(inputs, commit, Placement(dtype))
+    return Pretrained(model, items, config.sample.context, inputs.dataset)
 
 
 def load_exported(

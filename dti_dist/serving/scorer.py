@@ -19,7 +19,7 @@ from dti_dist.console import progress
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
-from dti_dist.model.ctr_model import KeptStates, cast_parameters
+from dti_dist.model.ctr_model import KeptStates
 from dti_dist.ranks import choose_device
 from dti_dist.serving.item_states import ItemStates
 from dti_dist.serving.item_texts import Item, ItemTexts
@@ -129,8 +129,7 @@ class Scorer:
         if precision is None:
             raise UserError(f"dtype: expected fp32 or bf16, found {dtype!r}.")
         if is_run(folder):
-            found = load_run(folder, checkpoint, data, base_model)
-            cast_parameters(found.model, precision)
+            found = load_run(folder, checkpoint, data, base_model, precision)
         else:
             found = load_exported(folder, data, precision, storage)
         return cls(found, chosen, pack_tokens, state_cache_gib)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,91 +17,7 @@ from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.ranks import Ranks
 from dti_dist.runs.unpickling import without_code
-
-_FOLDERS = (
-    Path(__file__).resolve().parents[2] / "deepspeed_configs",  # a checkout
-    Path(sys.prefix) / "share" / "dti-dist" / "deepspeed_configs",  # an installed wheel
-)
-# Of a DeepSpeed configuration: what the section `training` sets.
-_DECIDED_BY_THE_RUN = {
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "fp16",
-    "optimizer",
-    "scheduler",
-}
-
-
-def micro_steps_per_step(training: TrainingConfig, world: int) -> int:
-    """Micro-steps in a step. Raises UserError where ranks don't divide the global batch."""
-    per_micro_step = world * training.micro_batch_packs
-    if training.global_batch_packs % per_micro_step:
-        raise UserError(
-            f"training.global_batch_packs {training.global_batch_packs} must be a multiple of "
-            f"ranks x training.micro_batch_packs = {world} x {training.micro_batch_packs} = "
-            f"{per_micro_step}, so that every rank has equal work. Set it to "
-            f"{-(-training.global_batch_packs // per_micro_step) * per_micro_step}, or change the "
-            "number of ranks."
-        )
-    return training.global_batch_packs // per_micro_step
-
-
-def deepspeed_config(training: TrainingConfig, world: int) -> dict[str, Any]:
-    """The JSON file that the config names, completed with what only the run knows."""
-    config = read_deepspeed(training.deepspeed)
-    micro_steps = micro_steps_per_step(training, world)
-    if training.precision == "bf16" and micro_steps > 1:
-        # DeepSpeed would add up micro-steps' gradients in bf16, which doubles their error.
-        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    return {
-        **config,
-        "train_micro_batch_size_per_gpu": training.micro_batch_packs,
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": training.gradient_clipping,
-        "bf16": {"enabled": training.precision == "bf16"},
-        "steps_per_print": 10**12,
-    }
-
-
-def read_deepspeed(name: str) -> dict[str, Any]:
-    """The JSON file of a `training.deepspeed`. Raises UserError where the run can't follow it."""
-    config = _read(name)
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise UserError(
-            f"training.deepspeed {name!r}: expected zero_optimization.stage 1, 2 or 3, found "
-            f"{stage}. Checkpoints and evaluation rely on ZeRO's sharded state."
-        )
-    parallel = config.get("sequence_parallel_size", 1)
-    if parallel != 1:
-        raise UserError(
-            f"training.deepspeed {name!r}: sequence_parallel_size {parallel} would replace the "
-            "isolation mask by plain causal attention. Remove it; packs are the unit of "
-            "parallelism."
-        )
-    if clash := sorted(_DECIDED_BY_THE_RUN & set(config)):
-        raise UserError(
-            f"training.deepspeed {name!r} sets {', '.join(clash)}, which the run's own config "
-            "decides. Remove them from the JSON file and use the section `training`."
-        )
-    return config
-
-
-def _read(name: str) -> dict[str, Any]:
-    candidates = [Path(name), *(folder / f"{name}.json" for folder in _FOLDERS)]
-    for path in candidates:
-        if path.is_file():
-            try:
-                return json.loads(path.read_text())
-            except json.JSONDecodeError as error:
-                raise UserError(f"DeepSpeed config {path} is not valid JSON: {error}") from error
-    known = sorted({file.stem for folder in _FOLDERS for file in folder.glob("*.json")})
-    raise UserError(
-        f"training.deepspeed {name!r}: no such file, and no such name. "
-        f"Names: {', '.join(known)}; or give the path of a DeepSpeed JSON file."
-    )
+from dti_dist.zero import deepspeed_config, import_deepspeed
 
 
 class Engine:
@@ -116,20 +29,13 @@ class Engine:
     """
 
     def __init__(self, model: CTRModel, training: TrainingConfig, ranks: Ranks):
-        """Partition the model's state over the ranks; `model` must not be used directly after."""
-        import deepspeed
-
-        # A C++ extension for inference, which DeepSpeed would compile before the first step on a
-        # CPU. That takes a compiler and up to a minute, and a job that is killed meanwhile leaves
-        # a lock behind that every later job waits for, forever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        # DeepSpeed would take GPU LOCAL_RANK, which is not there where a task sees one GPU alone.
-        gpu = SimpleNamespace(device_rank=ranks.device.index)
+        """
+        Args:
+            model: as `Partitioned` filled it; not to be used directly after.
+        """
+        deepspeed = import_deepspeed()
         with _one_form_of_checkpoints():
             self._engine, *_ = deepspeed.initialize(
-                args=gpu if ranks.device.type == "cuda" else None,
                 model=model,
                 optimizer=_optimizer(model, training),
                 config=deepspeed_config(training, ranks.world),
@@ -138,7 +44,6 @@ class Engine:
         self.model: CTRModel = self._engine.module
         self.micro_steps: int = self._engine.gradient_accumulation_steps()
         self.zero_stage = int(self._engine.zero_optimization_stage())
-        _restore_buffers(self.model, buffers)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The logits of a batch's targets."""
@@ -256,22 +161,16 @@ def _one_form_of_checkpoints() -> Iterator[None]:
 
 def _optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tables = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
     return torch.optim.AdamW(
         [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": tables, "weight_decay": training.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         lr=training.learning_rate,
         betas=training.betas,
     )
-
-
-def _restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
-    """Give buffers, such as rotary frequencies, back the precision that the cast to bf16 took."""
-    for name, buffer in buffers.items():
-        module_name, _, own_name = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        setattr(module, own_name, buffer.to(getattr(module, own_name).device))
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:

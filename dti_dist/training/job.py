@@ -13,10 +13,10 @@ from dti_dist.data.stream import Share
 from dti_dist.errors import OtherRankFailed, RunFailed
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.runs.folder import RunFolder
-from dti_dist.training.engine import micro_steps_per_step
 from dti_dist.training.memory import is_out_of_memory, out_of_memory
 from dti_dist.training.signals import StopSignal
 from dti_dist.training.watchdog import Watchdog
+from dti_dist.zero import micro_steps_per_step
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
 _WAIT_FOR_REASON_S = 5.0  # how long a rank that lost another waits to hear why

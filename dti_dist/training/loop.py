@@ -16,8 +16,6 @@ from dti_dist.data.stream import PackStream, StreamPlan, batches
 from dti_dist.errors import RunFailed
 from dti_dist.gpus import gpu_at_hand
 from dti_dist.inputs import Inputs
-from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.lora import base_fingerprint
 from dti_dist.ranks import Ranks
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import Engine, learning_rate
@@ -25,6 +23,7 @@ from dti_dist.training.job import Job, explained_out_of_memory, open_job
 from dti_dist.training.journal import Interval, Journal
 from dti_dist.training.machine import memory_gib, surroundings
 from dti_dist.training.nonfinite import report_left_out
+from dti_dist.training.partition import Partitioned
 from dti_dist.training.profile import Profiler
 from dti_dist.training.progress import Schedule
 from dti_dist.training.saving import Saving, resume
@@ -61,15 +60,15 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         )
         total_steps = schedule.total_steps
 
-        # Loaded models come in evaluation mode, in which activations are not recomputed.
-        model = inputs.untrained_model().train()
-        base = base_fingerprint(model)
-        parameters = sum(p.numel() for p in model.parameters())
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        share_of_token = _peak_share_of_a_token(model, plan.shape, ranks)
+        # In evaluation mode, as models are loaded, activations would not be recomputed.
+        model = inputs.hollow_model().train()
+        shape = ModelShape.of(model)
+        parameters, trainable = shape.parameters, shape.trained
+        share_of_token = _peak_share_of_a_token(shape, plan.shape, ranks)
         if settings.activation_checkpointing:
             model.enable_activation_checkpointing()
         with explained_out_of_memory(job, parameters, trainable):
+            base = ranks.broadcast(inputs.fill(model, Partitioned(settings, ranks)))
             engine = Engine(model, settings, ranks)
             progress = resume(job, engine, schedule, base)
             if ranks.is_main:
@@ -185,7 +184,7 @@ def _introduce(
     )
 
 
-def _peak_share_of_a_token(model: CTRModel, pack: PackShape, ranks: Ranks) -> float | None:
+def _peak_share_of_a_token(model: ModelShape, pack: PackShape, ranks: Ranks) -> float | None:
     """FLOPs of a token over the FLOP/s of all ranks' GPUs at best; None where that is unknown.
 
     The mean over a full pack, without attention and recomputation.
@@ -193,7 +192,7 @@ def _peak_share_of_a_token(model: CTRModel, pack: PackShape, ranks: Ranks) -> fl
     gpu = gpu_at_hand() if ranks.device.type == "cuda" else None
     if gpu is None or gpu.bf16 is None:
         return None
-    return flops_of_token(ModelShape.of(model), pack) / (gpu.bf16 * ranks.world)
+    return flops_of_token(model, pack) / (gpu.bf16 * ranks.world)
 
 
 def of_bad_start(loss: float, label_rate: float, settings: TrainingConfig) -> str | None:

@@ -11,7 +11,7 @@ from dti_dist.config import RunConfig
 from dti_dist.costs.memory import States, offloads, states
 from dti_dist.errors import RunFailed
 from dti_dist.ranks import Ranks
-from dti_dist.training.engine import read_deepspeed
+from dti_dist.zero import read_deepspeed
 
 GIB = 2**30
 

@@ -11,9 +11,16 @@ import torch
 
 from dti_dist.config import load_config
 from dti_dist.data.stream import PackStream, Share
-from dti_dist.export.export import DTI_CONFIG, dti_settings, hugging_face_model
+from dti_dist.export.export import (
+    DTI_CONFIG,
+    dti_settings,
+    hollow_hugging_face_model,
+    hugging_face_value,
+    save_model,
+)
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.weights import Placement, fill, own_value
 from dti_dist.ranks import Ranks
 from tests.launching import write_config
 
@@ -26,7 +33,7 @@ def export_random_weights(folder: Path, data: Path, **sections: Any) -> tuple[Pa
     inputs = Inputs.open(config, folder / "tokenizer")
     model = random_weights(inputs)
     exported = folder / "exported"
-    hugging_face_model(model).save_pretrained(exported)
+    save_model(model, own_value, inputs.tokenizer, torch.float32, exported)
     inputs.tokenizer.save_pretrained(exported)
     (exported / DTI_CONFIG).write_text(json.dumps(dti_settings(inputs, model, step=0)))
     return exported, inputs
@@ -41,6 +48,13 @@ def random_weights(inputs: Inputs) -> CTRModel:
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.3, generator=generator)
     return model
+
+
+def hugging_face_model(model: CTRModel, dtype: torch.dtype = torch.float32) -> Any:
+    """What `dti-dist export` writes of a model, in memory."""
+    plain = hollow_hugging_face_model(model)
+    fill(plain, lambda name, _: hugging_face_value(model, name, own_value), Placement(dtype))
+    return plain.eval()
 
 
 def target_scores(

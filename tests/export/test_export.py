@@ -18,16 +18,18 @@ from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.evaluation.predict import predict
 from dti_dist.export import export
-from dti_dist.export.export import hugging_face_model, save_model, why_not_plain
+from dti_dist.export.export import save_model, why_not_plain
 from dti_dist.export.model_card import Exported, _targets_seen, model_card
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.lora import add_adapters, merge_adapters
+from dti_dist.model.lora import add_adapters
+from dti_dist.model.weights import own_value
 from dti_dist.ranks import Ranks
 from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
+from tests.export.exported import hugging_face_model
 from tests.launching import run, train, write_config
 from tests.model.test_oracles import CLOSE, SHAPE, N, one_layer, prompts, world
 from tests.s3_server import s3_server
@@ -138,8 +140,7 @@ def test_export_loads_in_transformers_and_predicts_the_same(trained, tmp_path):
     assert not report["unexpected_keys"]
     model = inputs.untrained_model()
     model.backbone.load_state_dict(loaded.base_model.state_dict())
-    head = loaded.lm_head if settings["head"] == "yes_no" else loaded.score
-    model.head.weight.data.copy_(head.weight)
+    model.head = type(model.head).of(loaded, inputs.tokens.label_ids)
     np.testing.assert_array_equal(
         predictions(trained, model.eval()).probability, predictions(trained).probability
     )
@@ -341,8 +342,7 @@ def plain_and_own(
     model.double()
     own = logits_by_target(model, batch_of(block, tokens, n, 1, SHAPE))
     why = why_not_plain(model, n)
-    merge_adapters(model)
-    exported = hugging_face_model(model).double().eval()
+    exported = hugging_face_model(model, torch.float64)
     exported.set_attn_implementation("eager")
     plain = {}
     for key, interactions in prompts(tokens, block).items():
@@ -401,7 +401,7 @@ def test_a_classifier_in_batches_finds_sum_before_the_padding(tmp_path):
     class Tokenizer:
         pad_token_id = 0
 
-    save_model(model, Tokenizer(), torch.float32, tmp_path)
+    save_model(model, own_value, Tokenizer(), torch.float32, tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         alone = loaded(torch.tensor([[5, 6, SUM]])).logits

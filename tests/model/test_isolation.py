@@ -232,7 +232,7 @@ def test_yes_no_is_the_softmax_over_the_two_label_words_of_the_whole_vocabulary(
     seen = {}
     model.head.register_forward_hook(lambda m, inputs, output: seen.update(hidden=inputs[0]))
     logits = model(batch)
-    vocabulary = seen["hidden"] @ model.head.weight.T
+    vocabulary = seen["hidden"] @ model.head.table.T
     no, yes = tokens.label_ids
     expected = vocabulary[..., [no, yes]].softmax(-1)[..., 1]
     torch.testing.assert_close(torch.sigmoid(logits.double()), expected, atol=1e-6, rtol=1e-6)

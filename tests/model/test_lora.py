@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from dti_dist.config import LoraConfig, validate_config
+from dti_dist.config import AttentionConfig, LoraConfig, validate_config
 from dti_dist.data.layout import PackShape
 from dti_dist.errors import UserError
+from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.heads import Head
-from dti_dist.model.lora import add_adapters, base_fingerprint, merge_adapters, require_peft
-from tests.tiny import FAMILIES, SUM, batch_of, ctr_model, item_tokens, users
+from dti_dist.model.lora import add_adapters, base_fingerprint, merged, require_peft
+from dti_dist.model.weights import (
+    BaseWeights,
+    Placement,
+    StateDict,
+    fill,
+    hollow,
+    own_value,
+)
+from tests.tiny import (
+    FAMILIES,
+    NO,
+    SUM,
+    YES,
+    batch_of,
+    causal_lm,
+    ctr_model,
+    item_tokens,
+    users,
+)
 
 pytest.importorskip("peft")
 
@@ -74,11 +94,12 @@ def test_merged_model_is_of_the_base_models_form_and_computes_the_same(family, p
     move(model)
     expected = model(batch)
     assert (expected - at_first)[batch.used > 0].abs().min() > 1e-6
-    merge_adapters(model)
-    torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-10)
+    others = {name: value.clone() for name, value in base.state_dict().items()}
+    weights = {name: merged(model, name, own_value) for name in others}
+    plain = base.double()
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(plain(batch), expected, rtol=0, atol=1e-10)
 
-    weights, others = model.state_dict(), base.state_dict()
-    assert weights.keys() == others.keys()
     table, head = "backbone.embed_tokens.weight", "head.weight"  # tied in Gemma
     for name in (table, head):
         assert torch.equal(weights[name][:SUM], others[name][:SUM])
@@ -107,12 +128,45 @@ def test_seed_alone_decides_the_adapters():
     assert not torch.equal(one, first(1))
 
 
+def filled(seed=0, lora=True):
+    """A model that was hollow, what filled it, and the weights that it was to get."""
+    lm = causal_lm("llama", seed=seed)
+    state = {name: value.clone() for name, value in lm.state_dict().items()}
+    hollow(lm)
+    model = CTRModel(lm, "yes_no", (NO, YES), 4, AttentionConfig())
+    if lora:
+        add_adapters(model, LoraConfig(rank=2), SUM, seed=0)
+    weights = BaseWeights(StateDict(state), {}, torch.float64)
+    fill(model, weights, Placement(torch.float64))
+    return model, weights, state
+
+
+def test_a_hollow_model_has_the_weights_that_it_is_filled_with():
+    model, weights, state = filled()
+    assert torch.equal(model.backbone.embed_tokens.row, state["model.embed_tokens.weight"][SUM])
+    table = state["lm_head.weight"]
+    assert torch.equal(model.head.weight, table[[NO, YES]])
+    assert torch.equal(weights("head.table", model.head.table), table)
+    with pytest.raises(AssertionError, match="is hollow"):
+        own_value("head.table", model.head.table)
+    for name in set(state) - {"lm_head.weight"}:
+        value = merged(model, name.replace("model.", "backbone."), own_value)
+        assert torch.equal(value, state[name])
+
+
 def test_base_models_are_distinguished_by_their_weights_whatever_the_adapters():
-    fingerprint = base_fingerprint(adapted()[0])
-    moved, other = adapted()[0], adapted(seed=1)[0]
-    move(moved)
-    assert base_fingerprint(moved) == fingerprint != base_fingerprint(other)
-    assert base_fingerprint(ctr_model()) is None
+    model, weights, state = filled()
+    fingerprint = base_fingerprint(model, weights)
+    digest = hashlib.sha256()
+    for name, parameter in model.backbone.layers.named_parameters():
+        if ".lora_" not in name:
+            values = state[f"model.layers.{name.replace('.base_layer', '')}"].flatten()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(values[:: max(values.numel() // 4096, 1)].float().numpy().tobytes())
+    assert fingerprint == digest.hexdigest()[:16]
+    move(model)
+    assert base_fingerprint(model, weights) == fingerprint != base_fingerprint(*filled(seed=1)[:2])
+    assert base_fingerprint(*filled(lora=False)[:2]) is None
 
 
 # --- refusals --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dti_dist.model import sources
 from dti_dist.model.families import check_family
 from dti_dist.model.heads import LabelWordHead, LinearHead
 from dti_dist.model.tokenizer import SUM_TOKEN, add_sum_token
+from dti_dist.model.weights import own_value
 from tests.tiny import FAMILIES, VOCABULARY, causal_lm
 
 
@@ -140,11 +141,11 @@ class TestSmolLM2:
         from transformers import AutoModelForCausalLM
 
         from dti_dist.config import AttentionConfig
-        from dti_dist.export.export import hugging_face_model
+        from dti_dist.export.export import save_model
         from dti_dist.model.ctr_model import CTRModel
 
         ctr = CTRModel(model, "yes_no", (1, 2), 4, AttentionConfig())
-        hugging_face_model(ctr).save_pretrained(tmp_path)
+        save_model(ctr, own_value, None, torch.float32, tmp_path)
         assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
         loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
         assert not report["missing_keys"]

@@ -15,7 +15,7 @@ from dti_dist.config import LoraConfig, load_config
 from dti_dist.costs.flops import flops_of_pack, flops_of_token
 from dti_dist.costs.goodput import Failures
 from dti_dist.costs.memory import checkpoint_bytes, states
-from dti_dist.costs.shape import ModelShape, meta_model
+from dti_dist.costs.shape import ModelShape
 from dti_dist.costs.workload import count_pairs, steps_for, workload
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import PackStream, Share
@@ -221,7 +221,7 @@ def test_attention_flops_are_torchs_for_as_many_pairs():
 @pytest.mark.parametrize("head", ["yes_no", "linear"])
 def test_the_meta_model_has_the_parameters_of_the_run(config_of, tmp_path, head):
     inputs = Inputs.open(load_config(config_of(model={"head": head})), tmp_path / "tokenizer")
-    real, meta = inputs.untrained_model(), meta_model(inputs)
+    real, meta = inputs.untrained_model(), inputs.hollow_model()
     assert all(parameter.is_meta for parameter in meta.parameters())
     assert [p.shape for p in meta.parameters()] == [p.shape for p in real.parameters()]
     assert ModelShape.of(meta) == ModelShape.of(real)

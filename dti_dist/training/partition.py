@@ -1,0 +1,61 @@
+"""A model's weights on their way to the ranks, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dti_dist.config import TrainingConfig
+from dti_dist.model.weights import Placement
+from dti_dist.ranks import Ranks
+from dti_dist.zero import deepspeed_config, import_deepspeed
+
+T = TypeVar("T")
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Partitioned(Placement):
+    """Weights read by rank 0, sent to all, and kept as ZeRO's stage says: whole, or a part each."""
+
+    def __init__(self, training: TrainingConfig, ranks: Ranks):
+        super().__init__(_DTYPES[training.precision], ranks.device)
+        self._ranks = ranks
+        self._config = deepspeed_config(training, ranks.world)
+        self._partitions = self._config["zero_optimization"]["stage"] == 3
+        self._first: Any = None
+        self._staging = torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def by_reader(self, make: Callable[[], T]) -> T | None:
+        made: list[T] = []
+        self._ranks.each(lambda: made.append(make()) if self._ranks.is_main else None)
+        return made[0] if made else None
+
+    def place(self, shape: torch.Size, read: Callable[[], Tensor]) -> nn.Parameter:
+        parameter = nn.Parameter(self._memory(shape))
+        if self._ranks.is_main:
+            parameter.data.copy_(read())
+        if not self._partitions:
+            dist.broadcast(parameter.data.view(torch.uint8), 0)
+        elif self._first is None:
+            self._first = parameter
+            import_deepspeed().zero.Init(
+                module=nn.ParameterList([parameter]), config_dict_or_path=self._config
+            )
+        else:
+            self._first.convert_to_zero_parameters(param_list=[parameter])
+        return parameter
+
+    def _memory(self, shape: torch.Size) -> Tensor:
+        """For a whole tensor. Of one that is then partitioned it is used again for the next.
+
+        If it were freed instead, what stays of each would lie between the gaps in glibc's heap.
+        """
+        if not self._partitions:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        if self._staging.numel() < shape.numel():
+            self._staging = torch.empty(shape.numel(), dtype=self.dtype, device=self.device)
+        return self._staging[: shape.numel()].view(shape)

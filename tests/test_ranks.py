@@ -1,0 +1,29 @@
+"""Which GPU is a rank's."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dti_dist import ranks
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "expected"), [(0, 1, 0), (3, 8, 3), (3, 1, 0)], ids=str
+)
+def test_deepspeed_finds_the_ranks_gpu_where_a_task_sees_one_alone(
+    monkeypatch, local_rank, visible, expected
+):
+    """DeepSpeed takes the GPU of the number in LOCAL_RANK, in several places."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    device = torch.device("cuda", expected)
+    assert ranks._use_gpu(local_rank) == device
+    assert used == [device]
+    assert os.environ["LOCAL_RANK"] == str(expected)
+    ranks.leave_process_group()
+    assert os.environ["LOCAL_RANK"] == str(local_rank)
