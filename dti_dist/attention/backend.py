@@ -22,6 +22,7 @@ from dti_dist.attention.readout import (
     Turn,
     alibi_slopes,
     in_sample_order,
+    read_shared,
     restarted_positions,
     score_bias,
     states_of,
@@ -214,14 +215,14 @@ class AttentionPlans:
         scheme, length = self.scheme, self.body_length
         rotary = scheme.rotary_layers[layer] if scheme.rotary_layers else True
         turn = self._turn if rotary else None
-        own_order = self._rows is None and self._kept is None
+        if self._rows is not None and self._kept is None:
+            return read_shared(k, v, length, self._rows, turn)
+        own_order = self._kept is None
         if turn is None and own_order and not scheme.policy.forgets:
             return k, v
         keys, values = k[:, :, :length].transpose(1, 2), v[:, :, :length].transpose(1, 2)
         if self._kept is not None:
             keys, values = in_sample_order(self._kept.layers[layer], self._kept.rows)
-        elif self._rows is not None:
-            keys, values = in_sample_order(states_of(keys, values), self._rows)
         if turn is not None:
             keys = turn(keys)
         parts = [

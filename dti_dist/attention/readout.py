@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dti_dist.attention.intervals import VisibleIntervals
@@ -180,20 +182,103 @@ def states_of(keys: Tensor, values: Tensor) -> Tensor:
 
 
 def in_sample_order(states: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring keys and values of shared interactions to where they stand in the samples.
+    """Bring keys and values of kept states to where they stand in the samples.
 
     Args:
-        states: [tokens, H, 2 D].
+        states: [tokens, H, 2 D], of which there may be far more than are read.
         rows: [B, L] the token that stands at each place.
 
     Returns:
-        [B, L, H, D] each, float32 for half precision: where many places share a state, their
-        gradients add up.
+        [B, L, H, D] each, float32 for half precision.
     """
     _, heads, width = states.shape
     wide = torch.promote_types(states.dtype, torch.float32)
-    if states.requires_grad:  # else there may be far more states than are read
-        states = states.to(wide)
-    # The backward pass of an embedding sorts its indices on a GPU: sums are deterministic.
     found = F.embedding(rows, states.flatten(1)).unflatten(-1, (heads, width)).to(wide)
     return found[..., : width // 2], found[..., width // 2 :]
+
+
+def read_shared(
+    k: Tensor, v: Tensor, body: int, rows: Tensor, turn: Turn | None
+) -> tuple[Tensor, Tensor]:
+    """What [SUM] reads where interactions are shared: the samples in their order, then the slots.
+
+    Args:
+        k, v: [B, H, Tb, D], of a shared body and then the slots.
+        body: Lb.
+        rows: [B, L] which of the B · Lb tokens stands at each place of the samples.
+        turn: of the keys, at their places.
+
+    Returns:
+        [B, H, L + S, D] each.
+    """
+    cos, sin = (None, None) if turn is None else (turn.cos[..., 0, :], turn.sin[..., 0, :])
+    keys, values = _ReadShared.apply(k.transpose(1, 2), v.transpose(1, 2), body, rows, cos, sin)
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+class _ReadShared(torch.autograd.Function):
+    # Samples are several times as long as the body that they share, so what counts is how often
+    # memory of their length is gone over: keys and values are gathered together, keys turn where
+    # they lie, and no graph is kept.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keys: Tensor,
+        values: Tensor,
+        body: int,
+        rows: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        (packs, total, heads, width), length = keys.shape, rows.shape[1]
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        states = states_of(keys[:, :body], values[:, :body]).to(wide)
+        read = states.new_empty(packs, length + total - body, heads, 2 * width)
+        for of_pack, rows_of_pack in zip(read, rows, strict=True):
+            torch.index_select(states, 0, rows_of_pack, out=of_pack[:length])
+        if cos is not None and sin is not None:
+            first, second = _halves(read[:, :length], cos)
+            turned = (first * cos[:, :, None]).sub_(second * sin[:, :, None])
+            second.mul_(cos[:, :, None]).add_(first * sin[:, :, None])
+            first.copy_(turned)
+        read[:, length:, :, :width] = keys[:, body:]
+        read[:, length:, :, width:] = values[:, body:]
+        read = read.to(keys.dtype)
+        ctx.save_for_backward(rows, cos, sin)
+        ctx.body = body
+        return read[..., :width], read[..., width:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_keys: Tensor, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+        rows, cos, sin = ctx.saved_tensors
+        (packs, _, heads, width), length = grad_keys.shape, rows.shape[1]
+        # Where many places share a state, their gradients add up: not in 8 bits of mantissa.
+        wide = torch.promote_types(grad_keys.dtype, torch.float32)
+        grad = grad_keys.new_empty(packs, length, heads, 2 * width, dtype=wide)
+        grad[..., :width] = grad_keys[:, :length]
+        grad[..., width:] = grad_values[:, :length]
+        if cos is not None:
+            first, second = _halves(grad, cos)
+            turned = (first * cos[:, :, None]).add_(second * sin[:, :, None])
+            second.mul_(cos[:, :, None]).sub_(first * sin[:, :, None])
+            first.copy_(turned)
+        # That of an embedding: on a GPU it sorts the indices, so sums are deterministic.
+        of_states = torch.ops.aten.embedding_dense_backward(
+            grad.view(packs, length, -1), rows, packs * ctx.body, -1, False
+        ).view(packs, ctx.body, heads, 2 * width)
+        grad_k, grad_v = (
+            torch.cat([of_states[..., part].to(slots.dtype), slots[:, length:]], dim=1)
+            for part, slots in (
+                (slice(width), grad_keys),
+                (slice(width, None), grad_values),
+            )
+        )
+        return grad_k, grad_v, None, None, None, None
+
+
+def _halves(states: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [B, L, H, R / 2] of the two halves of the keys' rotary dimensions."""
+    half = cos.shape[-1]
+    return states[..., :half], states[..., half : 2 * half]
