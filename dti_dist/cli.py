@@ -657,6 +657,27 @@ def scale(
 
 
 @benchmark.command(
+    help_epilogue="example: dti-dist benchmark step --contexts 20 100 --layers 16 32",
+)
+def step(
+    *,
+    contexts: Counts = options.STEP_CONTEXTS,
+    layers: Counts = options.STEP_LAYERS,
+    rounds: Rounds = options.ROUNDS,
+    json: Json = False,
+) -> None:
+    """Host time and operators of a micro-step of a narrow model, beside the model's own.
+
+    Args:
+        contexts: n, one measurement each.
+        layers: Of the model, each with each n.
+    """
+    from dti_dist.benchmarks.step import benchmark_step, step_table
+
+    _print(benchmark_step(contexts, layers, rounds), json, step_table)
+
+
+@benchmark.command(
     help_epilogue="example: dti-dist benchmark scoring benchmarks/paradigm_cpu.yaml "
     "--candidates 100",
 )

@@ -23,6 +23,7 @@ from dti_dist.benchmarks.data_peers import SampleDigest, exchange
 from dti_dist.benchmarks.paradigm import BASELINE, TRAINER, VARIANTS
 from dti_dist.benchmarks.peer_loaders import PACKAGES, PEERS
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
+from dti_dist.benchmarks.step import MODEL, PLANS, operators
 from dti_dist.cli import main
 from dti_dist.config import load_config
 from dti_dist.data.layout import PackShape
@@ -98,6 +99,27 @@ def test_attention_measures_body_and_readout_of_full_streaming_prompts(capsys):
     assert (context == (N + 1) * TOKENS - 1).all()  # n context interactions and the target's text
     assert body_intervals(layout, N, False).end.max() == 1024
     assert full_pack(128, torch.device("cpu")).unit.shape == (1, 256)  # no target fits
+
+
+def test_step_counts_operators_beside_the_models_own(capsys):
+    command = ["benchmark", "step", "--contexts", "20", "--layers", "2", "4", "--rounds", "1"]
+    assert main([*command, "--json"]) == 0
+    shallow, deep = json.loads(capsys.readouterr().out)["cells"]
+    for cell in (shallow, deep):
+        assert set(cell["milliseconds"]) == {MODEL, PLANS, "zero1", "zero3"}
+        assert cell["over_model"][MODEL]["median"] == 1
+        assert cell["operators"][PLANS] < 250
+        assert cell["operators"][MODEL] < cell["operators"]["zero1"]
+    assert deep["windows"] > shallow["windows"]
+    assert deep["operators"][PLANS] == shallow["operators"][PLANS]
+    assert deep["operators"][MODEL] > 1.5 * shallow["operators"][MODEL]
+
+
+def test_an_operator_is_counted_once_with_what_it_calls():
+    x = torch.ones(3)
+    # to() calls _to_copy, which calls others; linear() transposes and multiplies.
+    work = lambda: torch.nn.functional.linear(x.to(torch.float64), x.double()[None]).sum()  # noqa: E731
+    assert operators(work) == 5
 
 
 @pytest.mark.parametrize("lengths", ["1000", "128,200", "0"])

@@ -71,14 +71,14 @@ def benchmark_attention(
     }
 
 
-def full_pack(length: int, device: torch.device) -> PackLayout:
+def full_pack(length: int, device: torch.device, n: int = N) -> PackLayout:
     """A pack of streaming prompts of n context interactions and k targets, until it is full."""
     interactions = length // TOKENS
     unit = torch.arange(length) // TOKENS
     unit[interactions * TOKENS :] = -1
-    first = torch.arange(interactions) // (N + K) * (N + K)
+    first = torch.arange(interactions) // (n + K) * (n + K)
     in_sample = torch.arange(interactions) - first
-    targets = torch.nonzero(in_sample >= N).flatten()
+    targets = torch.nonzero(in_sample >= n).flatten()
     slots = max(-(-len(targets) // 128), 1) * 128  # one block where no target fits
     tail = torch.full((slots,), -1)
     tail[: len(targets)] = targets

@@ -1,0 +1,209 @@
+"""`dti-dist benchmark step`: host time and operators of a micro-step, beside the model's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+from dti_dist.attention.backend import AttentionPlans
+from dti_dist.benchmarks import measure
+from dti_dist.benchmarks.attention import full_pack
+from dti_dist.config import AttentionConfig, TrainingConfig
+from dti_dist.console import say, table
+from dti_dist.data.stream import Batch
+from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.heads import Head
+from dti_dist.options import ROUNDS, STEP_CONTEXTS, STEP_LAYERS
+from dti_dist.ranks import Ranks, join_process_group, leave_process_group
+from dti_dist.training.engine import Engine, read_deepspeed
+
+_LENGTH = 2304  # holds a prompt of n = 100 and k = 50
+_REPEATS = 3  # of each work in a round, which take milliseconds
+# So narrow that operators take little time beside their calls.
+_NARROW = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+MODEL = "the model alone"
+PLANS = "plans"
+_STAGES = ("zero1", "zero3")
+
+
+def benchmark_step(
+    contexts: Sequence[int] = STEP_CONTEXTS,
+    layers: Sequence[int] = STEP_LAYERS,
+    rounds: int = ROUNDS,
+) -> dict[str, Any]:
+    """Micro-steps of a very narrow Llama on one pack, under the policy `budget`.
+
+    Args:
+        contexts: n of the packs, one measurement each; layers: of the models, each with each n.
+        rounds: timed rounds.
+
+    Returns:
+        Surroundings and, per n and number of layers, milliseconds with spread and operators of:
+        the backbone with causal attention alone, forward and backward; making the plans of
+        FlexAttention; and a whole micro-step (forward, loss, backward, optimizer) under each ZeRO
+        stage, with ratios over the model alone. On a GPU times are of the host alone, which is not
+        made to wait.
+    """
+    ranks = join_process_group("auto", timeout_minutes=5, cpu_threads=1)
+    try:
+        found = []
+        for n in contexts:
+            for depth in layers:
+                say(f"n = {n}, {depth} layers")
+                found.append({"n": n, "layers": depth, **_measured(n, depth, rounds, ranks)})
+    finally:
+        leave_process_group()
+    return {
+        "surroundings": measure.surroundings(ranks.device),
+        "body_tokens": _LENGTH,
+        "rounds": rounds,
+        "cells": found,
+    }
+
+
+def _measured(n: int, layers: int, rounds: int, ranks: Ranks) -> dict[str, Any]:
+    batch = _batch(n, ranks.device)
+    model = _model(n, layers)
+    frequencies = model.backbone.rotary_emb.inv_freq.to(ranks.device)
+    scheme = replace(model.scheme, backend="flex")
+    works: dict[str, Callable[[], Any]] = {
+        MODEL: _plain_pass(layers, batch),
+        PLANS: lambda: AttentionPlans(batch.layout, scheme, frequencies),
+    }
+    for stage in _STAGES:
+        works[stage] = _micro_step(_engine(_model(n, layers), stage, ranks), batch)
+    device = torch.device("cpu")  # not synchronized: what the host takes
+    turns = measure.in_rounds(
+        {name: _repeated(work) for name, work in works.items()}, rounds, device
+    )
+    seconds = {name: [turn.seconds / _REPEATS for turn in mine] for name, mine in turns.items()}
+    return {
+        "windows": len(set(scheme.windows.body[:-1])) + len(set(scheme.windows.readout)),
+        "milliseconds": {
+            name: measure.spread([1e3 * took for took in mine]) for name, mine in seconds.items()
+        },
+        "over_model": {
+            name: measure.ratios(mine, seconds[MODEL]) for name, mine in seconds.items()
+        },
+        "operators": {name: operators(work) for name, work in works.items()},
+    }
+
+
+def operators(work: Callable[[], Any]) -> int:
+    """Calls of operators, views included, without those that operators make themselves."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        work()
+    return sum(_is_operator(event) and not _within_one(event) for event in profiled.events())
+
+
+def _is_operator(event: FunctionEvent) -> bool:
+    return event.name.startswith("aten::")
+
+
+def _within_one(event: FunctionEvent) -> bool:
+    parent = event.cpu_parent
+    while parent is not None and not _is_operator(parent):
+        parent = parent.cpu_parent
+    return parent is not None
+
+
+def _repeated(work: Callable[[], Any]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(_REPEATS):
+            work()
+
+    return run
+
+
+def _batch(n: int, device: torch.device) -> Batch:
+    layout = full_pack(_LENGTH, device, n)
+    used = (layout.unit[:, _LENGTH:] >= 0).float()
+    places = torch.zeros_like(used, dtype=torch.long)
+    return Batch(
+        tokens=torch.zeros_like(layout.unit, dtype=torch.long),
+        layout=layout,
+        labels=torch.zeros_like(used),
+        used=used,
+        target_row=places,
+        target_position=places,
+        body_tokens=_LENGTH,
+        step_targets=int(used.sum()),
+    )
+
+
+def _llama(layers: int, **settings: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**_NARROW, num_hidden_layers=layers, **settings)
+
+
+def _model(n: int, layers: int) -> CTRModel:
+    from transformers import LlamaForCausalLM
+
+    attention = AttentionConfig(policy="budget", positions="rope")
+    return CTRModel(LlamaForCausalLM(_llama(layers)), "yes_no", (0, 1), n, attention).train()
+
+
+def _plain_pass(layers: int, batch: Batch) -> Callable[[], None]:
+    from transformers import LlamaModel
+
+    model = LlamaModel(_llama(layers, attn_implementation="sdpa")).to(batch.tokens.device)
+
+    def run() -> None:
+        model(input_ids=batch.tokens, use_cache=False).last_hidden_state.sum().backward()
+
+    return run
+
+
+def _engine(model: CTRModel, stage: str, ranks: Ranks) -> Engine:
+    config = read_deepspeed(stage)
+    if stage == "zero3":  # else it would keep weights as small as these whole
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "deepspeed.json"
+        path.write_text(json.dumps(config))
+        training = TrainingConfig(
+            deepspeed=str(path),
+            precision="bf16" if ranks.device.type == "cuda" else "fp32",
+            global_batch_packs=1,
+        )
+        return Engine(model, training, ranks)
+
+
+def _micro_step(engine: Engine, batch: Batch) -> Callable[[], None]:
+    def run() -> None:
+        engine.backward(Head.loss(engine(batch), batch) / batch.step_targets)
+        engine.step()
+
+    return run
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """A row for each n, depth and work, as aligned text."""
+    rows = [
+        (
+            str(cell["n"]),
+            str(cell["layers"]),
+            name,
+            measure.shown(cell["milliseconds"][name], ".1f"),
+            measure.shown(cell["over_model"][name], ".2f"),
+            f"{cell['operators'][name]:,}",
+        )
+        for cell in result["cells"]
+        for name in cell["milliseconds"]
+    ]
+    return table(("n", "layers", "", "ms", "over the model alone", "operators"), rows)
