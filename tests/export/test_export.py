@@ -29,12 +29,12 @@ from dti_dist.ranks import Ranks
 from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
+from tests.base_models import save_tokenizer_and_model
 from tests.export.exported import hugging_face_model
 from tests.launching import run, train, write_config
 from tests.model.test_oracles import CLOSE, SHAPE, N, one_layer, prompts, world
 from tests.s3_server import s3_server
 from tests.tiny import FAMILIES, NO, SUM, YES, batch_of, causal_lm, logits_by_target
-from tests.training.test_refusals import save_tokenizer_and_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE = Ranks(0, 1, 0, 1, torch.device("cpu"))

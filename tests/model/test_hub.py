@@ -18,9 +18,9 @@ from dti_dist.data.dataset import Dataset
 from dti_dist.data.index import SINGLE_PROCESS
 from dti_dist.errors import UserError
 from dti_dist.model import sources
+from tests.base_models import save_base_model
 from tests.hub_server import running_hub
 from tests.launching import losses, run, write_config
-from tests.training.test_lora import save_base_model
 
 MODEL = "lab/tiny"
 TWO_NODES = str(Path(__file__).parents[1] / "two_nodes.py")

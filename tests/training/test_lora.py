@@ -18,34 +18,14 @@ from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
+from tests.base_models import VOCABULARY, save_base_model
 from tests.launching import job, kill, losses, run, start, train, wait_for_step, write_config
 from tests.metrics_oracle import click_metrics
-from tests.training.test_refusals import save_tokenizer_and_model
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
 CLOSE = 1e-4
-VOCABULARY = 256  # without [SUM], which is added
 HEADS = ["yes_no", "linear"]
-
-
-def save_base_model(folder: Path, tied: bool, seed: int = 0) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    save_tokenizer_and_model(folder)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def lora_config(folder: Path, data: Path, base: Path, head: str = "yes_no", **lora) -> Path:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dti_dist.cli import main
+from tests.base_models import save_tokenizer_and_model
 from tests.launching import job, run, write_config
 
 
@@ -61,18 +62,6 @@ def test_bad_settings_are_refused_with_what_to_do(
         overrides.append(f"model.name={save_tokenizer_and_model(tmp_path / 'model')}")
     assert expected in refused(capsys, config, *overrides)
     assert not (tmp_path / "run").exists()
-
-
-def save_tokenizer_and_model(folder, model_type="llama"):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, PreTrainedTokenizerFast
-
-    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    AutoConfig.for_model(model_type).save_pretrained(folder)
-    return folder
 
 
 def test_an_unsupported_family_lists_the_supported_ones(capsys, config, tmp_path):
