@@ -81,9 +81,9 @@ class _Proxy(BaseHTTPRequestHandler):
 def main() -> None:
     from dti_dist.data.prepare.build import BuildOptions, build_dataset
     from dti_dist.data.prepare.synthetic import read_synthetic
+    from tests.base_models import save_base_model
     from tests.hub_server import running_hub
     from tests.s3_server import s3_server
-    from tests.training.test_lora import save_base_model
 
     with tempfile.TemporaryDirectory() as folder, running_hub() as hub:
         here = Path(folder)

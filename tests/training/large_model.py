@@ -30,7 +30,7 @@ def write_model(folder: Path, layers: int, hidden: int, vocabulary: int, shard_b
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from tests.training.test_refusals import save_tokenizer_and_model
+    from tests.base_models import save_tokenizer_and_model
 
     save_tokenizer_and_model(folder)
     config = LlamaConfig(
