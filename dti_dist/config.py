@@ -375,7 +375,7 @@ class TrainingConfig(Section):
     )
     device: Literal["auto", "cuda", "cpu"] = "auto"
     cpu_threads: Positive | None = Field(
-        None, description="Threads per rank on CPU. Default: cores / ranks on this machine."
+        None, description="Threads per rank on CPU. Default: its cores / ranks that share them."
     )
     log_every: Positive = 10
     collective_timeout_minutes: Positive = Field(

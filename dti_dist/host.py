@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +19,13 @@ def cores() -> int:
 
 
 def rank_threads(ranks: int) -> int:
-    """Threads of each of so many ranks on this machine."""
+    """Threads of each of so many ranks that share this process's cores."""
     return max(cores() // ranks, 1)
+
+
+def place() -> tuple[str, list[int]]:
+    """The machine and its cores that this process may run on."""
+    return socket.gethostname(), sorted(os.sched_getaffinity(0))
 
 
 def memory_bytes(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:

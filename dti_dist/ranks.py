@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dti_dist.errors import OtherRankFailed, UserError
-from dti_dist.host import rank_threads
+from dti_dist.host import place, rank_threads
 
 T = TypeVar("T")
 
@@ -125,7 +125,6 @@ def join_process_group(device: str, timeout_minutes: int, cpu_threads: int | Non
         # Before deepspeed is imported: it picks its accelerator then.
         os.environ["DS_ACCELERATOR"] = "cpu"
         chosen = torch.device("cpu")
-        torch.set_num_threads(cpu_threads or rank_threads(local_world))
     else:
         chosen = _use_gpu(local_rank)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates, once per call and rank.
@@ -137,7 +136,15 @@ def join_process_group(device: str, timeout_minutes: int, cpu_threads: int | Non
             timeout=timedelta(minutes=timeout_minutes),
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    return Ranks(rank, world, local_rank, local_world, chosen)
+    ranks = Ranks(rank, world, local_rank, local_world, chosen)
+    if not cuda:
+        torch.set_num_threads(cpu_threads or _own_threads(ranks.each(place), place()))
+    return ranks
+
+
+def _own_threads(places: list[Any], own: Any) -> int:
+    """Threads of a rank where a scheduler gave each its own cores, or one set to several."""
+    return rank_threads(places.count(own))
 
 
 def _use_gpu(local_rank: int) -> torch.device:

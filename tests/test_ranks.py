@@ -27,3 +27,17 @@ def test_deepspeed_finds_the_ranks_gpu_where_a_task_sees_one_alone(
     assert os.environ["LOCAL_RANK"] == str(expected)
     ranks.leave_process_group()
     assert os.environ["LOCAL_RANK"] == str(local_rank)
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([("a", [0, 1, 2, 3])] * 2, 2),  # both ranks may run on all four
+        ([("a", [0, 1, 2, 3]), ("a", [4, 5, 6, 7])], 4),  # srun bound each task to its own
+        ([("a", [0, 1, 2, 3])] * 2 + [("b", [0, 1, 2, 3])] * 2, 2),  # two machines
+    ],
+    ids=["shared", "bound", "two machines"],
+)
+def test_ranks_share_the_cores_that_they_share_and_no_others(monkeypatch, places, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(places[0][1]))
+    assert ranks._own_threads(places, places[0]) == expected

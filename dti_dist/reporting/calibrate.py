@@ -20,6 +20,7 @@ from dti_dist.model.heads import Head
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.training.engine import Engine
 from dti_dist.training.machine import memory_gib
+from dti_dist.training.partition import Partitioned
 
 _STEPS = 4  # timed, after one that is not: it compiles, and makes the optimizer's state
 _MICRO_STEPS = 2  # of a step, at most: they are alike
@@ -71,7 +72,8 @@ def calibrate(config: RunConfig, inputs: Inputs, plan: StreamPlan, world: int) -
     ranks = join_process_group(training.device, training.collective_timeout_minutes, threads)
     try:
         say(f"calibrating: {_STEPS + 1} steps of {micro_steps} x {packs} packs on {ranks.device}")
-        model = inputs.untrained_model().train()
+        model = inputs.hollow_model().train()
+        inputs.fill(model, Partitioned(alone, ranks))
         if training.activation_checkpointing:
             model.enable_activation_checkpointing()
         engine = Engine(model, alone, ranks)
