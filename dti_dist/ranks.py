@@ -163,7 +163,11 @@ def _use_gpu(local_rank: int) -> torch.device:
 def leave_process_group() -> None:
     """Leave the process group, and leave the environment as it was."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        used = sys.modules.get("deepspeed.comm.comm")
+        if used is not None and used.is_initialized():
+            used.destroy_process_group()  # and DeepSpeed's own references to groups
+        else:
+            dist.destroy_process_group()
     while _set_here:
         name, before = _set_here.pop()
         if before is None:

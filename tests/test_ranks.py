@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
 
 from dti_dist import ranks
+from tests.launching import run, write_config
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,13 @@ def test_deepspeed_finds_the_ranks_gpu_where_a_task_sees_one_alone(
 def test_ranks_share_the_cores_that_they_share_and_no_others(monkeypatch, places, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(places[0][1]))
     assert ranks._own_threads(places, places[0]) == expected
+
+
+def test_a_process_can_train_twice(synthetic, tmp_path):
+    """DeepSpeed keeps groups of processes, which end with a job."""
+    config = write_config(tmp_path / "config.yaml", synthetic, training={"max_steps": 1})
+    lines = "\n".join(
+        f'assert main(["train", {str(config)!r}, "run_dir={tmp_path / name}"]) == 0'
+        for name in ("first", "second")
+    )
+    run([sys.executable, "-c", f"from dti_dist.cli import main\n{lines}"], tmp_path / "log")

@@ -180,7 +180,8 @@ class Saving:
             self._say_failed(save.step, outcome.error)
             return
         self._saved_at = save.step
-        figures = {"seconds": stood_still_s, "total_seconds": outcome.seconds}
+        total_s = max(outcome.seconds, stood_still_s)  # which hears of the end a moment later
+        figures = {"seconds": stood_still_s, "total_seconds": total_s}
         self._journal.write(step=save.step, checkpoint={**figures, "bytes": outcome.bytes})
 
     def _say_failed(self, step: int, error: str) -> None:

@@ -46,12 +46,8 @@ def test_fewer_targets_than_context_interactions_are_checked_too(capsys, config)
 
 
 def test_shared_states_of_the_wrong_interaction_are_found_out(capsys, config, monkeypatch):
-    right = backend.in_sample_order
-
-    def rolled(states, rows):
-        return right(states, rows.roll(1, dims=1))
-
-    monkeypatch.setattr(backend, "in_sample_order", rolled)
+    right = backend._rows_of
+    monkeypatch.setattr(backend, "_rows_of", lambda shared: right(shared).roll(1, dims=1))
     verdicts, _ = verify(capsys, config, "attention.policy=isolated", expect=1)
     assert verdicts[6:] == ["BROKEN"] * 2
 
@@ -89,7 +85,8 @@ def test_a_readout_that_sees_its_own_label_is_found_out(capsys, config, monkeypa
     def sees_label(layout, window, prefix_visible):
         seen = right(layout, window, prefix_visible)
         end = seen.end.clone()
-        end[0] += (end[0] > 0).int()
+        samples = end.select(-3, 0)
+        samples += (samples > 0).int()
         return intervals.VisibleIntervals(seen.start, end, seen.key_length)
 
     monkeypatch.setattr(scheme, "readout_intervals", sees_label)

@@ -254,12 +254,12 @@ def test_files_are_the_same_as_without_the_background(synthetic, tmp_path, stage
         "pass",
         tmp_path / "noting.py",
         """
-import threading
+import os, threading
 from dti_dist.training import staging
 make = staging.HostCopies._make
 def noted(copies, sizes):
     by_main = threading.current_thread() is threading.main_thread()
-    print("made by the main thread:", by_main, flush=True)
+    os.write(1, f"made by the main thread: {by_main}\\n".encode())
     make(copies, sizes)
 staging.HostCopies._make = noted
 """,
