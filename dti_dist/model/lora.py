@@ -102,19 +102,21 @@ def merged(model: CTRModel, name: str, read: Reader) -> torch.Tensor:
         name: of the weight in a model without adapters.
         read: values of the weights beneath.
     """
-    from peft.tuners.lora import LoraLayer
-
     owner_name, _, own = name.rpartition(".")
     owner: Any = model.get_submodule(owner_name)
+    if not is_adapted(model):
+        return read(name, getattr(owner, own))
+    from peft.tuners.lora import LoraLayer
+
     embeddings = model.backbone.get_input_embeddings()
     if isinstance(owner, LoraLayer):
         value = read(f"{owner_name}.base_layer.{own}", getattr(owner.get_base_layer(), own))
         return value + owner.get_delta_weight("default") if own == "weight" else value
-    if owner is embeddings and is_adapted(model):
+    if owner is embeddings:
         name, owner = f"{owner_name}.table.{own}", embeddings.table
     parameter = getattr(owner, own)
     value = read(name, parameter)
-    if is_adapted(model) and parameter is embeddings.table.weight:
+    if parameter is embeddings.table.weight:
         value = value.clone()
         value[embeddings.sum_id] = embeddings.row
     return value

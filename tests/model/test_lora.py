@@ -199,3 +199,11 @@ def test_bad_settings_are_refused(model, expected):
     with pytest.raises(UserError) as raised:
         validate_config({"run_dir": "r", "data": {"path": "d"}, "model": model})
     assert expected in str(raised.value)
+
+
+def test_a_model_without_adapters_is_exported_without_peft(monkeypatch):
+    model = ctr_model()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft.tuners.lora", None)
+    weight = model.backbone.layers[0].mlp.up_proj.weight
+    assert torch.equal(merged(model, "backbone.layers.0.mlp.up_proj.weight", own_value), weight)
