@@ -74,6 +74,10 @@ def _default(field: FieldInfo) -> str:
     return f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
+def _choice(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _type(annotation: Any, metadata: list[Any]) -> str:
     """A type in words, with its bounds: ``integer ≥ 1``, ``dti | sliding_window``."""
     origin, inner = get_origin(annotation), get_args(annotation)
@@ -83,7 +87,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
             metadata = [*metadata, *(each.metadata if isinstance(each, FieldInfo) else [each])]
         return _type(kind, metadata)
     if origin is Literal:
-        return " | ".join(f"`{choice}`" for choice in inner)
+        return " | ".join(f"`{_choice(choice)}`" for choice in inner)
     if origin in (Union, types.UnionType):
         return " | ".join(_type(choice, metadata) for choice in inner)
     if origin is list:

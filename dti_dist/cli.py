@@ -28,7 +28,13 @@ from dti_dist.console import say
 from dti_dist.data.prepare.command import prepare
 from dti_dist.errors import OtherRankFailed, UserError
 from dti_dist.files import write_atomically
-from dti_dist.options import FailureOptions, PackChoice, ScoringOptions, split_at_commas
+from dti_dist.options import (
+    FailureOptions,
+    NodeOptions,
+    PackChoice,
+    ScoringOptions,
+    split_at_commas,
+)
 from dti_dist.redaction import redact
 from dti_dist.training.signals import listen
 
@@ -158,6 +164,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int | None]:
 # --- what the commands' signatures share ----------------------------------------------------
 
 _PACK, _SCORING, _FAILURES = PackChoice(), ScoringOptions(), FailureOptions()
+_NODE = NodeOptions()
 
 
 def _is_override(_: Any, words: tuple[str, ...] | str) -> None:
@@ -477,6 +484,7 @@ def plan(
     mfu: Annotated[float, Parameter(validator=Number(gt=0, lte=1), metavar="SHARE")] = options.MFU,
     calibrate: bool = False,
     failures: Annotated[FailureOptions, Parameter(name="*")] = _FAILURES,
+    node: Annotated[NodeOptions, Parameter(name="*")] = _NODE,
     json: Json = False,
 ) -> None:
     """Say what a run will read, compute, hold, take and cost, before it is started.
@@ -491,7 +499,7 @@ def plan(
     settings = _config(config, overrides)
     from dti_dist.reporting.plan import plan, plan_table
 
-    found = plan(settings, gpus, gpu, price, mfu, calibrate, failures)
+    found = plan(settings, gpus, gpu, price, mfu, calibrate, failures, node)
     _print(found, json, plan_table)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import (
@@ -27,6 +27,7 @@ from dti_dist.redaction import secret_options, url_has_secret
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+AUTO: Final = "auto"
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -369,9 +370,14 @@ class TrainingConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping.")
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["auto", True, False] = Field(
+        AUTO, description="auto: only where activations would not fit, by the formulas of `plan`."
+    )
     deepspeed: str = Field(
-        "zero3", description="A name in deepspeed_configs/ or the path of a DeepSpeed JSON file."
+        AUTO,
+        description="A name in deepspeed_configs/ or the path of a DeepSpeed JSON file. auto: the "
+        "fastest of zero1, zero2, zero3 and zero3_offload that fits, by the formulas of `plan`; "
+        "on CPUs cpu. A run that was begun keeps its own.",
     )
     device: Literal["auto", "cuda", "cpu"] = "auto"
     cpu_threads: Positive | None = Field(
@@ -392,6 +398,11 @@ class TrainingConfig(Section):
         "not finite; one more ends the run.",
     )
     profile: ProfileConfig = ProfileConfig()
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether nothing is left to be chosen by what fits into memory."""
+        return AUTO not in (self.deepspeed, self.activation_checkpointing)
 
     @field_validator("betas")
     @classmethod

@@ -155,6 +155,20 @@ class FailureOptions:
 
 
 @dataclass(frozen=True)
+class NodeOptions:
+    """The machines of a run on GPUs.
+
+    Attributes:
+        node_gpus: GPUs of a node (default: 8, or --gpus if fewer).
+        node_memory: GB of a node's main memory (default: this machine's where its GPU is planned
+            for, else not checked).
+    """
+
+    node_gpus: Annotated[PositiveInt | None, _N] = None
+    node_memory: Annotated[PositiveFloat | None, Parameter(metavar="GB")] = None
+
+
+@dataclass(frozen=True)
 class PackChoice:
     """What `inspect` shows.
 

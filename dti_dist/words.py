@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 NONE = "–"
+GIB = 2**30
 
 
 def short(value: float) -> str:
@@ -36,6 +37,11 @@ def count(value: Any) -> str:
 
 def plural(value: int, what: str) -> str:
     return f"{value:,} {what}{'' if value == 1 else 's'}"
+
+
+def gib(value: float) -> str:
+    """Bytes in GiB, without the unit."""
+    return f"{value / GIB:,.2f}"
 
 
 def duration(seconds: float) -> str:

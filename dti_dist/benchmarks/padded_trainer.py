@@ -80,7 +80,7 @@ class PaddedTrainer:
                 learning_rate=1e-5,
                 bf16=self._dtype == torch.bfloat16,
                 use_cpu=self._device.type == "cpu",
-                gradient_checkpointing=training.activation_checkpointing,
+                gradient_checkpointing=training.activation_checkpointing is True,
                 logging_strategy="no",
                 save_strategy="no",
                 remove_unused_columns=False,

@@ -161,7 +161,7 @@ def _step(
     config: RunConfig,
 ) -> Callable[[], _Taken]:
     model.train()
-    if config.training.activation_checkpointing:
+    if config.training.activation_checkpointing is True:
         model.enable_activation_checkpointing()
     turn = cycle(packs)
 

@@ -38,16 +38,14 @@ class Flops:
         return {**asdict(self), "total": self.total}
 
 
-def flops_of_pack(
-    shape: ModelShape, body: int, slots: int, pairs: float, checkpointing: bool
-) -> Flops:
+def flops_of_pack(shape: ModelShape, pack: PackShape, pairs: float, checkpointing: bool) -> Flops:
     """FLOPs of one pack's forward and backward pass.
 
     Args:
-        body, slots: tokens that the layers run on, padding included.
         pairs: visible query-key pairs of a pack, summed over the layers.
         checkpointing: activations are recomputed in the backward pass.
     """
+    body, slots = pack.computed_body, pack.slots
     tokens = body + slots
     times = [  # weights, and how many tokens read them in all layers together
         (shape.layer, shape.layers * tokens),
@@ -70,5 +68,5 @@ def flops_of_pack(
 
 def flops_of_token(shape: ModelShape, pack: PackShape) -> float:
     """FLOPs of a token in a full pack, forward and backward, without attention's."""
-    body = pack.length if pack.body is None else pack.body
-    return flops_of_pack(shape, body, pack.slots, 0.0, False).total / (body + pack.slots)
+    of_pack = flops_of_pack(shape, pack, 0.0, False).total
+    return of_pack / (pack.computed_body + pack.slots)

@@ -7,7 +7,7 @@ from typing import Any
 
 from dti_dist.config import RunConfig
 from dti_dist.costs.shape import ModelShape
-from dti_dist.costs.workload import Pairs, Workload
+from dti_dist.data.layout import PackShape
 
 
 @dataclass(frozen=True)
@@ -166,22 +166,29 @@ OVERHEAD = {"cuda": 1.5 * 2**30, "cpu": 0.58 * 2**30}
 HEAP = 1.35
 
 
-def memory(
-    shape: ModelShape,
-    work: Workload,
-    pairs: Pairs,
-    config: RunConfig,
-    setting: Setting,
-    world: int,
-    device: str,
-    batch_bytes: float,
-) -> Memory:
+@dataclass(frozen=True)
+class Demand:
+    """What the memory of a run depends on beside its settings.
+
+    Attributes:
+        batch_bytes, plan_bytes: of one pack's integer arrays, and of the chunked backend's masks.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    pack: PackShape
+    batch_bytes: float
+    plan_bytes: float
+
+
+def memory(run: Demand, setting: Setting, world: int, device: str) -> Memory:
     """What a rank's tensors take, as DeepSpeed 0.19 holds them (docs/plan.md has the table).
 
     Args:
-        batch_bytes: of one pack's integer arrays.
+        device: cpu or cuda.
     """
-    training, zero, stage = config.training, setting.zero, setting.stage
+    shape, training = run.shape, run.config.training
+    zero, stage = setting.zero, setting.stage
     width, trained = bytes_per_number(training.precision), shape.trained
     packs = setting.micro_batch_packs
     accumulates = training.global_batch_packs > world * packs
@@ -205,11 +212,13 @@ def memory(
     if offloads(zero, "optimizer"):
         host, step = host + 4.0 * trained / world, 0.0
     copied = 0.0
-    if config.checkpoints.background:  # float32 weights and moments; below stage 3 the model too
+    if (
+        run.config.checkpoints.background
+    ):  # float32 weights and moments; below stage 3 the model too
         copied = 12.0 * trained / world + (width * trained if stage < 3 else 0)
-    activations, workspace = _activations(shape, work, width, setting.checkpointing)
+    activations, workspace = _activations(shape, run.pack, width, setting.checkpointing)
     table = float(width * shape.head_table)
-    plans = pairs.plan_bytes if device == "cpu" else 0.0
+    plans = run.plan_bytes if device == "cpu" else 0.0
     return Memory(
         weights=held.weights,
         gradients=held.gradients,
@@ -220,7 +229,7 @@ def memory(
         activations=packs * activations,
         workspace=packs * workspace + table,
         step=step,
-        batch=packs * (batch_bytes + plans),
+        batch=packs * (run.batch_bytes + plans),
         overhead=OVERHEAD[device],
         host=host,
         copy=copied,
@@ -228,7 +237,7 @@ def memory(
     )
 
 
-def activation_bytes(shape: ModelShape, work: Workload, width: int) -> tuple[float, float]:
+def activation_bytes(shape: ModelShape, pack: PackShape, width: int) -> tuple[float, float]:
     """Bytes that one layer's backward pass keeps of one pack: all of it, and feed-forward alone.
 
     Per token, in elements of `width` bytes: a norm keeps its input in float32, the normed input
@@ -239,32 +248,32 @@ def activation_bytes(shape: ModelShape, work: Workload, width: int) -> tuple[flo
     """
     queries = shape.heads * shape.head_dim
     states = 2 * shape.key_value_heads * shape.head_dim
-    tokens = work.body + work.slots
+    tokens = pack.computed_body + pack.slots
     of_norm = 4 + width * (1 + shape.norms_trained)
     attention = width * (3 * queries + states) + 4 * shape.heads
     feed_forward = 4 * width * shape.intermediate
     per_token = of_norm * shape.norms + attention + feed_forward + width * shape.adapter_width
     readout = 0.0
     if shape.copies_states:
-        readout += width * states * (work.length + work.slots)
+        readout += width * states * (pack.length + pack.slots)
     if shape.initial.weights:
         initial = width * (1 + shape.norms_trained) + (4 if width == 2 else 0)
-        readout += work.body * (width * states + initial * shape.hidden)
+        readout += pack.computed_body * (width * states + initial * shape.hidden)
     return per_token * tokens + readout, float(feed_forward * tokens)
 
 
 def _activations(
-    shape: ModelShape, work: Workload, width: int, checkpointing: bool
+    shape: ModelShape, pack: PackShape, width: int, checkpointing: bool
 ) -> tuple[float, float]:
     """Bytes of one pack: what the backward pass finds, and its temporaries at the fullest moment.
 
     Without checkpointing that is its beginning, in the norm behind the last layer; with it, the
     feed-forward part of a layer that was just recomputed.
     """
-    tokens = work.body + work.slots
-    layer, feed_forward = activation_bytes(shape, work, width)
-    last = layer - feed_forward * work.body / tokens
-    ends = shape.hidden * (tokens * (4 + 2 * width) + 8 * work.slots)  # last norm, head
+    tokens = pack.computed_body + pack.slots
+    layer, feed_forward = activation_bytes(shape, pack, width)
+    last = layer - feed_forward * pack.computed_body / tokens
+    ends = shape.hidden * (tokens * (4 + 2 * width) + 8 * pack.slots)  # last norm, head
     in_norm = 16.0 * shape.hidden * tokens
     in_feed_forward = width * (
         2 * (shape.intermediate + shape.hidden) * tokens + shape.intermediate * shape.hidden

@@ -16,6 +16,7 @@ from dti_dist.attention.intervals import VisibleIntervals
 from dti_dist.console import progress
 from dti_dist.data.epochs import EpochPlan
 from dti_dist.data.index import read_block
+from dti_dist.data.layout import PackShape
 from dti_dist.data.samples import interaction_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan
@@ -44,14 +45,12 @@ class Workload:
         epochs: of each epoch that is begun; the last may be cut by training.max_steps.
         pack_runs: packs that the engine runs, those that only fill up an epoch's last step
             included.
-        length, slots, body: L, S, and the tokens that the layers run on beside the slots.
+        pack: shape of each pack.
     """
 
     epochs: tuple[EpochCounts, ...]
     global_packs: int
-    length: int
-    slots: int
-    body: int
+    pack: PackShape
 
     def _sum(self, name: str) -> int:
         return sum(getattr(epoch, name) for epoch in self.epochs)
@@ -75,7 +74,7 @@ class Workload:
     @property
     def fill(self) -> float:
         """Share of the tokens run that are none of padding."""
-        return self.tokens / (self.pack_runs * (self.body + self.slots))
+        return self.tokens / (self.pack_runs * (self.pack.computed_body + self.pack.slots))
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -85,9 +84,9 @@ class Workload:
             },
             "tokens_per_target": self.tokens / self.targets,
             "pack_runs": self.pack_runs,
-            "pack_tokens": self.length,
-            "pack_slots": self.slots,
-            "body_tokens": self.body,
+            "pack_tokens": self.pack.length,
+            "pack_slots": self.pack.slots,
+            "body_tokens": self.pack.computed_body,
             "fill": self.fill,
             "epochs": [asdict(epoch) for epoch in self.epochs],
         }
@@ -104,9 +103,7 @@ def workload(plan: StreamPlan, global_packs: int, max_steps: int | None) -> Work
             left -= steps
         if steps:
             counted.append(_count(plan, epoch, steps, min(steps * global_packs, epoch.packs)))
-    shape = plan.shape
-    body = shape.length if shape.body is None else shape.body
-    return Workload(tuple(counted), global_packs, shape.length, shape.slots, body)
+    return Workload(tuple(counted), global_packs, plan.shape)
 
 
 def steps_for(plan: StreamPlan, global_packs: int, targets: int) -> int:

@@ -32,6 +32,11 @@ class PackShape:
     slots: int
     body: int | None = None
 
+    @property
+    def computed_body(self) -> int:
+        """Tokens that the layers run on beside the slots."""
+        return self.length if self.body is None else self.body
+
 
 @dataclass(frozen=True)
 class Pack(Record):

@@ -21,16 +21,19 @@ import torch
 import torch.distributed as dist
 
 from dti_dist import host
-from dti_dist.config import RunConfig
+from dti_dist.config import AUTO, RunConfig
+from dti_dist.costs.memory import OVERHEAD, checkpoint_bytes, states
+from dti_dist.costs.settings import MARGIN
 from dti_dist.data import storage
 from dti_dist.errors import UserError
+from dti_dist.gpus import CPU
 from dti_dist.model import sources
-from dti_dist.ranks import Ranks
+from dti_dist.ranks import Ranks, choose_device
 from dti_dist.redaction import redact
+from dti_dist.words import GIB
+from dti_dist.zero import read_deepspeed
 
-GIB = 2**30
 _SHARED_MEMORY_GIB = 1.0  # a rank's buffers of NCCL
-_LOADED_SHARE = 0.8  # the rest is for Python, libraries and data
 _SKEW_S = 1.0  # beyond that, lines of several machines' logs can't be put in order
 _OPEN_FILES = 4096  # libraries keep row groups, sockets and libraries open
 
@@ -63,7 +66,8 @@ def examine(config: RunConfig | None, ranks: Ranks | None) -> list[Finding]:
     findings += _guarded(_slurm)
     findings += _guarded(lambda: _cores(_ranks_here(ranks)))
     of_model = config if ranks is None or ranks.is_main else None  # one rank asks the hub
-    findings += _guarded(lambda: _memory(of_model, _ranks_here(ranks)))
+    world = ranks.world if ranks is not None else 1
+    findings += _guarded(lambda: _memory(of_model, _ranks_here(ranks), world))
     if ranks is not None and ranks.world > 1:
         findings += _clocks(ranks)
     if config is not None:
@@ -245,24 +249,40 @@ def _cores(ranks: int) -> Iterator[Finding]:
         yield Finding("fine", "cores", found)
 
 
-def _memory(config: RunConfig | None, ranks: int) -> Iterator[Finding]:
-    memory = host.memory_bytes() / GIB
-    found = f"{memory:.1f} GiB for {ranks} rank(s)"
+def _memory(config: RunConfig | None, ranks: int, world: int) -> Iterator[Finding]:
+    memory = host.memory_bytes()
+    found = f"{memory / GIB:.1f} GiB for {ranks} rank(s)"
     if config is None:
         yield Finding("fine", "memory", found)
         return
-    loading = ranks * 4 * _parameters(config) / GIB
-    found += f", which load {loading:.1f} GiB of float32 weights"
-    if loading > _LOADED_SHARE * memory:
+    held = _held(config, ranks, max(world, ranks))
+    found += f", which hold about {held / GIB:.1f} GiB in it"
+    if held > (1 - MARGIN) * memory:
         yield Finding(
             "warning",
             "memory",
             found,
-            "Each rank reads the whole model before it is partitioned: sbatch --mem=0, "
-            "docker --memory, or fewer ranks a machine.",
+            "sbatch --mem=0, docker --memory, more machines or fewer ranks on each, or "
+            "checkpoints.background=false, which saves the copies of checkpoints.",
         )
     else:
         yield Finding("fine", "memory", found)
+
+
+def _held(config: RunConfig, ranks: int, world: int) -> float:
+    """Bytes of a machine's memory that so many of a job's ranks hold between steps, about."""
+    training, parameters = config.training, _parameters(config)
+    trained = 0 if config.model.lora.rank else parameters
+    # Offloading is the last thing that `auto` chooses.
+    name = CPU if training.deepspeed == AUTO else training.deepspeed
+    zero = read_deepspeed(name)["zero_optimization"]
+    held = states(parameters, trained, zero, training.precision, world, accumulates=True)
+    of_rank = OVERHEAD[CPU] + held.host
+    if choose_device(training.device).type == CPU:
+        of_rank += held.on_device
+    if config.checkpoints.background:
+        of_rank += checkpoint_bytes(trained, 3, training.precision, world)[1]
+    return ranks * of_rank
 
 
 def _parameters(config: RunConfig) -> int:

@@ -9,32 +9,35 @@ from dti_dist.config import RunConfig, validate_config
 from dti_dist.console import table
 from dti_dist.costs.flops import FLOPS_FORMULA, Flops, flops_of_pack
 from dti_dist.costs.goodput import saving
-from dti_dist.costs.memory import Memory, Setting, checkpoint_bytes, memory
-from dti_dist.costs.shape import ModelShape
-from dti_dist.costs.workload import (
-    Pairs,
-    Workload,
-    count_pairs,
-    first_packs,
-    steps_for,
-    workload,
+from dti_dist.costs.memory import OVERHEAD, Demand, checkpoint_bytes
+from dti_dist.costs.settings import (
+    MARGIN,
+    Option,
+    Room,
+    alternatives,
+    decide,
+    decided,
+    fastest,
+    leanest,
+    options,
 )
-from dti_dist.data.stream import Batch, StreamPlan
+from dti_dist.costs.shape import ModelShape
+from dti_dist.costs.workload import Pairs, Workload, count_pairs, first_packs, steps_for, workload
+from dti_dist.data.layout import PackShape
+from dti_dist.data.stream import StreamPlan
 from dti_dist.errors import UserError
 from dti_dist.gpus import CPU, Gpu, find_gpu, gpu_at_hand
+from dti_dist.host import memory_bytes
 from dti_dist.inputs import Inputs
-from dti_dist.options import MFU, FailureOptions
+from dti_dist.options import MFU, FailureOptions, NodeOptions
 from dti_dist.reporting.calibrate import Calibration, calibrate
-from dti_dist.words import duration
-from dti_dist.zero import read_deepspeed
+from dti_dist.words import duration, gib
 
-GIB = 2**30
 BASELINE = "sliding_window"
 NO_FAILURES = FailureOptions()
-MARGIN = 0.10  # of the memory is left free: allocators fragment, and shapes vary a little
-_MOST_PACKS = 32  # of a micro-batch that is looked at
+ANY_NODE = NodeOptions()
 _MOST_GPUS = 4096
-_GPU_STAGES = ("zero1", "zero2", "zero3", "zero3_offload")
+_USUAL_NODE = 8  # GPUs
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,14 @@ class _Variant:
     """A run of one paradigm."""
 
     config: RunConfig
-    inputs: Inputs
     stream: StreamPlan
     work: Workload
     validation_packs: int
     shape: ModelShape
     pairs: Pairs
     flops: Flops
-    packs: list[Batch]
+    demand: Demand
+    own: Option
 
     @property
     def train_flops(self) -> float:
@@ -58,10 +61,6 @@ class _Variant:
     @property
     def validation_flops(self) -> float:
         return self.flops.forward * self.validation_packs
-
-    @property
-    def batch_bytes(self) -> float:
-        return sum(batch.nbytes for batch in self.packs) / len(self.packs)
 
 
 def plan(
@@ -72,6 +71,7 @@ def plan(
     mfu: float = MFU,
     measure: bool = False,
     failures: FailureOptions = NO_FAILURES,
+    node: NodeOptions = ANY_NODE,
 ) -> dict[str, Any]:
     """What a run will read, compute, hold, take and cost; no weights are loaded but to measure.
 
@@ -83,6 +83,7 @@ def plan(
             counted as work.
         measure: take some real steps here first, and predict the time from them.
         failures: how often GPUs fail, for the goodput.
+        node: how many GPUs share which memory of a host.
 
     Raises:
         UserError: GPUs that don't divide the global batch, an unknown GPU, one without the run's
@@ -95,14 +96,18 @@ def plan(
         )
     hardware = _hardware(config, gpus, gpu)
     peak = hardware.peak(config.training.precision)
+    ranks_here, host = _node(gpus, gpu, node)
+    room = Room(hardware.memory)
+    if hardware.name != CPU:
+        room = Room(hardware.memory, "cuda", None if host is None else host / ranks_here)
     with Inputs.open_for_reading(config) as inputs:
-        variants: dict[str, _Variant] = {config.sample.paradigm: _variant(inputs)}
-        mine = variants[config.sample.paradigm]
+        mine = _variant(inputs, gpus, room)
+        config = mine.config
+        variants: dict[str, _Variant] = {config.sample.paradigm: mine}
         if BASELINE not in variants:
             as_baseline = replace(inputs, config=_as_baseline(config))
-            variants[BASELINE] = _variant(as_baseline, mine.work.targets)
+            variants[BASELINE] = _variant(as_baseline, gpus, room, mine.work.targets)
         measured = calibrate(config, inputs, mine.stream, gpus) if measure else None
-    settings = _settings(mine, gpus, hardware)
     times = {
         name: _time(variant, mine, gpus, peak * mfu, price, measured)
         for name, variant in variants.items()
@@ -134,7 +139,7 @@ def plan(
             "formula": FLOPS_FORMULA,
             **{name: _flops(variant) for name, variant in variants.items()},
         },
-        "memory": settings,
+        "memory": _memory(mine, gpus, room, ranks_here),
         "calibration": None if measured is None else _achieved(measured, mine, peak),
         "time": times,
         "failures": saving(
@@ -149,9 +154,8 @@ def plan(
 
 
 def _checkpoint_bytes(mine: _Variant, gpus: int) -> tuple[float, float]:
-    training = mine.config.training
-    stage = _setting(mine.config, training.deepspeed).stage
-    return checkpoint_bytes(mine.shape.trained, stage, training.precision, gpus)
+    precision = mine.config.training.precision
+    return checkpoint_bytes(mine.shape.trained, mine.own.setting.stage, precision, gpus)
 
 
 def _check_gpus(config: RunConfig, gpus: int) -> None:
@@ -182,6 +186,14 @@ def _hardware(config: RunConfig, gpus: int, name: str | None) -> Gpu:
     return gpu_at_hand() or find_gpu("H100")
 
 
+def _node(gpus: int, gpu: str | None, given: NodeOptions) -> tuple[int, float | None]:
+    """Ranks that share a node, and its bytes of memory where they are known."""
+    ranks = min(given.node_gpus or _USUAL_NODE, gpus)
+    if given.node_memory is not None:
+        return ranks, given.node_memory * 1e9
+    return ranks, memory_bytes() if gpu is None and gpu_at_hand() else None
+
+
 def _as_baseline(config: RunConfig) -> RunConfig:
     """The same run on sliding-window prompts, whose attention is plain."""
     raw = config.model_dump(mode="json")
@@ -191,7 +203,7 @@ def _as_baseline(config: RunConfig) -> RunConfig:
     return validate_config(raw)
 
 
-def _variant(inputs: Inputs, targets: int | None = None) -> _Variant:
+def _variant(inputs: Inputs, gpus: int, room: Room, targets: int | None = None) -> _Variant:
     """The config's run, or with `targets` one that goes on until it has trained on so many."""
     config = inputs.config
     training, packs_of_step = config.training, config.training.global_batch_packs
@@ -204,10 +216,12 @@ def _variant(inputs: Inputs, targets: int | None = None) -> _Variant:
     shape = ModelShape.of(model)
     first = first_packs(stream)
     pairs = count_pairs(model, first)
-    flops = flops_of_pack(
-        shape, work.body, work.slots, pairs.visible, training.activation_checkpointing
-    )
-    return _Variant(config, inputs, stream, work, packs, shape, pairs, flops, first)
+    batch_bytes = sum(batch.nbytes for batch in first) / len(first)
+    demand = Demand(config, shape, stream.shape, batch_bytes, pairs.plan_bytes)
+    own = decide(demand, gpus, room)
+    flops = flops_of_pack(shape, stream.shape, pairs.visible, own.setting.checkpointing)
+    config = decided(config, own)
+    return _Variant(config, stream, work, packs, shape, pairs, flops, demand, own)
 
 
 def _validations(config: RunConfig, stream: StreamPlan, steps: int) -> set[int]:
@@ -237,125 +251,88 @@ def _flops(variant: _Variant) -> dict[str, Any]:
     }
 
 
-def _settings(mine: _Variant, gpus: int, hardware: Gpu) -> dict[str, Any]:
+def _memory(mine: _Variant, gpus: int, room: Room, ranks_here: int) -> dict[str, Any]:
     """Memory under every setting that gives the same steps, the config's own, and the choice."""
-    own = _setting(mine.config, mine.config.training.deepspeed)
-    fits = _fitting(hardware)
-
-    def entry(setting: Setting, world: int = gpus) -> dict[str, Any]:
-        found = _memory(mine, setting, world, hardware)
-        return {
-            "deepspeed": setting.deepspeed,
-            "stage": setting.stage,
-            "micro_batch_packs": setting.micro_batch_packs,
-            "activation_checkpointing": setting.checkpointing,
-            "fits": fits(found),
-            **found.as_dict(),
-        }
-
-    found = [entry(setting) for setting in _candidates(mine.config, gpus, hardware)]
-    chosen = min(filter(lambda e: e["fits"], found), key=_slowness, default=None)
+    found = alternatives(mine.demand, gpus, room)
+    chosen = fastest(found)
     return {
-        "gpu_memory": hardware.memory,
+        "gpu_memory": room.memory,
         "margin": MARGIN,
-        "config": entry(own),
-        "choice": chosen,
-        "needed": [] if chosen else _needed(mine, hardware),
-        "settings": found,
+        "config": _entry(mine.own),
+        "node": _on_host(mine, gpus, room, ranks_here) if room.device != CPU else None,
+        "choice": _entry(chosen) if chosen else None,
+        "needed": [] if chosen else _needed(mine, room),
+        "settings": [_entry(option) for option in found],
     }
 
 
-def _slowness(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """Offloading waits for the host's memory; checkpointing computes a forward pass more; stage 3
-    communicates half as much again; larger micro-batches start fewer kernels."""
-    return (
-        entry["host"] > 0,
-        entry["activation_checkpointing"],
-        entry["stage"],
-        -entry["micro_batch_packs"],
-    )
-
-
-def _fitting(hardware: Gpu) -> Any:
-    return lambda found: found.peak <= (1 - MARGIN) * hardware.memory
-
-
-def _setting(config: RunConfig, deepspeed: str, **changes: Any) -> Setting:
-    training = config.training
-    given = {
-        "micro_batch_packs": training.micro_batch_packs,
-        "checkpointing": training.activation_checkpointing,
-        **changes,
+def _entry(option: Option) -> dict[str, Any]:
+    setting = option.setting
+    return {
+        "deepspeed": setting.deepspeed,
+        "stage": setting.stage,
+        "micro_batch_packs": setting.micro_batch_packs,
+        "activation_checkpointing": setting.checkpointing,
+        "fits": option.fits,
+        **option.memory.as_dict(),
     }
-    return Setting(deepspeed, read_deepspeed(deepspeed)["zero_optimization"], **given)
 
 
-def _candidates(config: RunConfig, gpus: int, hardware: Gpu) -> list[Setting]:
-    names = (CPU,) if hardware.name == CPU else _GPU_STAGES
-    own = config.training.deepspeed
-    micro_batches = config.training.global_batch_packs // gpus
-    return [
-        _setting(config, name, micro_batch_packs=packs, checkpointing=checkpointing)
-        for name in dict.fromkeys((*names, own))
-        for checkpointing in (False, True)
-        for packs in range(1, min(micro_batches, _MOST_PACKS) + 1)
-        if micro_batches % packs == 0
-    ]
+def _on_host(mine: _Variant, gpus: int, room: Room, ranks: int) -> dict[str, Any]:
+    """What the ranks of rank 0's node hold in its memory beside their GPUs."""
+    of_rank = mine.own.memory
+    copies = 0.0
+    if mine.config.checkpoints.background:
+        copies = of_rank.copy + (ranks - 1) * 12.0 * mine.shape.trained / gpus
+    needed = ranks * (OVERHEAD[CPU] + of_rank.host) + copies
+    memory = None if room.host is None else ranks * room.host
+    return {
+        "ranks": ranks,
+        "memory": memory,
+        "processes": ranks * OVERHEAD[CPU],
+        "offloaded": ranks * of_rank.host,
+        "copies": copies,
+        "needed": needed,
+        "fits": None if memory is None else needed <= (1 - MARGIN) * memory,
+    }
 
 
-def _memory(mine: _Variant, setting: Setting, world: int, hardware: Gpu) -> Memory:
-    return memory(
-        mine.shape,
-        mine.work,
-        mine.pairs,
-        mine.config,
-        setting,
-        world,
-        CPU if hardware.name == CPU else "cuda",
-        mine.batch_bytes,
-    )
-
-
-def _needed(mine: _Variant, hardware: Gpu) -> list[str]:
+def _needed(mine: _Variant, room: Room) -> list[str]:
     """What would make it fit, where nothing does."""
-    training, fits = mine.config.training, _fitting(hardware)
+    config, lean = mine.config, leanest(room)
     advice = []
-    leanest = [
-        _setting(mine.config, name, micro_batch_packs=1, checkpointing=True)
-        for name in ((CPU,) if hardware.name == CPU else _GPU_STAGES)
-    ]
     more = next(
-        (
-            world
-            for world in range(1, _MOST_GPUS + 1)
-            if any(fits(_memory(mine, setting, world, hardware)) for setting in leanest)
-        ),
+        (w for w in range(1, _MOST_GPUS + 1) if fastest(options(mine.demand, lean, w, room))),
         None,
     )
     if more:
-        batch = "" if training.global_batch_packs % more == 0 else f", and a multiple of {more} as"
+        batch = (
+            ""
+            if config.training.global_batch_packs % more == 0
+            else f", and a multiple of {more} as"
+        )
         key = " training.global_batch_packs" if batch else ""
         advice.append(
             f"--gpus {more}{batch}{key}, with activation checkpointing and one pack a micro-batch"
         )
-    shorter = _longest_that_fits(mine, leanest, hardware)
+    shorter = _longest_that_fits(mine, room)
     if shorter:
         advice.append(f"pack.length={shorter}, and as much more training.global_batch_packs")
-    least = min(_memory(mine, setting, 1, hardware).peak for setting in leanest)
+    least = min(option.memory.peak for option in options(mine.demand, lean, 1, room))
     advice.append(f"a GPU with {least / (1 - MARGIN) / 1e9:.0f} GB")
-    if not mine.config.model.lora.rank and mine.config.model.name != "scratch":
+    if not config.model.lora.rank and config.model.name != "scratch":
         advice.append("model.lora.rank=16: no gradients and optimizer state for the rest")
     return advice
 
 
-def _longest_that_fits(mine: _Variant, settings: list[Setting], hardware: Gpu) -> int | None:
+def _longest_that_fits(mine: _Variant, room: Room) -> int | None:
     """The greatest shorter pack.length that holds every sample and fits one GPU."""
-    work, fits = mine.work, _fitting(hardware)
+    pack, lean = mine.demand.pack, leanest(room)
     longest_sample = int(mine.stream.index.tokens.max())
-    for length in range(work.length - 128, longest_sample - 1, -128):
-        slots, body = (int(size * length / work.length) for size in (work.slots, work.body))
-        shorter = replace(mine, work=replace(work, length=length, slots=slots, body=body))
-        if any(fits(_memory(shorter, setting, 1, hardware)) for setting in settings):
+    for length in range(pack.length - 128, longest_sample - 1, -128):
+        slots, body = (size * length // pack.length for size in (pack.slots, pack.computed_body))
+        shorter = replace(mine.demand, pack=PackShape(length, slots, body))
+        if fastest(options(shorter, lean, 1, room)):
             return length
     return None
 
@@ -466,28 +443,30 @@ def _memory_text(found: dict[str, Any]) -> str:
         rows.append(
             (
                 f"{name}{', checkpointing' if checkpointing else ''}",
-                *(_gib(least[part]) for part in ("states", "activations", "step", "peak", "host")),
+                *(gib(least[part]) for part in ("states", "activations", "step", "peak", "host")),
                 str(max(fitting)) if fitting else "none",
             )
         )
     header = (
-        f"GiB a rank, 1 pack; {gpu['name']} has {_gib(gpu['memory'])}",
+        f"GiB a rank, 1 pack; {gpu['name']} has {gib(gpu['memory'])}",
         *("states", "activations", "in step", "peak", "on host", "packs that fit"),
     )
     verdict = "fits" if own["fits"] else "DOES NOT FIT"
     lines = [
         table(header, rows),
-        f"The config's settings ({_words(own)}) take {_gib(own['peak'])} GiB: {verdict}, with "
+        f"The config's settings ({_words(own)}) take {gib(own['peak'])} GiB: {verdict}, with "
         f"{MARGIN:.0%} left free.",
     ]
+    if memory_of["node"]:
+        lines.append(_node_text(memory_of["node"]))
     if own["copy"]:
         lines.append(
             "Checkpoints are written while training goes on, from a copy that takes "
-            f"{_gib(own['copy'])} GiB of the host's memory for rank 0, and no more for the others."
+            f"{gib(own['copy'])} GiB of the host's memory for rank 0, and no more for the others."
         )
     if chosen:
         lines.append(
-            f"Fastest that fits: {_words(chosen)}, {_gib(chosen['peak'])} GiB: "
+            f"Fastest that fits: {_words(chosen)}, {gib(chosen['peak'])} GiB: "
             f"training.deepspeed={chosen['deepspeed']} "
             f"training.micro_batch_packs={chosen['micro_batch_packs']} "
             f"training.activation_checkpointing={str(chosen['activation_checkpointing']).lower()}"
@@ -503,8 +482,25 @@ def _words(entry: dict[str, Any]) -> str:
     return f"{entry['deepspeed']}, {packs} pack(s), {checkpointing} activation checkpointing"
 
 
-def _gib(value: float) -> str:
-    return f"{value / GIB:,.2f}"
+def _node_text(node: dict[str, Any]) -> str:
+    """What the ranks of a node take of its memory."""
+    parts = [f"{node['ranks']} process(es) {gib(node['processes'])}"]
+    for name, what in (("offloaded", "what is offloaded"), ("copies", "copies of checkpoints")):
+        if node[name]:
+            parts.append(f"{what} {gib(node[name])}")
+    text = f"On the host a node takes {gib(node['needed'])} GiB: {', '.join(parts)}"
+    if node["memory"] is None:
+        return f"{text}; --node-memory GB checks that."
+    room = gib(node["memory"])
+    if node["fits"]:
+        return f"{text}; it has {room}: fits."
+    without = node["needed"] - node["copies"]
+    if without <= (1 - MARGIN) * node["memory"]:
+        return (
+            f"{text}; it has {room}: NO ROOM for copies, so training stands still while "
+            "checkpoints are written."
+        )
+    return f"{text}; it has {room}: DOES NOT FIT. Fewer ranks a node take less."
 
 
 def _time_text(found: dict[str, Any]) -> str:

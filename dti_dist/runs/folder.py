@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from dti_dist.config import RunConfig, load_config
+from dti_dist.config import AUTO, RunConfig, load_config
 from dti_dist.console import say
 from dti_dist.errors import UserError
 
@@ -78,13 +78,22 @@ class RunFolder:
         found = (read_json_object(path) for path in sorted(self.evaluations.glob("*.json")))
         return [figures for figures in found if {"split", "prompt"} <= set(figures)]
 
-    def prepare(self, config: RunConfig) -> None:
-        """Make the folder and keep the config; refuse a folder of a run that computes otherwise."""
+    def prepare(self, config: RunConfig) -> RunConfig:
+        """Make the folder and keep the config; refuse a folder of a run that computes otherwise.
+
+        Returns:
+            the config, with what the run that goes on has decided before.
+        """
         if self.config_file.exists() and any(self.checkpoints.glob("step-*")):
-            refuse_other_settings(str(self.path), self.read_config(), config, "run_dir")
+            config = going_on(str(self.path), self.read_config(), config, "run_dir")
         self._made_here = not self.path.exists()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
+        self.keep(config)
+        return config
+
+    def keep(self, config: RunConfig) -> None:
+        """Write the config that the run has from now on."""
         self.config_file.write_text(config.to_yaml(), encoding="utf-8")
 
     def _lock(self) -> None:
@@ -132,8 +141,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refuse_other_settings(place: str, old: RunConfig, new: RunConfig, key: str) -> None:
-    """Raise UserError where checkpoints are of a run that computes otherwise; `key` names them."""
+def going_on(place: str, old: RunConfig, new: RunConfig, key: str) -> RunConfig:
+    """A run's new config, with the DeepSpeed configuration of its checkpoints where it has `auto`.
+
+    Args:
+        place, key: where the checkpoints are, and the setting that names it.
+
+    Raises:
+        UserError: where they are of a run that computes otherwise.
+    """
+    if new.training.deepspeed == AUTO:
+        kept = {"deepspeed": old.training.deepspeed}
+        training = new.training.model_copy(update=kept)
+        new = new.model_copy(update={"training": training})
     before, after = old.flat(), new.flat()
     changed = [
         f"  {name}: {before.get(name)!r} there, {after.get(name)!r} now"
@@ -146,3 +166,4 @@ def refuse_other_settings(place: str, old: RunConfig, new: RunConfig, key: str) 
             + "\n".join(changed)
             + f"\nGo on with the settings of config.yaml there, or choose another {key}."
         )
+    return new

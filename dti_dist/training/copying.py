@@ -18,7 +18,7 @@ from dti_dist.data.retrying import reason_of
 from dti_dist.errors import UserError
 from dti_dist.files import replacing
 from dti_dist.runs.commits import COMMIT, complete_checkpoints, leads_out, tag
-from dti_dist.runs.folder import RunFolder, refuse_other_settings
+from dti_dist.runs.folder import RunFolder, going_on
 
 _CONFIG = "config.yaml"
 
@@ -49,8 +49,11 @@ class CheckpointCopies:
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def restore(self, config: RunConfig) -> None:
+    def restore(self, config: RunConfig) -> RunConfig:
         """Fetch the newest copy that is newer than every complete checkpoint on disk.
+
+        Returns:
+            the config, with what the run that goes on has decided before.
 
         Raises:
             UserError: if the copies are of a run that computes otherwise.
@@ -62,10 +65,10 @@ class CheckpointCopies:
         local = [commit.folder.name for commit in complete_checkpoints(self._checkpoints)[0]]
         newer = [name for name in steps if not local or name > local[-1]]
         if not newer:
-            return
+            return config
         if _CONFIG in files:
             there = validate_config(yaml.safe_load(self._read(_CONFIG)), self._url, of_run=True)
-            refuse_other_settings(self._url, there, config, "checkpoints.copy_to")
+            config = going_on(self._url, there, config, "checkpoints.copy_to")
         for name in files:
             first = name.split("/")[0]
             if first == "tokenizer" and not (self._run_folder.path / name).exists():
@@ -74,7 +77,8 @@ class CheckpointCopies:
             self._fetch("metrics.jsonl", self._run_folder.metrics)
         for name in reversed(newer):
             if self._fetch_checkpoint(name):
-                return
+                break
+        return config
 
     def _fetch_checkpoint(self, name: str) -> bool:
         try:

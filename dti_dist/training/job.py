@@ -137,6 +137,6 @@ def explained_out_of_memory(job: Job, parameters: int, trainable: int) -> Iterat
     try:
         yield
     except BaseException as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or not job.config.training.is_decided:
             raise
         raise out_of_memory(error, job.config, job.ranks, parameters, trainable) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dti_dist.errors import RunFailed
 from dti_dist.gpus import gpu_at_hand
 from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
+from dti_dist.training.automatic import with_decided
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import Engine, learning_rate
 from dti_dist.training.job import Job, explained_out_of_memory, open_job
@@ -44,10 +46,10 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
     Returns:
         0 when training is done, 75 when a signal stopped it after a checkpoint.
     """
-    settings = config.training
     with open_job(config) as job:
         ranks, folder = job.ranks, job.folder
-        copies = _prepare_folder(job)
+        job, copies = _prepare_folder(job)
+        settings = job.config.training
         inputs = Inputs.open_together(config, folder.tokenizer, ranks)
         plan = inputs.stream_plan("train", epochs=settings.epochs, shuffle=True, group=ranks)
         validation_plan = inputs.stream_plan(
@@ -62,6 +64,8 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
 
         # In evaluation mode, as models are loaded, activations would not be recomputed.
         model = inputs.hollow_model().train()
+        job = with_decided(job, model, plan)
+        settings = job.config.training
         shape = ModelShape.of(model)
         parameters, trainable = shape.parameters, shape.trained
         share_of_token = _peak_share_of_a_token(shape, plan.shape, ranks)
@@ -147,22 +151,28 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
             return 0
 
 
-def _prepare_folder(job: Job) -> CheckpointCopies | None:
-    """Make the run's folder or find it again, on rank 0, which gets what makes copies."""
-    config = job.config
+def _prepare_folder(job: Job) -> tuple[Job, CheckpointCopies | None]:
+    """Make the run's folder or find it again, on rank 0, which gets what makes copies.
+
+    Returns:
+        the job with the config that a run goes on with.
+    """
     copies: list[CheckpointCopies] = []
 
-    def prepare() -> None:
+    def prepare() -> RunConfig:
+        config = job.config
         check_packages(config.tracking)
-        job.folder.prepare(config)
+        config = job.folder.prepare(config)
         if copy_to := config.checkpoints.copy_to:
             copies.append(CheckpointCopies(job.folder.path, copy_to, config.data.storage))
-            copies[0].restore(config)
+            config = copies[0].restore(config)
         if job.ranks.device.type == "cuda":  # NCCL makes no folder for what it writes there
             job.folder.stacks.mkdir(exist_ok=True)
+        return config
 
-    job.ranks.each(lambda: prepare() if job.ranks.is_main else None)
-    return copies[0] if copies else None
+    config = job.ranks.each(lambda: prepare() if job.ranks.is_main else None)[0]
+    assert config is not None
+    return replace(job, config=config), copies[0] if copies else None
 
 
 def _introduce(

@@ -11,9 +11,8 @@ from dti_dist.config import RunConfig
 from dti_dist.costs.memory import States, offloads, states
 from dti_dist.errors import RunFailed
 from dti_dist.ranks import Ranks
+from dti_dist.words import GIB
 from dti_dist.zero import read_deepspeed
-
-GIB = 2**30
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -66,14 +66,25 @@ def test_fewer_cores_than_ranks_are_a_warning(monkeypatch):
     assert "--cpus-per-gpu" in finding.fix
 
 
-@pytest.mark.parametrize(("gib", "verdict"), [(0.0001, "warning"), (1, "fine")])
-def test_memory_is_compared_with_the_weights_that_ranks_load(tmp_path, monkeypatch, gib, verdict):
+@pytest.mark.parametrize(("gib", "verdict"), [(4, "warning"), (64, "fine")])
+def test_memory_is_compared_with_what_ranks_hold(tmp_path, monkeypatch, gib, verdict):
     monkeypatch.setattr(doctor.host, "memory_bytes", lambda: int(gib * 2**30))
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 8)
     config = load_config(write_config(tmp_path / "config.yaml", tmp_path))
     finding = by_name(examine(config, None))["memory"]
     assert finding.verdict == verdict
-    assert "GiB for 8 rank(s), which load 0.0 GiB of float32 weights" in finding.found
+    assert "GiB for 8 rank(s), which hold about 4.6 GiB in it" in finding.found
+
+
+def test_ranks_hold_their_shares_of_a_model_and_copies_of_them(tmp_path, monkeypatch):
+    """In units of parameters: weights 2/2, gradients 4/2, float32 and moments 12/2, copies 12/2."""
+    monkeypatch.setattr(doctor, "_parameters", lambda config: 10**9)
+    config = load_config(write_config(tmp_path / "config.yaml", tmp_path))
+    training = {"precision": "bf16", "deepspeed": "auto"}
+    config = config.model_copy(update={"training": config.training.model_copy(update=training)})
+    both = doctor._held(config, ranks=2, world=2)
+    assert both == 2 * 0.58 * 2**30 + (2 + 4 + 12 + 12) * 10**9
+    assert doctor._held(config, ranks=1, world=2) == both / 2
 
 
 def test_little_shared_memory_is_a_warning_with_the_flags_that_help(monkeypatch):

@@ -142,7 +142,8 @@ def linear_flops(model, batch, checkpointing=False, heads=0):
     packs = len(batch.tokens)
     shape = ModelShape.of(model)
     slots = batch.labels.shape[1]
-    found = flops_of_pack(shape, batch.tokens.shape[1] - slots, slots, 0.0, checkpointing)
+    pack = PackShape(batch.tokens.shape[1] - slots, slots)
+    found = flops_of_pack(shape, pack, 0.0, checkpointing)
     of_head = 3 if shape.head_table else 2
     return packs * (found.total + (heads - of_head) * found.forward_head)
 
