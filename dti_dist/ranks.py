@@ -21,6 +21,7 @@ from dti_dist.host import place, rank_threads
 
 T = TypeVar("T")
 
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
 _UNTIL_THE_JOB_ENDS = timedelta(days=7)  # whoever lets others wait is the watchdog's concern
 
 
@@ -193,6 +194,11 @@ def own_store() -> Any:
     """A connection of one's own to the job's store: another's may be waiting for an answer."""
     store: Any = dist.distributed_c10d._get_default_store()
     return store.clone()
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank ended."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
 
 
 class Messages:

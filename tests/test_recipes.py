@@ -7,7 +7,7 @@ import pytest
 from dti_dist.config import load_config
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.template import Template
-from dti_dist.zero import deepspeed_config, micro_steps_per_step
+from dti_dist.zero.configuration import deepspeed_config, micro_steps_per_step
 from tests.real_data import movielens_1m
 
 RECIPES = sorted(Path(__file__).parent.parent.glob("launch/recipes/*.yaml"))

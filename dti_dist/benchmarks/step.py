@@ -24,7 +24,7 @@ from dti_dist.model.heads import Head
 from dti_dist.options import ROUNDS, STEP_CONTEXTS, STEP_LAYERS
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.training.engine import Engine
-from dti_dist.zero import read_deepspeed
+from dti_dist.zero.configuration import read_deepspeed
 
 _LENGTH = 2304  # holds a prompt of n = 100 and k = 50
 _REPEATS = 3  # of each work in a round, which take milliseconds

@@ -9,7 +9,7 @@ from typing import Any
 from dti_dist.config import AUTO, RunConfig
 from dti_dist.costs.memory import OVERHEAD, Demand, Memory, Setting, memory
 from dti_dist.gpus import CPU
-from dti_dist.zero import read_deepspeed
+from dti_dist.zero.configuration import read_deepspeed
 
 MARGIN = 0.10  # of the memory is left free: allocators fragment, and shapes vary a little
 _MOST_PACKS = 32  # of a micro-batch that is looked at

@@ -6,7 +6,7 @@ target, and keeps them as one Parquet file; all figures are computed from it, in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 
 from dti_dist.config import RunConfig
 from dti_dist.console import progress, say
-from dti_dist.data.stream import PackStream, Share, StreamPlan, batches
+from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan, batches
+from dti_dist.errors import OtherRankFailed
 from dti_dist.evaluation import pictures, predictions_file, summary
 from dti_dist.evaluation.bootstrap import CONFIDENCE, draw, intervals, read_groups
 from dti_dist.evaluation.curves import histogram, is_skewed, reliability, roc
@@ -28,12 +29,14 @@ from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
 from dti_dist.files import replacing, write_atomically
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.weights import Placement
 from dti_dist.options import CHECKPOINT, RESAMPLES, SPLIT
-from dti_dist.ranks import Ranks, join_process_group, leave_process_group
+from dti_dist.ranks import Ranks, join_process_group, leave_process_group, lost_a_peer
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.sql import literal, open_workspace
+from dti_dist.zero.partition import for_predictions
+
+Predictor = Callable[[Batch], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ def evaluate(
         return _Evaluation(
             run, config, split, which, options or EvaluationOptions(), ranks
         ).figures()
+    except RuntimeError as error:
+        if not lost_a_peer(error):
+            raise
+        raise OtherRankFailed("Another rank failed; its message says why.") from error
     finally:
         leave_process_group()
 
@@ -126,7 +133,8 @@ class _Evaluation:
         device = self.ranks.device
         on_gpu_in_bf16 = device.type == "cuda" and self.config.training.precision == "bf16"
         dtype = torch.bfloat16 if on_gpu_in_bf16 else torch.float32
-        model = trained_model(self.inputs, self.commit, Placement(dtype, device))
+        placement = for_predictions(self.config.training, dtype, self.ranks)
+        model = placement.predictor(trained_model(self.inputs, self.commit, placement))
         with scratch_folder(self.run.evaluations, self.ranks) as scratch:
             for split, plan in plans.items():
                 self._spool(model, split, plan, scratch)
@@ -149,7 +157,7 @@ class _Evaluation:
             group=self.ranks,
         )
 
-    def _spool(self, model: CTRModel, split: str, plan: StreamPlan, scratch: Path) -> None:
+    def _spool(self, model: Predictor, split: str, plan: StreamPlan, scratch: Path) -> None:
         """Predict this rank's share of a split into a file of its own."""
         ranks, packs = self.ranks, self.config.evaluation.batch_packs
         share = Share(ranks.world * packs, packs, ranks.rank, ranks.world)
@@ -161,15 +169,21 @@ class _Evaluation:
             )
         loader = batches(PackStream(plan, share), self.config.data.prefetch, ranks.device)
         with progress(f"evaluating {split}", targets, "targets", ranks.is_main) as bar:
-            left_out = ranks.each(
-                lambda: spool(
+
+            def predict() -> list[str]:
+                return spool(
                     model,
                     loader,
                     ranks.device,
                     spool_of(scratch, split, ranks.rank),
                     lambda batch: bar.advance(batch.step_targets),
                 )
-            )
+
+            if isinstance(model, CTRModel):
+                left_out = ranks.each(predict)
+            else:  # all ranks call it together: none can go on without one that failed
+                mine = predict()
+                left_out = ranks.each(lambda: mine)
         if ranks.is_main:
             for reason in dict.fromkeys(reason for of_rank in left_out for reason in of_rank):
                 say(f"left out: {reason}")

@@ -146,6 +146,10 @@ class Placement:
         value = read().detach()
         return nn.Parameter(value.to(self.device, self.dtype, copy=True))
 
+    def predictor(self, model: nn.Module) -> Callable[[Any], Tensor]:
+        """What gives the predictions of a model that was filled so, called like the model."""
+        return model
+
 
 Reader = Callable[[str, nn.Parameter], Tensor]
 

@@ -20,7 +20,7 @@ from dti_dist.model.heads import Head
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group
 from dti_dist.training.engine import Engine
 from dti_dist.training.machine import memory_gib
-from dti_dist.training.partition import Partitioned
+from dti_dist.zero.partition import Partitioned
 
 _STEPS = 4  # timed, after one that is not: it compiles, and makes the optimizer's state
 _MICRO_STEPS = 2  # of a step, at most: they are alike

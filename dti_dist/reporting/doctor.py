@@ -31,7 +31,7 @@ from dti_dist.model import sources
 from dti_dist.ranks import Ranks, choose_device
 from dti_dist.redaction import redact
 from dti_dist.words import GIB
-from dti_dist.zero import read_deepspeed
+from dti_dist.zero.configuration import read_deepspeed
 
 _SHARED_MEMORY_GIB = 1.0  # a rank's buffers of NCCL
 _SKEW_S = 1.0  # beyond that, lines of several machines' logs can't be put in order

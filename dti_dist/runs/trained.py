@@ -43,6 +43,8 @@ def choose_checkpoint(run: RunFolder, which: str) -> Commit:
 def trained_model(inputs: Inputs, commit: Commit, placement: Placement | None = None) -> CTRModel:
     """The run's model with the checkpoint's weights; those that it leaves out are the base model's.
 
+    All processes that the placement sends weights to must call this at once.
+
     Args:
         placement: default: in float32 on the CPU.
 
@@ -51,9 +53,9 @@ def trained_model(inputs: Inputs, commit: Commit, placement: Placement | None = 
     """
     model = inputs.hollow_model()
     placement = placement or Placement()
-    weights = TrainedWeights(inputs, commit, model, placement.dtype)
+    weights = placement.by_reader(lambda: TrainedWeights(inputs, commit, model, placement.dtype))
     fill(model, weights, placement)
-    weights.check_base()
+    placement.by_reader(lambda: weights.check_base() if weights else None)
     return model.eval()
 
 

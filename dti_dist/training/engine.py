@@ -17,7 +17,7 @@ from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.ranks import Ranks
 from dti_dist.runs.unpickling import without_code
-from dti_dist.zero import deepspeed_config, import_deepspeed
+from dti_dist.zero.configuration import deepspeed_config, import_deepspeed
 
 
 class Engine:

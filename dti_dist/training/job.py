@@ -11,14 +11,13 @@ from pathlib import Path
 from dti_dist.config import RunConfig
 from dti_dist.data.stream import Share
 from dti_dist.errors import OtherRankFailed, RunFailed
-from dti_dist.ranks import Ranks, join_process_group, leave_process_group
+from dti_dist.ranks import Ranks, join_process_group, leave_process_group, lost_a_peer
 from dti_dist.runs.folder import RunFolder
 from dti_dist.training.memory import is_out_of_memory, out_of_memory
 from dti_dist.training.signals import StopSignal
 from dti_dist.training.watchdog import Watchdog
-from dti_dist.zero import micro_steps_per_step
+from dti_dist.zero.configuration import micro_steps_per_step
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
 _WAIT_FOR_REASON_S = 5.0  # how long a rank that lost another waits to hear why
 
 
@@ -114,7 +113,7 @@ def _first_cause(job: Job) -> Iterator[None]:
 
 def _cause(job: Job, error: BaseException) -> BaseException:
     rank, watchdog = job.ranks.rank, job.watchdog
-    lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
+    lost = lost_a_peer(error)
     first = watchdog.failure_elsewhere(_WAIT_FOR_REASON_S if lost else 0.0)
     if first is None:
         if lost:

@@ -25,7 +25,6 @@ from dti_dist.training.job import Job, explained_out_of_memory, open_job
 from dti_dist.training.journal import Interval, Journal
 from dti_dist.training.machine import memory_gib, surroundings
 from dti_dist.training.nonfinite import report_left_out
-from dti_dist.training.partition import Partitioned
 from dti_dist.training.profile import Profiler
 from dti_dist.training.progress import Schedule
 from dti_dist.training.saving import Saving, resume
@@ -33,6 +32,7 @@ from dti_dist.training.signals import STOPPED_BY_SIGNAL
 from dti_dist.training.step import take_step
 from dti_dist.training.trackers import check_packages
 from dti_dist.training.validation import Validation
+from dti_dist.zero.partition import Partitioned
 
 _BAD_START = 0.5  # nats above the labels' entropy
 

@@ -12,7 +12,7 @@ from dti_dist.costs.memory import States, offloads, states
 from dti_dist.errors import RunFailed
 from dti_dist.ranks import Ranks
 from dti_dist.words import GIB
-from dti_dist.zero import read_deepspeed
+from dti_dist.zero.configuration import read_deepspeed
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """From a trained run to figures, predictions, pictures and comparisons."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -168,7 +169,43 @@ def test_two_ranks_evaluate_like_one(trained, evaluated, tmp_path):
     assert figures["targets"] == evaluated["targets"]
     assert figures["auc"] == pytest.approx(evaluated["auc"], abs=1e-9)
     assert figures["log_loss"] == pytest.approx(evaluated["log_loss"], abs=1e-6)
-    assert kept_predictions(trained).drop("probability") == one.drop("probability")
+    both = kept_predictions(trained)
+    assert both.drop("probability") == one.drop("probability")
+    one, both = (table["probability"].to_numpy() for table in (one, both))
+    np.testing.assert_allclose(one, both, rtol=0, atol=1e-6)
+
+
+IN_PARTS = """
+import sys
+import torch
+from dti_dist import cli
+from dti_dist.evaluation import evaluate, spool
+
+original = evaluate.spool
+
+def spool_and_look(model, *arguments):
+    held = sum(p.ds_tensor.numel() for p in model.parameters() if not p.ds_persist)
+    whole = sum(p.ds_numel for p in model.parameters() if not p.ds_persist)
+    print(f"holds {held} of {whole}", flush=True)
+    if sys.argv[2:] and torch.distributed.get_rank() == 1:
+        spool._refuse_nan = lambda found: (_ for _ in ()).throw(cli.UserError("rank 1 gave up"))
+    return original(model, *arguments)
+
+evaluate.spool = spool_and_look
+cli.run(["evaluate", sys.argv[1], "--bootstrap", "0"])
+"""
+
+
+@pytest.mark.slow
+def test_under_zero_3_each_rank_holds_a_part_and_one_that_fails_ends_all(trained, tmp_path):
+    script = tmp_path / "in_parts.py"
+    script.write_text(IN_PARTS)
+    text = run(job(2, trained, script=script), tmp_path / "log")
+    held, whole = map(int, re.search(r"holds (\d+) of (\d+)", text).groups())
+    assert whole / 2 <= held < whole / 2 + 100
+    text = run(job(2, trained, "fail", script=script), tmp_path / "failed", expect=2)
+    assert text.count("rank 1 gave up") == 1
+    assert "Traceback" not in text
 
 
 def test_a_data_set_in_s3_gives_the_same_figures(trained, evaluated, tmp_path, capsys):

@@ -11,7 +11,7 @@ from dti_dist.config import TrainingConfig
 from dti_dist.errors import UserError
 
 _FOLDERS = (
-    Path(__file__).resolve().parents[1] / "deepspeed_configs",  # a checkout
+    Path(__file__).resolve().parents[2] / "deepspeed_configs",  # a checkout
     Path(sys.prefix) / "share" / "dti-dist" / "deepspeed_configs",  # an installed wheel
 )
 # Of a DeepSpeed configuration: what the section `training` sets.

@@ -1,4 +1,4 @@
-"""A model's weights on their way to the ranks, one tensor at a time."""
+"""A model kept in parts, one on each rank: its weights on their way there, and what it predicts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from dti_dist.config import TrainingConfig
 from dti_dist.model.weights import Placement
 from dti_dist.ranks import Ranks
-from dti_dist.zero import deepspeed_config, import_deepspeed
+from dti_dist.zero.configuration import deepspeed_config, import_deepspeed, read_deepspeed
 
 T = TypeVar("T")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def for_predictions(training: TrainingConfig, dtype: torch.dtype, ranks: Ranks) -> Placement:
+    """As the run's ZeRO stage says: all weights on each rank, or under stage 3 a part of them."""
+    if ranks.world == 1 or read_deepspeed(training.deepspeed)["zero_optimization"]["stage"] < 3:
+        return Placement(dtype, ranks.device)
+    (precision,) = (name for name, of in _DTYPES.items() if of == dtype)
+    step = {"micro_batch_packs": 1, "global_batch_packs": ranks.world}  # none is taken
+    return Partitioned(training.model_copy(update={"precision": precision, **step}), ranks)
 
 
 class Partitioned(Placement):
@@ -48,6 +57,14 @@ class Partitioned(Placement):
         else:
             self._first.convert_to_zero_parameters(param_list=[parameter])
         return parameter
+
+    def predictor(self, model: nn.Module) -> Callable[[Any], Tensor]:
+        """All ranks must call it equally often: each gathers the parts that it needs."""
+        engine, *_ = import_deepspeed().initialize(
+            model=model, config=self._config, dist_init_required=False
+        )
+        engine.eval()
+        return engine
 
     def _memory(self, shape: torch.Size) -> Tensor:
         """For a whole tensor. Of one that is then partitioned it is used again for the next.
