@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +66,10 @@ def take_step(
         # DeepSpeed averages over ranks and micro-steps. Wanted is the mean over the step's targets,
         # however they are spread.
         scale = ranks.world * engine.micro_steps / batch.step_targets
+        engine.backward(loss * (scale + _nan_unless_finite(loss)))
         if micro_step == engine.micro_steps - 1:
+            # DeepSpeed too waits here, for the norm of the gradients. Waiting behind the optimizer
+            # would leave a GPU without work until the next forward pass is under way.
             skipped = [reason for batch in batches for reason in batch.skipped]
             total, all_tokens, stopping, skips = ranks.sum(
                 loss_sum.item(),
@@ -75,9 +77,6 @@ def take_step(
                 float(stop.received is not None),
                 float(len(skipped)),
             )
-            if not math.isfinite(total):
-                scale = math.nan  # DeepSpeed leaves out a step whose gradients are not finite
-        engine.backward(loss * scale)
         left_out = engine.step()
     if skips:
         skipped = [reason for of_rank in ranks.each(lambda: skipped) for reason in of_rank]
@@ -92,3 +91,12 @@ def take_step(
         skipped=list(dict.fromkeys(skipped)),
         batches=batches,
     )
+
+
+def _nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """0, or NaN for a loss that is not finite: known to the device alone, so nobody waits.
+
+    NaN in one rank's gradients is NaN in all ranks' sums, and DeepSpeed leaves such a step out. An
+    infinite loss can have finite gradients.
+    """
+    return 0 * loss.detach()

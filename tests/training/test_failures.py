@@ -95,12 +95,16 @@ if step == 3:
     )
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("what", ["loss", "gradients"])
-def test_a_bad_step_is_left_out_where_that_is_allowed(synthetic, tmp_path, what):
-    """An infinite loss with finite gradients, and the other way round."""
+def test_a_bad_step_is_left_out_where_that_is_allowed(synthetic, tmp_path, what, stage):
+    """An infinite loss with finite gradients, and the other way round: on one rank, in the first
+    of its micro-steps."""
     value = "loss.detach() * 0 + math.inf" if what == "loss" else "loss"
     config = write_config(
-        tmp_path / "config.yaml", synthetic, training={"max_skipped_steps": 1, "max_steps": 8}
+        tmp_path / "config.yaml",
+        synthetic,
+        training={"max_skipped_steps": 1, "max_steps": 8, "deepspeed": f"zero{stage}"},
     )
     script = job_with(
         f"""
@@ -108,14 +112,14 @@ import math
 from dti_dist.model.heads import Head
 def bad(logits, batch, good=Head.loss):
     loss = good(logits, batch)
-    if batch.step != 2: return loss
+    if batch.step != 2 or batch.last_of_step or rank == 0: return loss
     if {what!r} == "gradients": logits.register_hook(lambda gradient: gradient * math.nan)
     return loss - loss.detach() + {value}
 if step == 1: Head.loss = staticmethod(bad)
 """,
         tmp_path / "job.py",
     )
-    printed = run(job(1, config, script=script), tmp_path / "log")
+    printed = run(job(2, config, script=script), tmp_path / "log")
     assert re.search(rf"Step 3: the {what} (is|are).*Left out so far: 1 of 1 allowed", printed)
     found = losses(run_dir(config))
     assert set(found) - {3} == {1, 2, 4, 5, 6, 7, 8}
