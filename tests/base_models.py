@@ -20,21 +20,20 @@ def save_tokenizer_and_model(folder: Path, model_type: str = "llama") -> Path:
     return folder
 
 
-def save_base_model(folder: Path, tied: bool, seed: int = 0) -> Path:
-    """A small Llama with a tokenizer of bytes."""
+def save_base_model(folder: Path, tied: bool, seed: int = 0, **settings: int) -> Path:
+    """A small Llama with a tokenizer of bytes; settings of its config are merged over these."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     save_tokenizer_and_model(folder)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = LlamaConfig(**{**sizes, **settings}, tie_word_embeddings=tied, initializer_range=0.2)
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -229,7 +229,8 @@ class BaseWeights:
 
     def _keep_sample(self, name: str, value: Tensor) -> None:
         flat = value.flatten()
-        sample = flat[:: max(flat.numel() // self.SAMPLED, 1)].float()
+        # A copy: a view would keep the whole tensor.
+        sample = flat[:: max(flat.numel() // self.SAMPLED, 1)].to(torch.float32, copy=True)
         self._samples[name] = tuple(value.shape), sample
 
     def _read(self, name: str, rows: int) -> Tensor:

@@ -92,7 +92,17 @@ class Engine:
 
         All ranks must call this at once. Frozen weights are left out: the base model has them.
         """
-        self._engine.checkpoint_engine.save = write
+        every_name = self.model.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in every_name if not parameter.requires_grad}
+
+        def write_trained(state_dict: Any, path: str) -> None:
+            # DeepSpeed leaves out the first name of a weight with several: a tied table has two.
+            if (module := state_dict.get("module")) is not None:
+                kept = {name: value for name, value in module.items() if name not in frozen}
+                state_dict = {**state_dict, "module": kept}
+            write(state_dict, path)
+
+        self._engine.checkpoint_engine.save = write_trained
         self._engine._copy_recovery_script = lambda path: None  # `dti-dist export` does that better
         self._engine.save_checkpoint(
             str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True

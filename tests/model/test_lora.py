@@ -169,6 +169,12 @@ def test_base_models_are_distinguished_by_their_weights_whatever_the_adapters():
     assert base_fingerprint(*filled(lora=False)[:2]) is None
 
 
+def test_a_sample_of_a_tensor_does_not_keep_the_tensor():
+    value = torch.zeros(10 * BaseWeights.SAMPLED)
+    _, sample = BaseWeights(StateDict({"w": value}), {}).sample("w")
+    assert sample.untyped_storage().nbytes() == sample.nbytes < value.nbytes
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 
