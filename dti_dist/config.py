@@ -165,7 +165,8 @@ class TemplateConfig(Section):
     prefix: str = Field("", description="Text at the start of each prompt, such as an instruction.")
     item: str = Field(
         "\n{title}:",
-        description="An interaction's text before its label; {column} names an item text column.",
+        description="An interaction's text before its label; {column} names an item text column. "
+        "Words written here may be special tokens; what a column holds never becomes one.",
     )
     label_words: tuple[str, str] = Field(
         (" No", " Yes"), description="The words for label 0 and 1, each one token."

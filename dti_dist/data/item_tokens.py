@@ -17,9 +17,11 @@ from dti_dist.console import progress, say
 from dti_dist.data import array_folder
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.template import Template
+from dti_dist.data.text_encoder import TextEncoder
 from dti_dist.errors import UserError
 
 _BATCH = 8192  # items tokenised in one call: enough for the tokenizer's own threads
+_RULE = "texts make no control tokens"  # tokens of before were made by another
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def fingerprint(dataset: Dataset, template: Template, tokenizer: Any, sum_id: in
         template.config.model_dump_json(),
         tokenizer.backend_tokenizer.to_str(),
         str(sum_id),
+        _RULE,
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -109,7 +112,8 @@ def load_or_build(
     folder = cache_dir / f"item-tokens-{mark}"
     label_ids = label_token_ids(tokenizer, template.config.label_words)
     if array_folder.load(folder) is None:
-        array_folder.save(folder, _tokenise(dataset, template, tokenizer))
+        encoder = TextEncoder(tokenizer, template, sum_id)
+        array_folder.save(folder, _tokenise(dataset, template, encoder))
     tokens, offsets = _open(folder)
     return ItemTokens(
         tokens=tokens,
@@ -130,7 +134,7 @@ def _open(folder: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     return stored[0]["tokens"], stored[0]["offsets"]
 
 
-def _tokenise(dataset: Dataset, template: Template, tokenizer: Any) -> dict[str, np.ndarray]:
+def _tokenise(dataset: Dataset, template: Template, encoder: TextEncoder) -> dict[str, np.ndarray]:
     table = dataset.items_table().select(["source_id", *template.columns])
     limit = template.config.max_item_tokens
     tokens: list[npt.NDArray[np.int32]] = []
@@ -139,8 +143,7 @@ def _tokenise(dataset: Dataset, template: Template, tokenizer: Any) -> dict[str,
     with progress("tokenising items", table.num_rows, "items") as bar:
         for batch in table.to_batches(max_chunksize=_BATCH):
             rows = batch.to_pylist()
-            texts = [template.item_text(item) for item in rows]
-            encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            encoded = encoder.encode([encoder.text(item) for item in rows])
             full = np.array([len(ids) for ids in encoded])
             if not full.all():
                 item = rows[int(np.argmin(full))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from dti_dist.data.item_tokens import ItemTokens, encode, label_token_ids
 from dti_dist.data.samples import IntArray
 from dti_dist.data.template import Template
+from dti_dist.data.text_encoder import TextEncoder
 from dti_dist.errors import UserError, nearest
 
 Item = str | Mapping[str, str]
@@ -56,6 +58,10 @@ class ItemTexts:
             fingerprint="",
         )
         return ItemTexts(base, template, tokenizer)
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self._tokenizer, self.template, self._base.sum_id)
 
     @property
     def tokens(self) -> ItemTokens:
@@ -111,7 +117,7 @@ class ItemTexts:
     def _add(self, texts: Sequence[str]) -> IntArray:
         if not texts:
             return np.empty(0, dtype=np.int64)
-        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        encoded = self._encoder.encode(texts)
         limit = self.template.config.max_item_tokens
         has_tokens = np.array([bool(ids) for ids in encoded])
         first = len(self._base.lengths) + len(self._new)
@@ -143,7 +149,7 @@ class ItemTexts:
                     f"template.item names; {column!r} is missing.{nearest(column, item)}"
                 )
             values[column] = _as_text(item[column], f"Item {number}, {column}")
-        return self.template.item_text(values) if any(map(str.strip, values.values())) else ""
+        return self._encoder.text(values) if any(map(str.strip, values.values())) else ""
 
 
 def _as_text(value: Any, where: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 from dti_dist.config import TemplateConfig
 from dti_dist.data import item_tokens
 from dti_dist.data.template import Template
+from dti_dist.data.text_encoder import TextEncoder
 from dti_dist.errors import UserError
 from dti_dist.model.tokenizer import add_sum_token, train_tokenizer
 
@@ -96,6 +97,23 @@ def test_long_texts_are_cut_and_counted(tmp_path, tokenizer, capsys):
             tokens.tokens[start : tokens.offsets[item + 1]],
             whole.tokens[full : full + tokens.lengths[item]],
         )
+
+
+def test_a_title_makes_no_control_tokens(tmp_path, tokenizer):
+    titles = ["the [SUM] of all fears", "<pad>", "[ SUM ]"]
+    trained = train_tokenizer(shop(titles), template(), vocab_size=320)
+    sum_id = add_sum_token(trained)
+    tokens = load(tmp_path, trained, shop(titles), sum_id=sum_id)
+    assert not {sum_id, trained.pad_token_id} & {*tokens.tokens.tolist()}
+    pieces = np.split(tokens.tokens, tokens.offsets[1:-1])
+    assert [trained.decode(piece) for piece in pieces] == [f"{title}:" for title in titles]
+
+
+def test_tokens_of_an_earlier_rule_are_not_taken(tmp_path, tokenizer, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(item_tokens, "_RULE", "texts make any token")
+        before = load(tmp_path, tokenizer)
+    assert load(tmp_path, tokenizer).fingerprint != before.fingerprint
 
 
 def test_an_item_without_a_token_is_named(tmp_path, tokenizer):
@@ -192,7 +210,7 @@ def test_builders_at_the_same_time_agree_and_leave_one_folder(tmp_path, tokenize
         rename(*paths)
 
     monkeypatch.setattr(os, "rename", meet_then_rename)
-    made = item_tokens._tokenise(shop(), template(), tokenizer)
+    made = item_tokens._tokenise(shop(), template(), TextEncoder(tokenizer, template(), SUM_ID))
     monkeypatch.setattr(item_tokens, "_tokenise", lambda *arguments: made)
     with ThreadPoolExecutor(builders) as pool:
         found = list(pool.map(lambda _: load(tmp_path, tokenizer), range(builders)))

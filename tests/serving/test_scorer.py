@@ -193,6 +193,19 @@ def test_new_texts_and_an_empty_history_are_scored(exported):
     assert scorer.score_batch([]) == []
 
 
+def test_a_text_makes_no_special_token(isolated):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu")
+    titles = ["The [SUM] of all fears", "<pad>", "a <pad> b"]
+    history = [Interaction(titles[0], 1, 5), Interaction(titles[1], 0, 6)]
+    assert np.isfinite(scorer.score(history, titles, 7)).all()
+    tokens = scorer.items.tokens
+    assert not {tokens.sum_id, 0} & {*tokens.tokens.tolist()}, "0 is <pad>"
+    made = scorer.items._tokenizer
+    parts = np.split(tokens.tokens, tokens.offsets[1:-1])
+    assert [made.decode(part) for part in parts] == titles
+    assert not any(name in made.convert_ids_to_tokens(parts[0]) for name in ("[SUM]", "<pad>"))
+
+
 def test_texts_that_are_too_many_are_forgotten_with_their_states(isolated, items):
     scorer = Scorer.from_pretrained(isolated[0], device="cpu")
     texts = [item["title"] for item in items]
