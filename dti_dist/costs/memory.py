@@ -107,7 +107,7 @@ class Memory:
         states: weights, gradients and optimizer, between micro-steps.
         live: whole parameters that ZeRO-3 has gathered; buckets: of communication.
         activations, workspace: what the backward pass needs, and its first temporaries.
-        step: float32 gradients and the optimizer's temporaries.
+        step: the optimizer step's float32 gradients.
         batch: the packs and their attention plans.
         overhead: of the framework.
         host: bytes of the host that offloading takes.
@@ -203,9 +203,8 @@ def memory(run: Demand, setting: Setting, world: int, device: str) -> Memory:
     gathers = stage == 3 and (world > 1 or offloads(zero, "param"))
     most_live = float(zero.get("stage3_max_live_parameters", 1e9))
     live = width * min(shape.parameters, most_live) if gathers else 0.0
-    # The gradients as one float32 tensor, and AdamW's temporaries: two on a CPU, one in CUDA's
-    # multi-tensor kernels.
-    step = (4.0 + (8.0 if device == "cpu" else 4.0)) * trained / world
+    # The gradients as one float32 tensor; fused AdamW has no temporaries.
+    step = 4.0 * trained / world
     if stage < 3 and not accumulates:
         step += width * trained / world
     host = held.host

@@ -144,12 +144,12 @@ class Engine:
         self.load(folder, whole)
         self._engine._config.load_universal_checkpoint = False
         # DeepSpeed gives all groups the first one's hyperparameters and one counter of steps, which
-        # each group would then advance.
+        # each group would then advance. Fused AdamW wants it beside the moments.
         for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
             group.update(own)
         for moments in optimizer.optimizer.state.values():
             if isinstance(moments.get("step"), torch.Tensor):
-                moments["step"] = moments["step"].clone()
+                moments["step"] = moments["step"].to(moments["exp_avg"].device, copy=True)
 
 
 @contextmanager
@@ -180,6 +180,7 @@ def _optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimi
         ],
         lr=training.learning_rate,
         betas=training.betas,
+        fused=True,  # one pass over memory, without temporaries
     )
 
 
