@@ -29,6 +29,8 @@ from dti_dist.data.prepare.command import prepare
 from dti_dist.errors import OtherRankFailed, UserError
 from dti_dist.files import write_atomically
 from dti_dist.options import (
+    LOCAL,
+    PLACE,
     FailureOptions,
     NodeOptions,
     PackChoice,
@@ -184,19 +186,20 @@ def _lengths(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-Config = Annotated[str, Parameter(help="YAML file; see launch/recipes/.")]
+Config = Annotated[str, LOCAL, Parameter(help="YAML file; see launch/recipes/.")]
 Override = Annotated[
     str, Parameter(name="key=value", validator=_is_override, help="Such as seed=1.")
 ]
-Run = Annotated[str, Parameter(help="The folder of a run.")]
+Run = Annotated[str, LOCAL, Parameter(help="The folder of a run.")]
 Checkpoint = Annotated[str, Parameter(metavar="best|last|STEP", help="Checkpoint of the run.")]
 _N = Parameter(metavar="N")
 Several = Parameter(consume_multiple=True, metavar="N [N ...]")
 Counts = Annotated[tuple[PositiveInt, ...], Several]
 Json = Annotated[bool, Parameter(help="Print JSON instead of a table.")]
-Png = Annotated[str | None, Parameter(metavar="PNG")]
+Png = Annotated[str | None, LOCAL, Parameter(metavar="PNG")]
 Rounds = Annotated[PositiveInt, Parameter(help="Timed rounds.")]
 Uri = Parameter(metavar="URI")
+Work = Annotated[str, LOCAL, Parameter(metavar="DIR")]
 Resamples = Annotated[
     NonNegativeInt,
     Parameter(metavar="N", help="Resamples of users for 95 % intervals; 0 for none."),
@@ -256,7 +259,7 @@ def evaluate(
     checkpoint: Checkpoint = options.CHECKPOINT,
     slices: Annotated[tuple[str, ...], Parameter(name="--slice", metavar="NAME")] = (),
     valid_threshold: Annotated[bool, Parameter(negative="--no-valid-threshold")] = True,
-    predictions: Annotated[str | None, Uri] = None,
+    predictions: Annotated[str | None, PLACE, Uri] = None,
     pictures: Annotated[bool | None, Parameter(negative="--no-pictures")] = None,
     bootstrap: Resamples = options.RESAMPLES,
     memory_limit: MemoryLimit = None,
@@ -344,11 +347,11 @@ def compare(
     "--data data/shop --out scores"
 )
 def score(
-    model: str,
+    model: Annotated[str, LOCAL],
     /,
     *,
-    requests: Annotated[str, Uri],
-    out: Annotated[str, Uri],
+    requests: Annotated[str, PLACE, Uri],
+    out: Annotated[str, PLACE, Uri],
     how: Annotated[ScoringOptions, Parameter(name="*")] = _SCORING,
 ) -> None:
     """Score the candidates of many requests, all of a request after one pass of its context.
@@ -371,7 +374,7 @@ def export(
     run: Run,
     /,
     *,
-    out: Annotated[str, Uri],
+    out: Annotated[str, PLACE, Uri],
     adapter_only: bool = False,
     dtype: Literal["bf16", "fp32"] | None = None,
     license: Annotated[str | None, Parameter(metavar="ID")] = None,
@@ -394,10 +397,10 @@ def export(
 
 @app.command(help_epilogue="example: dti-dist report runs/base runs/shop --out comparison.html")
 def report(
-    runs: Annotated[tuple[str, ...], Parameter(help="The folders of runs.", required=True)],
+    runs: Annotated[tuple[str, ...], LOCAL, Parameter(help="The folders of runs.", required=True)],
     /,
     *,
-    out: Annotated[str | None, Parameter(metavar="FILE")] = None,
+    out: Annotated[str | None, LOCAL, Parameter(metavar="FILE")] = None,
     pack: bool = False,
 ) -> None:
     """Write one HTML file with a run's curves, figures and settings, or compare several runs.
@@ -455,7 +458,7 @@ def inspect(
     config: Config,
     /,
     *overrides: Override,
-    out: Annotated[str, Parameter(metavar="PNG", help="The picture to write.")],
+    out: Annotated[str, LOCAL, Parameter(metavar="PNG", help="The picture to write.")],
     choice: Annotated[PackChoice, Parameter(name="*")] = _PACK,
 ) -> None:
     """Draw one pack of a run's data: its prompt, who sees whom, and what reaches a prediction."""
@@ -506,7 +509,9 @@ def plan(
 @app.command(
     help_epilogue="example: torchrun --standalone --nproc-per-node 8 -m dti_dist doctor shop.yaml"
 )
-def doctor(config: str | None = None, /, *overrides: Override, json: Json = False) -> int:
+def doctor(
+    config: Annotated[str | None, LOCAL] = None, /, *overrides: Override, json: Json = False
+) -> int:
     """Say what this machine has and lacks for a job, and how to fix it.
 
     Args:
@@ -605,11 +610,11 @@ def data(
     config: Config,
     /,
     *overrides: Override,
-    also: Annotated[tuple[str, ...], Uri] = (),
+    also: Annotated[tuple[str, ...], PLACE, Uri] = (),
     workers: Annotated[tuple[NonNegativeInt, ...], Several] = options.DATA_WORKERS,
     epochs: PositiveInt = options.DATA_EPOCHS,
     targets: PositiveInt | None = None,
-    peers: Annotated[str | None, Parameter(metavar="PYTHON")] = None,
+    peers: Annotated[str | None, LOCAL, Parameter(metavar="PYTHON")] = None,
     rounds: Rounds = options.ROUNDS,
     out: Png = None,
     json: Json = False,
@@ -714,10 +719,10 @@ def scoring(
     help_epilogue="example: dti-dist benchmark ablation data/ml100k --work runs/ablation",
 )
 def ablation(
-    data: Annotated[str, Parameter(help="A prepared data set.")],
+    data: Annotated[str, LOCAL, Parameter(help="A prepared data set.")],
     /,
     *,
-    work: Annotated[str, Parameter(metavar="DIR")],
+    work: Work,
     seeds: Annotated[tuple[NonNegativeInt, ...], Several] = options.ABLATION_SEEDS,
     jobs: PositiveInt = options.ABLATION_JOBS,
     table: bool = False,
@@ -743,7 +748,7 @@ def ablation(
 )
 def evaluation_of_many(
     *,
-    work: Annotated[str, Parameter(metavar="DIR")],
+    work: Work,
     targets: PositiveInt = options.EVALUATION_TARGETS,
     per_user: PositiveInt = options.EVALUATION_PER_USER,
     memory_limit: Annotated[str, Parameter(metavar="SIZE")] = options.EVALUATION_MEMORY,

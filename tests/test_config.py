@@ -300,7 +300,7 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8)
 @given(
     item=words,
     label_words=st.tuples(words, words),
-    cache=st.none() | words,
+    cache=st.none() | words.map("/cache/{}".format),
     rate=st.floats(1e-9, 1.0),
     betas=st.tuples(*[st.floats(0, 0.9999)] * 2),
     budget=st.sampled_from(["even", "late"]) | st.lists(st.integers(0, 9), max_size=4),

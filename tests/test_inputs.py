@@ -114,9 +114,7 @@ def test_where_the_config_says(synthetic, tmp_path, monkeypatch):
 
 
 def test_a_url_is_no_place_for_a_memory_map(synthetic, tmp_path):
-    with pytest.raises(
-        UserError, match=r"data\.cache_dir: expected a local folder, found 's3://b'"
-    ):
+    with pytest.raises(UserError, match=r"data\.cache_dir: expected a local path, found 's3://b'"):
         cache_dir(synthetic, tmp_path, None, "data.cache_dir=s3://b")
 
 

@@ -489,9 +489,11 @@ def _read_manifest(uri: str, settings: StorageConfig) -> Manifest:
     try:
         content = storage.read_bytes(path, settings)
     except (FileNotFoundError, NotADirectoryError) as error:
+        absolute = "://" in uri or posixpath.isabs(uri)
+        where = "" if absolute else f" (relative to the working folder {Path.cwd()})"
         raise UserError(
-            f"{uri}: expected a prepared data set, found no {MANIFEST} there. Check the path, or "
-            f"make one with: dti-dist prepare … --out {uri}"
+            f"{uri}{where}: expected a prepared data set, found no {MANIFEST} there. Check "
+            f"the path, or make one with: dti-dist prepare … --out {uri}"
         ) from error
     try:
         fields = json.loads(content)

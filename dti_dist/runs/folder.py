@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from dti_dist.config import AUTO, RunConfig, load_config
 from dti_dist.console import say
 from dti_dist.errors import UserError
+from dti_dist.runs.places import absolute, check_places, same_place, seen_from
 
 DTI_CONFIG = "dti_config.json"  # in an exported folder: how its model is to be used
 _LOCK_PATIENCE_S = 15
@@ -64,14 +65,23 @@ class RunFolder:
         self._made_here = False
         self._held: TextIO | None = None
 
-    def read_config(self) -> RunConfig:
-        """The config of a run that was started. Raises UserError where there is none."""
+    def read_config(self, *needed: str) -> RunConfig:
+        """The config of a run that was started, its paths as they are found now.
+
+        Args:
+            needed: settings whose paths must be there, such as data.path.
+
+        Raises:
+            UserError: where there is no config, or nothing at a path that is needed.
+        """
         if not self.config_file.exists():
             raise UserError(
                 f"{self.path} is not a run's folder: it has no config.yaml. Give the run_dir of a "
                 "training run."
             )
-        return load_config(self.config_file, of_run=True)
+        config = seen_from(self.path, load_config(self.config_file, of_run=True))
+        check_places(self.path, config, *needed)
+        return config
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """What `dti-dist evaluate` wrote: figures with their split and kind of prompt."""
@@ -84,6 +94,7 @@ class RunFolder:
         Returns:
             the config, with what the run that goes on has decided before.
         """
+        config = absolute(config)
         if self.config_file.exists() and any(self.checkpoints.glob("step-*")):
             config = going_on(str(self.path), self.read_config(), config, "run_dir")
         self._made_here = not self.path.exists()
@@ -158,7 +169,9 @@ def going_on(place: str, old: RunConfig, new: RunConfig, key: str) -> RunConfig:
     changed = [
         f"  {name}: {before.get(name)!r} there, {after.get(name)!r} now"
         for name in {**before, **after}
-        if before.get(name) != after.get(name) and not name.startswith(_MAY_CHANGE)
+        if before.get(name) != after.get(name)
+        and not name.startswith(_MAY_CHANGE)
+        and not same_place(name, str(before.get(name)), str(after.get(name)))
     ]
     if changed:
         raise UserError(

@@ -21,6 +21,7 @@ from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import HEADS
 from dti_dist.model.weights import Placement
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
+from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.serving.item_texts import ItemTexts
 
@@ -60,7 +61,8 @@ def load_run(
         UserError: the run has no such checkpoint, or its data set can't be opened.
     """
     run = RunFolder(str(folder))
-    config = run.read_config()
+    own = {MODEL: base_model, DATA: data}
+    config = run.read_config(*(key for key, instead in own.items() if instead is None))
     if data is not None:
         read_from = config.data.model_copy(update={"path": data})
         config = config.model_copy(update={"data": read_from})

@@ -34,6 +34,7 @@ from dti_dist.model.sources import fetch
 from dti_dist.options import ScoringOptions
 from dti_dist.ranks import Ranks, choose_device, join_process_group, leave_process_group
 from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import choose_checkpoint
 from dti_dist.serving.histories import Histories
 from dti_dist.serving.item_texts import ItemTexts
@@ -115,7 +116,7 @@ def _plan(model: str, files: RequestFiles, options: ScoreOptions) -> dict[str, A
     """What the scores depend on: a folder goes on only with the same."""
     data = options.data
     if data is None and is_run(model):
-        data = RunFolder(model).read_config().data.path
+        data = RunFolder(model).read_config(DATA).data.path
     return {
         "requests": [[file.uri, file.size, file.rows] for file in files.files],
         "model": _fingerprint(model, options.checkpoint),
@@ -185,7 +186,7 @@ def _differing(before: str, plan: dict[str, Any]) -> str:
 
 def _base_model(model: str, ranks: Ranks) -> str | None:
     """Where a run's base model lies on this machine."""
-    return fetch(RunFolder(model).read_config().model, ranks).name if is_run(model) else None
+    return fetch(RunFolder(model).read_config(MODEL).model, ranks).name if is_run(model) else None
 
 
 def _scorer(model: str, base_model: str | None, options: ScoreOptions) -> Scorer:

@@ -91,8 +91,9 @@ def _read(name: str) -> dict[str, Any]:
                 raise UserError(f"DeepSpeed config {path} is not valid JSON: {error}") from error
     known = sorted({file.stem for folder in _FOLDERS for file in folder.glob("*.json")})
     raise UserError(
-        f"training.deepspeed {name!r}: no such file, and no such name. "
-        f"Names: {', '.join(known)}; or give the path of a DeepSpeed JSON file."
+        f"training.deepspeed {name!r}: no such name, and no such file: nothing is at "
+        f"{Path(name).absolute()}. Names: {', '.join(known)}; or give the path of a DeepSpeed "
+        "JSON file."
     )
 
 

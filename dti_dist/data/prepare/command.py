@@ -24,6 +24,7 @@ _ENGINE = Group("Engine")
 
 Out = Annotated[
     str,
+    options.PLACE,
     Parameter(metavar="URI", group=options.OUTPUT, help="Folder or fsspec URL to write."),
 ]
 Build = Annotated[BuildOptions, Parameter(name="*")]
@@ -37,11 +38,11 @@ def _columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
 
 @prepare.command
 def movielens(
-    path: str | None = None,
+    path: Annotated[str | None, options.LOCAL] = None,
     /,
     *,
     download: MovieLens | None = None,
-    cache_dir: Annotated[Path | None, Parameter(metavar="DIR")] = None,
+    cache_dir: Annotated[str | None, options.LOCAL, Parameter(metavar="DIR")] = None,
     label: Annotated[str, Parameter(metavar="EXPR")] = options.MOVIELENS_LABEL,
     out: Out,
     build: Build = _DEFAULTS,
@@ -64,7 +65,7 @@ def movielens(
     from dti_dist.data.prepare.build import build_dataset
 
     if download:
-        path = str(movielens.download(download, cache_dir or movielens.default_cache()))
+        path = str(movielens.download(download, Path(cache_dir or movielens.default_cache())))
     read = partial(movielens.read_movielens, path=str(path), label=label)
     print(build_dataset(read, out, build))
 
@@ -83,10 +84,14 @@ with the same options, newer interactions of new and old items:
     … --out s3://bucket/prepared --append"""
 )
 def events(
-    paths: Annotated[tuple[str, ...], Parameter(required=True)],
+    paths: Annotated[tuple[str, ...], options.PLACE, Parameter(required=True)],
     /,
     *,
-    items: Annotated[tuple[str, ...], Parameter(consume_multiple=True, metavar="PATH [PATH ...]")],
+    items: Annotated[
+        tuple[str, ...],
+        options.PLACE,
+        Parameter(consume_multiple=True, metavar="PATH [PATH ...]"),
+    ],
     user_col: Column,
     item_col: Column,
     time_col: Column,
