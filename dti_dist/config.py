@@ -386,7 +386,9 @@ class TrainingConfig(Section):
     )
     device: Literal["auto", "cuda", "cpu"] = "auto"
     cpu_threads: Positive | None = Field(
-        None, description="Threads per rank on CPU. Default: its cores / ranks that share them."
+        None,
+        description="Threads per rank for work on the CPU, offloaded AdamW too. Default: its cores "
+        "/ ranks that share them.",
     )
     log_every: Positive = 10
     collective_timeout_minutes: Positive = Field(

@@ -13,9 +13,10 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 _UNLIMITED = 2**60  # version 1 writes the largest page-aligned number
 
 
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+def cores(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
+    """Cores that this process may keep busy: those it may run on, or its cgroups' least quota."""
+    quotas = [max(int(quota), 1) for quota in _quotas(cgroups, membership)]
+    return min([len(os.sched_getaffinity(0)), *quotas])
 
 
 def rank_threads(ranks: int) -> int:
@@ -52,27 +53,51 @@ def free_memory_bytes(
     return min([machine, *(limit - used for limit, used in _limits(cgroups, membership))])
 
 
-def _limits(cgroups: Path, membership: Path) -> Iterator[tuple[int, int]]:
-    """Each limit with what is used of it."""
+def _groups(controller: str, cgroups: Path, membership: Path) -> Iterator[tuple[Path, bool]]:
+    """The process's cgroup, those around it, and whether they are of version 2."""
     with suppress(OSError):
         for line in membership.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers == "":  # version 2
-                root, name, usage, cache = cgroups, "memory.max", "memory.current", "inactive_file"
-            elif "memory" in controllers.split(","):
-                root, name = cgroups / "memory", "memory.limit_in_bytes"
-                usage, cache = "memory.usage_in_bytes", "total_inactive_file"
+            if controllers == "":
+                root = cgroups
+            elif controller in controllers.split(","):
+                root = cgroups / controller
             else:
                 continue
             # In a container the path is the host's, and its root is mounted in the place.
             folder = root / path.lstrip("/")
             for place in [folder, *folder.parents]:
-                with suppress(OSError, ValueError):  # no limit is "max", or no file
-                    limit = int((place / name).read_text())
-                    if limit < _UNLIMITED:
-                        yield limit, _used(place, usage, cache)
+                yield place, root == cgroups
                 if place == root:
                     break
+
+
+def _quotas(cgroups: Path, membership: Path) -> Iterator[float]:
+    """Seconds on cores in each second."""
+    for group, second in _groups("cpu", cgroups, membership):
+        with suppress(OSError, ValueError):  # no quota is "max", -1, or no file
+            if second:
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota, period = (
+                    (group / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period")
+                )
+            if int(quota) > 0:
+                yield int(quota) / int(period)
+
+
+def _limits(cgroups: Path, membership: Path) -> Iterator[tuple[int, int]]:
+    """Each limit of memory with what is used of it."""
+    for group, second in _groups("memory", cgroups, membership):
+        if second:
+            name, usage, cache = "memory.max", "memory.current", "inactive_file"
+        else:
+            name, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        with suppress(OSError, ValueError):  # no limit is "max", or no file
+            limit = int((group / name).read_text())
+            if limit < _UNLIMITED:
+                yield limit, _used(group, usage, cache)
 
 
 def _used(place: Path, usage: str, cache: str) -> int:

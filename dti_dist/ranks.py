@@ -116,6 +116,9 @@ def join_process_group(device: str, timeout_minutes: int, cpu_threads: int | Non
     """Join the process group that torchrun, deepspeed, accelerate or srun laid out.
 
     One process alone is a group of one. Raises UserError where CUDA is asked for and absent.
+
+    Args:
+        cpu_threads: of this rank; None: its share of the cores.
     """
     _complete_environment()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -138,8 +141,8 @@ def join_process_group(device: str, timeout_minutes: int, cpu_threads: int | Non
             device_id=chosen if chosen.type == "cuda" else None,
         )
     ranks = Ranks(rank, world, local_rank, local_world, chosen)
-    if not cuda:
-        torch.set_num_threads(cpu_threads or _own_threads(ranks.each(place), place()))
+    # A GPU's rank too: it packs, and runs AdamW where that is offloaded. Torchrun gives it 1.
+    torch.set_num_threads(cpu_threads or _own_threads(ranks.each(place), place()))
     return ranks
 
 

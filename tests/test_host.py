@@ -14,6 +14,16 @@ MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 NO_LIMIT_OF_VERSION_1 = "9223372036854771712\n"
 
 
+def cgroups_of(folder, membership, files):
+    """Where these cgroups are mounted, and the file that says which is the process's."""
+    (folder / "self").write_text(membership)
+    for name, text in files.items():
+        path = folder / "cgroups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder / "cgroups", folder / "self"
+
+
 def test_cores_are_those_that_the_process_may_run_on():
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
@@ -45,12 +55,39 @@ def test_cores_are_those_that_the_process_may_run_on():
     ],
 )
 def test_memory_is_the_least_limit_of_the_cgroups(tmp_path, membership, files, expected):
-    (tmp_path / "self").write_text(membership)
-    for name, text in files.items():
-        path = tmp_path / "cgroups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert host.memory_bytes(tmp_path / "cgroups", tmp_path / "self") == expected
+    assert host.memory_bytes(*cgroups_of(tmp_path, membership, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        (
+            "0::/job/step\n",
+            {"job/step/cpu.max": "max 100000\n", "job/cpu.max": "300000 100000\n"},
+            3,
+        ),
+        ("0::/job\n", {"job/cpu.max": "250000 100000\n"}, 2),
+        ("0::/job\n", {"job/cpu.max": "50000 100000\n"}, 1),
+        ("0::/job\n", {"job/cpu.max": "900000 100000\n"}, 4),
+        ("0::/job\n", {"job/cpu.max": "max 100000\n"}, 4),
+        (
+            "3:cpu,cpuacct:/docker/abc\n",
+            {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "50000\n"},
+            3,
+        ),
+        (
+            "3:cpu:/\n",
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            4,
+        ),
+        ("", {}, 4),
+    ],
+)
+def test_of_four_cores_a_quota_leaves_whole_ones(
+    tmp_path, monkeypatch, membership, files, expected
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert host.cores(*cgroups_of(tmp_path, membership, files)) == expected
 
 
 def test_free_memory_is_what_machine_and_cgroups_leave(tmp_path):

@@ -1,4 +1,4 @@
-"""Which GPU is a rank's."""
+"""Which GPU is a rank's, and how many threads."""
 
 from __future__ import annotations
 
@@ -43,6 +43,31 @@ def test_deepspeed_finds_the_ranks_gpu_where_a_task_sees_one_alone(
 def test_ranks_share_the_cores_that_they_share_and_no_others(monkeypatch, places, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(places[0][1]))
     assert ranks._own_threads(places, places[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "expected"),
+    [
+        ("cpu", None, 3),
+        ("cuda", None, 3),
+        ("cuda", 2, 2),
+    ],
+)
+def test_a_rank_gets_its_share_of_the_cores_whatever_the_launcher_set(
+    monkeypatch, device, wanted, expected
+):
+    """Offloaded AdamW runs on a GPU rank's threads, and torchrun sets OMP_NUM_THREADS=1."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(ranks, "choose_device", lambda wanted: torch.device(wanted))
+    monkeypatch.setattr(ranks, "_use_gpu", lambda local_rank: torch.device("cpu"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    torch.set_num_threads(1)
+    try:
+        ranks.join_process_group(device, 1, wanted)
+        assert torch.get_num_threads() == expected
+    finally:
+        ranks.leave_process_group()
+        torch.set_num_threads(before)
 
 
 def test_a_process_can_train_twice(synthetic, tmp_path):

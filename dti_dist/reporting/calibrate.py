@@ -17,7 +17,7 @@ from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan
 from dti_dist.host import rank_threads
 from dti_dist.inputs import Inputs
 from dti_dist.model.heads import Head
-from dti_dist.ranks import Ranks, join_process_group, leave_process_group
+from dti_dist.ranks import Ranks, choose_device, join_process_group, leave_process_group
 from dti_dist.training.engine import Engine
 from dti_dist.training.machine import memory_gib
 from dti_dist.zero.partition import Partitioned
@@ -62,13 +62,15 @@ def calibrate(config: RunConfig, inputs: Inputs, plan: StreamPlan, world: int) -
     """Train some steps of real packs with the real engine, as one rank, and throw them away.
 
     Args:
-        world: ranks of the run, which share a CPU.
+        world: ranks of the run, which share this machine's cores, as many as have a GPU here.
     """
     training = config.training
     packs = training.micro_batch_packs
     micro_steps = min(training.global_batch_packs // (world * packs), _MICRO_STEPS)
     alone = training.model_copy(update={"global_batch_packs": packs * micro_steps})
-    threads = training.cpu_threads or rank_threads(world)
+    on_gpu = choose_device(training.device).type == "cuda"
+    here = min(world, torch.cuda.device_count()) if on_gpu else world
+    threads = training.cpu_threads or rank_threads(here)
     ranks = join_process_group(training.device, training.collective_timeout_minutes, threads)
     try:
         say(f"calibrating: {_STEPS + 1} steps of {micro_steps} x {packs} packs on {ranks.device}")
