@@ -19,6 +19,7 @@ from dti_dist.data.samples import IntArray
 from dti_dist.errors import UserError, nearest
 
 HISTORY_COLUMNS = ("history_items", "history_labels", "history_timestamps")
+ADDED_COLUMNS = ("context", "scores")
 _MOST_SECONDS = 10**11  # the year 5138; milliseconds reached it in 1973
 
 
@@ -89,17 +90,19 @@ class RequestFiles:
         Raises:
             UserError: there is no Parquet file, one is broken, or columns are missing or differ.
         """
-        files, schema = [], None
+        files: list[_File] = []
+        schema: pa.Schema | None = None
         for path, size in _list(uri, settings):
             with _open(path, size, settings) as file:
                 found, metadata = file.schema_arrow, file.metadata
             _check_columns(path, found)
-            if schema is not None and not found.equals(schema):
+            common = found if schema is None else _common_schema(schema, found)
+            if common is None:
                 raise UserError(
                     f"{path}: expected the columns of {files[0].uri}, {_described(schema)}; found "
                     f"{_described(found)}. Score files of other columns apart."
                 )
-            schema = found
+            schema = common
             groups = range(metadata.num_row_groups)
             files.append(_File(path, size, [metadata.row_group(g).num_rows for g in groups]))
         assert schema is not None
@@ -128,7 +131,8 @@ class RequestFiles:
             for group, rows in enumerate(file.row_group_rows):
                 low, high = max(first - start, 0), min(end - start, rows)
                 if low < high:
-                    tables.append(self._row_group(file, group).slice(low, high - low))
+                    read = self._row_group(file, group).slice(low, high - low)
+                    tables.append(_with_types(read, self.schema))
                 start += rows
         return self._checked(first, pa.concat_tables(tables).combine_chunks())
 
@@ -151,24 +155,56 @@ class RequestFiles:
         rows = table.num_rows
 
         def column(name: str) -> pa.Array | None:
-            return table[name].combine_chunks() if name in table.schema.names else None
+            return _plain(table[name].combine_chunks()) if name in table.schema.names else None
 
         def fail(row: int, problem: str) -> UserError:
             return UserError(f"{self.where(first + row)}: {problem}")
 
         def lists(name: str) -> tuple[Lists, npt.NDArray[np.bool_]]:
             values = column(name)
-            if values is None:
-                nothing = pa.array([], pa.string())
-                return Lists(nothing, np.zeros(rows + 1, dtype=np.int64)), np.zeros(rows, bool)
+            if values is None or pa.types.is_null(values.type):
+                return Lists(pa.nulls(0), np.zeros(rows + 1, dtype=np.int64)), np.zeros(rows, bool)
             lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
             given = values.is_valid().to_numpy(zero_copy_only=False)
-            return Lists(pc.list_flatten(values), offsets), given
+            return Lists(_plain(pc.list_flatten(values)), offsets), given
+
+        def text(values: pa.Array, name: str, offsets: IntArray) -> pa.Array:
+            try:
+                found = pc.cast(values, pa.string())
+                found.validate(full=True)
+            except pa.ArrowInvalid as error:
+                row, value = _first_not_utf8(values, offsets)
+                raise fail(
+                    row,
+                    f"{name}: expected ids in UTF-8, found {value!r}. Write the ids in UTF-8, as "
+                    "in the data set.",
+                ) from error
+            return found
 
         def ids(name: str) -> tuple[Lists, npt.NDArray[np.bool_]]:
             found, given = lists(name)
-            return Lists(self._as_text(found.values, name, first), found.offsets), given
+            return Lists(text(found.values, name, found.offsets), found.offsets), given
+
+        def seconds(
+            values: pa.Array, name: str, offsets: IntArray
+        ) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+            missing = values.is_null().to_numpy(zero_copy_only=False)
+            if pa.types.is_timestamp(values.type):
+                values = pc.floor_temporal(values, unit="second")
+                values = pc.cast(values, pa.timestamp("s", values.type.tz))
+            if pa.types.is_timestamp(values.type) or pa.types.is_null(values.type):
+                values = pc.cast(values, pa.int64())
+            stamps = pc.fill_null(values, 0).to_numpy(zero_copy_only=False)
+            wrong = np.flatnonzero((stamps > _MOST_SECONDS) | (stamps < -_MOST_SECONDS))
+            if len(wrong):
+                raise fail(
+                    _row_at(offsets, wrong[0]),
+                    f"{name}: expected seconds since 1970 or timestamps, found "
+                    f"{values[int(wrong[0])].as_py()}. Divide milliseconds by 1000, or cast the "
+                    "column to a timestamp.",
+                )
+            return stamps.astype(np.int64), missing
 
         candidates, _ = ids("candidates")
         items, has_history = ids("history_items")
@@ -190,22 +226,24 @@ class RequestFiles:
         labels = pc.fill_null(pc.cast(values, pa.float64()), np.nan).to_numpy(zero_copy_only=False)
         wrong = np.flatnonzero((labels != 0) & (labels != 1))
         if len(wrong):
-            row = int(np.searchsorted(label_lists.offsets, wrong[0], side="right")) - 1
-            raise fail(row, f"history_labels: expected 0 or 1, found {labels[wrong[0]]:g}.")
+            found = label_lists.values[int(wrong[0])].as_py()
+            raise fail(
+                _row_at(label_lists.offsets, wrong[0]),
+                f"history_labels: expected 0 or 1, found {'null' if found is None else found}.",
+            )
         stamps = None
         if stamps_given:
-            stamps, missing = self._seconds(stamp_lists.values, "history_timestamps")
+            stamps, missing = seconds(stamp_lists.values, "history_timestamps", stamp_lists.offsets)
             if missing.any():
-                at = int(np.argmax(missing))
-                row = int(np.searchsorted(stamp_lists.offsets, at, side="right")) - 1
+                row = _row_at(stamp_lists.offsets, int(np.argmax(missing)))
                 raise fail(row, "history_timestamps: expected a time, found null.")
         times, users = None, column("user_id")
         time_column = column("timestamp")
         if time_column is not None:
-            times, missing = self._seconds(time_column, "timestamp")
+            times, missing = seconds(time_column, "timestamp", np.arange(rows + 1))
             times = np.where(missing, np.iinfo(np.int64).max, times)
         if users is not None:
-            users = self._as_text(users, "user_id", first)
+            users = text(users, "user_id", np.arange(rows + 1))
         kept = [name for name in table.schema.names if name not in HISTORY_COLUMNS]
         return RequestRows(
             first=first,
@@ -219,31 +257,63 @@ class RequestFiles:
             times=times,
         )
 
-    def _as_text(self, values: pa.Array, name: str, first: int) -> pa.Array:
-        try:
-            text = pc.cast(values, pa.string())
-            text.validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"{self.where(first)} or a later row: {name}: expected ids in UTF-8, found bytes "
-                f"that are none ({error}). Write the ids in UTF-8, as in the data set."
-            ) from error
-        return text
 
-    def _seconds(self, values: pa.Array, name: str) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-        missing = values.is_null().to_numpy(zero_copy_only=False)
-        if pa.types.is_timestamp(values.type):
-            values = pc.cast(
-                pc.cast(values, pa.timestamp("s", values.type.tz), safe=False), "int64"
-            )
-        seconds = pc.fill_null(pc.cast(values, pa.int64()), 0).to_numpy(zero_copy_only=False)
-        if len(seconds) and np.abs(seconds).max() > _MOST_SECONDS:
-            raise UserError(
-                f"{self.files[0].uri}: {name}: expected seconds since 1970 or timestamps, found "
-                f"{int(np.abs(seconds).max())}. Divide milliseconds by 1000, or cast the column to "
-                "a timestamp."
-            )
-        return seconds, missing
+def _row_at(offsets: IntArray, place: int) -> int:
+    """The row whose list holds a value."""
+    return int(np.searchsorted(offsets, place, side="right")) - 1
+
+
+def _first_not_utf8(values: pa.Array, offsets: IntArray) -> tuple[int, bytes]:
+    """The row of the first value that is no UTF-8, and the value."""
+    for place, value in enumerate(pc.cast(values, pa.binary()).to_pylist()):
+        try:
+            (value or b"").decode()
+        except UnicodeDecodeError:
+            return _row_at(offsets, place), value
+    raise AssertionError("all values are UTF-8")
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    views = pa.types.is_list_view, pa.types.is_large_list_view
+    return _is_cast_list(kind) or any(test(kind) for test in views)
+
+
+def _is_cast_list(kind: pa.DataType) -> bool:
+    """A kind of list that pyarrow casts to another; views it does not."""
+    tests = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    return any(test(kind) for test in tests)
+
+
+def _common_schema(first: pa.Schema, other: pa.Schema) -> pa.Schema | None:
+    """The schema of two files, whose columns are the same but where one holds nothing but null."""
+    if first.names != other.names:
+        return None
+    kinds = [_common(a.type, b.type) for a, b in zip(first, other, strict=True)]
+    if None in kinds:
+        return None
+    fields = [pa.field(name, kind) for name, kind in zip(first.names, kinds, strict=True)]
+    return pa.schema(fields, first.metadata)
+
+
+def _common(first: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    if first == other or pa.types.is_null(other):
+        return first
+    if pa.types.is_null(first):
+        return other
+    if _is_cast_list(first) and _is_cast_list(other):
+        one = _common(first.value_type, other.value_type)
+        return None if one is None else pa.list_(one)
+    return None
+
+
+def _with_types(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the types of `schema`, which differ where all is null."""
+    columns = [column.cast(kind) for column, kind in zip(table.columns, schema.types, strict=True)]
+    return pa.table(columns, schema=schema)
 
 
 def _list(uri: str, settings: StorageConfig) -> list[tuple[str, int]]:
@@ -286,12 +356,16 @@ def _open(uri: str, size: int, settings: StorageConfig) -> Iterator[pq.ParquetFi
 
 def _check_columns(path: str, schema: pa.Schema) -> None:
     def is_id(kind: pa.DataType) -> bool:
-        return bool(
-            pa.types.is_integer(kind)
-            or pa.types.is_string(kind)
-            or pa.types.is_large_string(kind)
-            or pa.types.is_binary(kind)
+        tests = (
+            pa.types.is_integer,
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_string_view,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
         )
+        return any(test(kind) for test in tests)
 
     def is_time(kind: pa.DataType) -> bool:
         return bool(pa.types.is_integer(kind) or pa.types.is_timestamp(kind))
@@ -301,6 +375,17 @@ def _check_columns(path: str, schema: pa.Schema) -> None:
             pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind)
         )
 
+    for name in schema.names:
+        if name in ADDED_COLUMNS:
+            raise UserError(
+                f"{path}: column {name!r}: expected other names than those of the columns that the "
+                f"output adds, {' and '.join(ADDED_COLUMNS)}. Rename the column, or leave it out."
+            )
+        if schema.names.count(name) > 1:
+            raise UserError(
+                f"{path}: expected columns of different names, found "
+                f"{schema.names.count(name)} columns {name!r}. Rename or remove all but one."
+            )
     expected = {
         "candidates": ("lists of item ids (text or integers)", True, is_id),
         "user_id": ("text or integers", False, is_id),
@@ -328,8 +413,13 @@ def _check_columns(path: str, schema: pa.Schema) -> None:
         if name not in schema.names:
             continue
         kind = schema.field(name).type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        if is_list != as_list or not fits(kind.value_type if is_list else kind):
+        if pa.types.is_null(kind):
+            continue
+        is_list = _is_list(kind)
+        value = kind.value_type if is_list else kind
+        value = value.value_type if pa.types.is_dictionary(value) else value
+        # Lists that are all empty have no type of values.
+        if is_list != as_list or not (fits(value) or (is_list and pa.types.is_null(value))):
             raise UserError(f"{path}: column {name!r}: expected {what}, found {kind}.")
 
 

@@ -369,8 +369,6 @@ def _table(
     )
     table = rows.kept
     for name, column in (("context", pa.array(cut.context, pa.int32())), ("scores", lists)):
-        if name in table.schema.names:
-            table = table.drop_columns([name])
         table = table.append_column(name, column)
     return table
 
