@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dti_dist.attention.chunked import ChunkedPlan, chunked_attention
 from dti_dist.attention.dense import DensePlan, dense_attention
@@ -198,17 +199,21 @@ class AttentionPlans:
         if self.recorded is not None:
             self.recorded.append(states_of(k.transpose(1, 2), v.transpose(1, 2)))
         length, attention, windows = self.body_length, self._backend.attention, self.scheme.windows
+        q_body, q_slots = q.split_with_sizes([length, q.shape[2] - length], dim=2)
+        body = None
         if layer < len(self._planned):
             body_plan = self._body[windows.body[layer]]
-            body = attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], body_plan, scale)
-        else:
-            body = torch.zeros_like(q[:, :, :length])
+            k_body, v_body = k.narrow(2, 0, length), v.narrow(2, 0, length)
+            body = attention(q_body, k_body, v_body, body_plan, scale)
         if not self._has_slots:
-            return body
+            return torch.zeros_like(q_body) if body is None else body
         keys, values = self._memory(layer, k, v)
         readout_plan = self._readout[windows.readout[layer]]
-        readout = attention(q[:, :, length:], keys, values, readout_plan, scale)
-        return torch.cat([body, readout], dim=2)
+        readout = attention(q_slots, keys, values, readout_plan, scale).transpose(1, 2)
+        # In the order of tokens, as the model goes on with it.
+        if body is None:
+            return F.pad(readout, (0, 0, 0, 0, length, 0)).transpose(1, 2)
+        return torch.cat([body.transpose(1, 2), readout], dim=1).transpose(1, 2)
 
     def _memory(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[B, Hkv, Tk, D] each: what [SUM] reads. The samples, the slots, initial embeddings."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ BLOCK = 1 << _LOG_BLOCK
 _MIN_HEAD_DIM = 16
 # Graphs of one process: (body, readout) x (with, without gradients) x (train, eval shapes), and
 # room. Dynamo's default of 8 is just those. Who needs more says so: `allow_graphs`.
-_MAX_GRAPHS = 32
+_most_graphs = 32
 
 _graphs = 0
 
@@ -214,30 +213,22 @@ def flex_attention_call(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: 
         UserError: the head dim is too small, gradients are asked for on a CPU, or the fused
             kernel cannot be had (torch.compile is off, too many shapes): never the dense path.
     """
-    if q.shape[-1] < _MIN_HEAD_DIM:
-        raise UserError(
-            f"FlexAttention needs a head dim of at least {_MIN_HEAD_DIM}; found {q.shape[-1]}. "
-            f"Use a model with wider heads, or the chunked backend on a CPU."
-        )
-    if q.device.type == "cpu" and any(x.requires_grad for x in (q, k, v)):
-        raise UserError(
-            "FlexAttention has no backward pass on a CPU, and an input requires gradients. "
-            "Use the chunked backend on a CPU."
-        )
+    seen = plan.intervals
+    arguments = (q, k, v, seen.start, seen.end, plan.blocks, plan.bias, scale)
     try:
-        seen = plan.intervals
-        return _compiled(q, k, v, seen.start, seen.end, plan.blocks, plan.bias, scale)
-    except FailOnRecompileLimitHit as error:
-        raise UserError(
-            f"FlexAttention is compiled once for each combination of shapes, dtype and gradient "
-            f"mode; this process needs more than {_most_graphs} graphs, the last for queries "
-            f"{tuple(q.shape)} and keys {tuple(k.shape)}. Keep the pack lengths constant."
-        ) from error
+        return _run(*arguments)
+    except _NotCompiled:
+        pass
+    return _compile_and_run(*arguments)
 
 
 def compiled_graphs() -> int:
     """How many graphs this process has compiled for FlexAttention; constant after warm-up."""
     return _graphs
+
+
+class _NotCompiled(UserError):
+    """What was to run compiled runs as plain Python."""
 
 
 def _fused(
@@ -250,10 +241,10 @@ def _fused(
     bias: ScoreBias | None,
     scale: float,
 ) -> Tensor:
-    # Dynamo runs this line only while it traces. Reached in any other way (compilation disabled,
-    # or given up), flex_attention would quietly build the whole score matrix.
+    # Dynamo runs this line only while it traces. Reached in any other way (nothing compiled yet,
+    # compilation disabled), flex_attention would quietly build the whole score matrix.
     if not torch.compiler.is_compiling():
-        raise UserError(
+        raise _NotCompiled(
             "FlexAttention must be compiled, and torch.compile is switched off. Unset "
             "TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE, or use the chunked backend on a CPU."
         )
@@ -275,28 +266,43 @@ def _counting_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any
     return lookup_backend("inductor")(graph, inputs)
 
 
-def _compile(max_graphs: int) -> Callable[..., Tensor]:
-    # fullgraph=True makes dynamo raise at its recompile limit, where it would go on without
-    # compiling. The limit belongs to the function: a patch of dynamo's config costs 0.1 ms a call,
-    # and is not seen by autograd's thread, which recomputes activations.
-    options: dict[str, Any] = {"backend": _counting_inductor, "dynamic": False, "fullgraph": True}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        options["recompile_limit"] = max_graphs
-        return torch.compile(_fused, **options)
-    compiled = torch.compile(_fused, **options)  # an older torch
+# Each layer calls, and while it does a GPU may run dry; so the host does no more than it must. Of
+# torch.compile's guards it checks those of the arguments and of torch's modes, and not that no
+# function of torch was replaced. What is compiled already runs without dynamo's compiling mode.
+_compiled = torch.compile(
+    _fused,
+    backend=_counting_inductor,
+    fullgraph=True,  # else dynamo goes on without compiling at its recompile limit
+    options={"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe},
+)
+_run = torch._dynamo.run(_fused)
 
-    def within_limit(*arguments: Any) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=max_graphs):
-            return compiled(*arguments)
 
-    return within_limit
+def _compile_and_run(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    if q.shape[-1] < _MIN_HEAD_DIM:
+        raise UserError(
+            f"FlexAttention needs a head dim of at least {_MIN_HEAD_DIM}; found {q.shape[-1]}. "
+            f"Use a model with wider heads, or the chunked backend on a CPU."
+        )
+    if q.device.type == "cpu" and any(x.requires_grad for x in (q, k, v)):
+        raise UserError(
+            "FlexAttention has no backward pass on a CPU, and an input requires gradients. "
+            "Use the chunked backend on a CPU."
+        )
+    # A patch of dynamo's config costs 0.1 ms and holds for one thread: here that is no matter.
+    settings = {"automatic_dynamic_shapes": False, "recompile_limit": _most_graphs}
+    try:
+        with torch._dynamo.config.patch(settings):
+            return _compiled(q, k, v, *others)
+    except FailOnRecompileLimitHit as error:
+        raise UserError(
+            f"FlexAttention is compiled once for each combination of shapes, dtype and gradient "
+            f"mode; this process needs more than {_most_graphs} graphs, the last for queries "
+            f"{tuple(q.shape)} and keys {tuple(k.shape)}. Keep the pack lengths constant."
+        ) from error
 
 
 def allow_graphs(count: int) -> None:
     """Let this process compile so many graphs at least."""
-    global _compiled, _most_graphs
-    if count > _most_graphs:
-        _compiled, _most_graphs = _compile(count), count
-
-
-_compiled, _most_graphs = _compile(_MAX_GRAPHS), _MAX_GRAPHS
+    global _most_graphs
+    _most_graphs = max(count, _most_graphs)
