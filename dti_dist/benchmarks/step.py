@@ -14,6 +14,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from dti_dist.attention.backend import AttentionPlans
+from dti_dist.attention.flex import BLOCK, FlexPlan, flex_attention_call
+from dti_dist.attention.intervals import body_intervals
 from dti_dist.benchmarks import measure
 from dti_dist.benchmarks.attention import full_pack
 from dti_dist.config import AttentionConfig, TrainingConfig
@@ -27,6 +29,7 @@ from dti_dist.training.engine import Engine
 from dti_dist.zero.configuration import read_deepspeed
 
 _LENGTH = 2304  # holds a prompt of n = 100 and k = 50
+_CALLS = 1000  # of attention in a round
 _REPEATS = 3  # of each work in a round, which take milliseconds
 # So narrow that operators take little time beside their calls.
 _NARROW = {
@@ -57,7 +60,7 @@ def benchmark_step(
         the backbone with causal attention alone, forward and backward; making the plans of
         FlexAttention; and a whole micro-step (forward, loss, backward, optimizer) under each ZeRO
         stage, with ratios over the model alone. On a GPU times are of the host alone, which is not
-        made to wait.
+        made to wait. Besides, the host's microseconds for one call of FlexAttention.
     """
     ranks = join_process_group("auto", timeout_minutes=5, cpu_threads=1)
     try:
@@ -66,6 +69,7 @@ def benchmark_step(
             for depth in layers:
                 say(f"n = {n}, {depth} layers")
                 found.append({"n": n, "layers": depth, **_measured(n, depth, rounds, ranks)})
+        call = _attention_call(rounds, ranks.device)
     finally:
         leave_process_group()
     return {
@@ -73,6 +77,7 @@ def benchmark_step(
         "body_tokens": _LENGTH,
         "rounds": rounds,
         "cells": found,
+        "attention_call_us": call,
     }
 
 
@@ -102,6 +107,25 @@ def _measured(n: int, layers: int, rounds: int, ranks: Ranks) -> dict[str, Any]:
         },
         "operators": {name: operators(work) for name, work in works.items()},
     }
+
+
+def _attention_call(rounds: int, device: torch.device) -> measure.Spread:
+    """Of the host alone: no query sees a key, so there is nothing to compute.
+
+    With gradients on a GPU; FlexAttention has none on a CPU.
+    """
+    (plan,) = FlexPlan.build(body_intervals(full_pack(BLOCK, device), 1, False).for_windows(1))
+    counts = {name: x for name, x in plan.blocks._asdict().items() if name.endswith("num_blocks")}
+    nothing = plan.blocks._replace(**{name: x.zero_() for name, x in counts.items()})
+    plan = replace(plan, blocks=nothing)
+    x = torch.zeros(1, 1, BLOCK, 16, device=device, requires_grad=device.type == "cuda")
+
+    def run() -> None:
+        for _ in range(_CALLS):
+            flex_attention_call(x, x, x, plan, 1.0)
+
+    turns = measure.in_rounds({"": run}, rounds, torch.device("cpu"))[""]
+    return measure.spread([1e6 * turn.seconds / _CALLS for turn in turns])
 
 
 def operators(work: Callable[[], Any]) -> int:
@@ -207,4 +231,8 @@ def step_table(result: dict[str, Any]) -> str:
         for cell in result["cells"]
         for name in cell["milliseconds"]
     ]
-    return table(("n", "layers", "", "ms", "over the model alone", "operators"), rows)
+    call = measure.shown(result["attention_call_us"])
+    return (
+        table(("n", "layers", "", "ms", "over the model alone", "operators"), rows)
+        + f"\n\nA call of FlexAttention takes the host {call} µs."
+    )
