@@ -104,7 +104,9 @@ def test_attention_measures_body_and_readout_of_full_streaming_prompts(capsys):
 def test_step_counts_operators_beside_the_models_own(capsys):
     command = ["benchmark", "step", "--contexts", "20", "--layers", "2", "4", "--rounds", "1"]
     assert main([*command, "--json"]) == 0
-    shallow, deep = json.loads(capsys.readouterr().out)["cells"]
+    found = json.loads(capsys.readouterr().out)
+    assert found["attention_call_us"]["min"] > 0
+    shallow, deep = found["cells"]
     for cell in (shallow, deep):
         assert set(cell["milliseconds"]) == {MODEL, PLANS, "zero1", "zero3"}
         assert cell["over_model"][MODEL]["median"] == 1

@@ -276,6 +276,17 @@ def test_flex_never_falls_back_to_the_unfused_attention(flex_device, monkeypatch
         plans.attend(0, *qkv, 0.25)
 
 
+def test_what_is_compiled_runs_without_asking_dynamo_to_compile(flex_device, monkeypatch):
+    layout = flex_packs(Random(0)).to(flex_device)
+    plans = make_plans(layout, "windowed", "flex", True)
+    qkv = [x.detach() for x in random_qkv(layout, 2, 1, 32, torch.float32)]
+    first = plans.attend(0, *qkv, 0.25)
+    monkeypatch.setattr(flex, "_compile_and_run", None)
+    assert torch.equal(plans.attend(0, *qkv, 0.25), first)
+    with pytest.raises(TypeError):  # another scale is another graph
+        plans.attend(0, *qkv, 0.5)
+
+
 def test_more_graphs_are_compiled_where_that_is_allowed(flex_device, monkeypatch):
     layout = flex_packs(Random(0)).to(flex_device)
     plans = make_plans(layout, "windowed", "flex", True)
