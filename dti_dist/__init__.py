@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from dti_dist.reading import read_packs as read_packs
     from dti_dist.reading import read_prompts as read_prompts
     from dti_dist.reading import read_users as read_users
-    from dti_dist.serving.scorer import Interaction as Interaction
-    from dti_dist.serving.scorer import Request as Request
+    from dti_dist.serving.given import Interaction as Interaction
+    from dti_dist.serving.given import Request as Request
     from dti_dist.serving.scorer import Scorer as Scorer
 
 # Imported when they are asked for: torch takes seconds.
 _HOMES = {
-    "Interaction": "dti_dist.serving.scorer",
-    "Request": "dti_dist.serving.scorer",
+    "Interaction": "dti_dist.serving.given",
+    "Request": "dti_dist.serving.given",
     "Scorer": "dti_dist.serving.scorer",
     "Prompt": "dti_dist.reading",
     "User": "dti_dist.reading",

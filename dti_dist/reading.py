@@ -15,6 +15,7 @@ from dti_dist.data.layout import PackShape, build_pack
 from dti_dist.data.samples import SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch, PackStream, Share
+from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 
 
@@ -37,14 +38,14 @@ class User:
 
 
 def read_users(
-    path: str, split: str = "train", storage: StorageConfig | None = None
+    path: str | Path, split: str = "train", storage: StorageConfig | None = None
 ) -> Iterator[User]:
     """The users of a prepared data set in the order of its files, one row group in memory.
 
     Raises:
         UserError: there is no such data set or split, or a file is broken.
     """
-    dataset = Dataset.open(path, storage=storage)
+    dataset = Dataset.open(str(path), storage=storage)
     items = dataset.items_table().drop_columns(["item_id"])
     for batch in iter_sequences(dataset, split):
         for row in batch.rows.to_pylist():
@@ -83,8 +84,10 @@ def read_prompts(
     """The streaming prompts of a config's data, user after user; k=1 gives sliding-window prompts.
 
     Raises:
-        UserError: the config, or what it names, is at fault.
+        UserError: the config, what it names, or k is at fault.
     """
+    if k is not None and not (isinstance(k, int) and k >= 1):
+        raise UserError(f"k: expected a whole number of targets, at least 1, found {k!r}.")
     settings = _settings(config)
     with Inputs.open_for_reading(settings) as inputs:
         sample, tokens = settings.sample, inputs.tokens

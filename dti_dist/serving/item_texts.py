@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -153,7 +154,8 @@ class ItemTexts:
 
 
 def _as_text(value: Any, where: str) -> str:
-    if value is None:
+    missing = isinstance(value, float) and math.isnan(value)  # NaN, as a DataFrame has it
+    if value is None or missing:
         return ""
     if isinstance(value, bytes):
         try:

@@ -17,10 +17,10 @@ from dti_dist.config import StorageConfig
 from dti_dist.data import storage
 from dti_dist.data.samples import IntArray
 from dti_dist.errors import UserError, nearest
+from dti_dist.serving.given import MOST_SECONDS
 
 HISTORY_COLUMNS = ("history_items", "history_labels", "history_timestamps")
 ADDED_COLUMNS = ("context", "scores")
-_MOST_SECONDS = 10**11  # the year 5138; milliseconds reached it in 1973
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class RequestFiles:
             if pa.types.is_timestamp(values.type) or pa.types.is_null(values.type):
                 values = pc.cast(values, pa.int64())
             stamps = pc.fill_null(values, 0).to_numpy(zero_copy_only=False)
-            wrong = np.flatnonzero((stamps > _MOST_SECONDS) | (stamps < -_MOST_SECONDS))
+            wrong = np.flatnonzero((stamps > MOST_SECONDS) | (stamps < -MOST_SECONDS))
             if len(wrong):
                 raise fail(
                     _row_at(offsets, wrong[0]),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence, Sized
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import KeptStates
 from dti_dist.ranks import choose_device
+from dti_dist.serving.given import Interaction, ReadRequest, Request, Time, read_requests
 from dti_dist.serving.item_states import ItemStates
 from dti_dist.serving.item_texts import Item, ItemTexts
 from dti_dist.serving.pretrained import Pretrained, is_run, load_exported, load_run
@@ -37,30 +37,6 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
 _SHORTEST = 128  # FlexAttention's block
 _GRAPHS = 3  # of each shape: body, readout, and the states of items
-
-
-@dataclass(frozen=True)
-class Interaction:
-    """What a user did before: an item, whether it was clicked, and when (seconds, optional).
-
-    An item is a mapping with the columns that the template names, or, where it names one, a text.
-    """
-
-    item: Item
-    label: int
-    timestamp: int | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A user's history, oldest first, and the candidates to score after it.
-
-    Of the history the last n interactions count that are before `timestamp` (seconds, optional).
-    """
-
-    history: Sequence[Interaction]
-    candidates: Sequence[Item]
-    timestamp: int | None = None
 
 
 class Scorer:
@@ -176,23 +152,24 @@ class Scorer:
 
     def score(
         self,
-        history: Sequence[Interaction],
-        candidates: Sequence[Item],
-        timestamp: int | None = None,
+        history: Iterable[Interaction | tuple[Any, ...]],
+        candidates: Iterable[Item],
+        timestamp: Time | None = None,
     ) -> npt.NDArray[np.float32]:
         """[candidates] the probability of label 1 for each, in the order given.
 
         A history may be empty. Interactions at or after `timestamp` are left out with a warning.
 
         Raises:
-            UserError: a label is not 0 or 1, an item lacks a column, has no text or none that is
-                UTF-8, or timestamps are missing that the template's time gaps need.
+            UserError: history or candidates are no lists, a label is not 0 or 1, a timestamp is
+                none or not in seconds, an item lacks a column, has no text or none that is UTF-8,
+                or timestamps are missing that the template's time gaps need.
         """
         return self.score_batch([Request(history, candidates, timestamp)])[0]
 
-    def score_batch(self, requests: Sequence[Request]) -> list[npt.NDArray[np.float32]]:
+    def score_batch(self, requests: Iterable[Request]) -> list[npt.NDArray[np.float32]]:
         """The scores of each request, as of `score`; requests share passes of the model."""
-        raw = self._raw(requests)
+        raw = self._raw(read_requests(requests))
         cut = cut_requests(raw, self.n, bool(self.items.tokens.gaps))
         if cut.future:
             warnings.warn(
@@ -240,16 +217,10 @@ class Scorer:
     def _filled_up(self, size: int) -> int:
         return self._shape_of(size, 0).length
 
-    def _raw(self, requests: Sequence[Request]) -> RawRequests:
+    def _raw(self, requests: Sequence[ReadRequest]) -> RawRequests:
         histories = [request.history for request in requests]
         interactions = list(chain.from_iterable(histories))
         candidates = list(chain.from_iterable(request.candidates for request in requests))
-        for number, interaction in enumerate(interactions):
-            if interaction.label not in (0, 1):
-                raise UserError(
-                    f"History, interaction {number}: expected a label of 0 or 1, found "
-                    f"{interaction.label!r}."
-                )
         rows = self.items.rows_of([*(past.item for past in interactions), *candidates])
         without = np.flatnonzero(rows < 0)
         if len(without):
@@ -266,7 +237,7 @@ class Scorer:
         return RawRequests(
             items=rows[: len(interactions)],
             labels=np.array([past.label for past in interactions], dtype=np.int8),
-            timestamps=self._timestamps(interactions, requests),
+            timestamps=self._timestamps([past.timestamp for past in interactions], requests),
             offsets=_offsets(histories),
             candidates=rows[len(interactions) :],
             candidate_offsets=_offsets([request.candidates for request in requests]),
@@ -274,9 +245,8 @@ class Scorer:
         )
 
     def _timestamps(
-        self, interactions: Sequence[Interaction], requests: Sequence[Request]
+        self, stamps: Sequence[int | None], requests: Sequence[ReadRequest]
     ) -> npt.NDArray[np.int64] | None:
-        stamps = [past.timestamp for past in interactions]
         timed = [request for request in requests if request.timestamp is not None]
         if self.items.tokens.gaps and len(timed) < len(requests):
             raise UserError(
@@ -307,11 +277,11 @@ def compiled_shape(body: int, slots: int) -> PackShape:
     return PackShape(length, max(length // 4, _SHORTEST))
 
 
-def _offsets(lists: Sequence[Sequence[Any]]) -> npt.NDArray[np.int64]:
+def _offsets(lists: Sequence[Sized]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum([len(entries) for entries in lists], dtype=np.int64)])
 
 
-def _times(requests: Sequence[Request]) -> npt.NDArray[np.int64] | None:
+def _times(requests: Sequence[ReadRequest]) -> npt.NDArray[np.int64] | None:
     latest = np.iinfo(np.int64).max
     if all(request.timestamp is None for request in requests):
         return None

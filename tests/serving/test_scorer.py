@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime, timezone
 
 import numpy as np
 import pytest
@@ -206,6 +207,27 @@ def test_a_text_makes_no_special_token(isolated):
     assert not any(name in made.convert_ids_to_tokens(parts[0]) for name in ("[SUM]", "<pad>"))
 
 
+def test_what_a_program_has_at_hand_is_scored_as_lists_are(isolated, synthetic):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu")
+    user = next(iter(dti_dist.read_users(synthetic)))
+    titles = [item["title"] for item in user.items]
+    past = list(map(Interaction, titles, user.labels, user.timestamps))
+    now = int(user.timestamps[-1])
+    expected = scorer.score(past[:-1], titles[:5], now)
+    stamps = [datetime.fromtimestamp(stamp, timezone.utc) for stamp in user.timestamps]
+    tuples = zip(titles[:-1], user.labels, stamps, strict=False)
+    found = scorer.score(tuples, (title for title in titles[:5]), stamps[-1])
+    assert np.array_equal(found, expected)
+    (batch,) = scorer.score_batch(iter([Request(past[:-1], np.array(titles[:5]), now)]))
+    assert np.array_equal(batch, expected)
+
+
+def test_a_text_that_is_missing_is_empty(exported):
+    scorer = Scorer.from_pretrained(exported[0], device="cpu")
+    scores = scorer.score([], [{"title": "red", "details": none} for none in (None, np.nan, "")])
+    assert scores[0] == scores[1] == scores[2]
+
+
 def test_texts_that_are_too_many_are_forgotten_with_their_states(isolated, items):
     scorer = Scorer.from_pretrained(isolated[0], device="cpu")
     texts = [item["title"] for item in items]
@@ -241,6 +263,8 @@ def test_what_is_not_before_the_request_is_left_out_with_a_warning(isolated):
         ([], [b"caf\xe9"], "expected a text or a mapping of columns to texts, found bytes"),
         ([], [{"title": b"caf\xe9"}], "expected UTF-8 text"),
         ([Interaction("a", 1)], ["b"], "1 of 1 interactions have no timestamp"),
+        ([], "red", "candidates: expected a list, or another iterable, of texts"),
+        ([Interaction("a", 1, 1_700_000_000_000)], ["b"], "Divide milliseconds by 1,000"),
     ],
 )
 def test_what_is_no_request_is_refused(isolated, history, candidates, message):
@@ -303,7 +327,10 @@ def test_importing_the_package_does_not_import_torch():
 
 def test_training_data_can_be_read_user_by_user_and_prompt_by_prompt(synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic)
-    users = list(dti_dist.read_users(str(synthetic)))
+    users = list(dti_dist.read_users(synthetic))
+    assert [user.user_id for user in dti_dist.read_users(str(synthetic))] == [
+        user.user_id for user in users
+    ]
     assert len(users) == 60
     user = users[0]
     prompts = [prompt for prompt in dti_dist.read_prompts(config) if prompt.row == 0]
@@ -322,6 +349,9 @@ def test_training_data_can_be_read_user_by_user_and_prompt_by_prompt(synthetic, 
         assert prompt.text == expected
         assert len(prompt.sum_at) == len(prompt.labels)
     (single, *_) = dti_dist.read_prompts(config, "test", k=1)
+    for k in (0, -1, 1.5):
+        with pytest.raises(UserError, match="k: expected a whole number of targets"):
+            next(dti_dist.read_prompts(config, k=k))
     assert len(single.positions) == 1
     packs = list(dti_dist.read_packs(config))
     assert sum(int(pack.used.sum()) for pack in packs) == sum(len(u.labels) - 1 for u in users)
