@@ -232,6 +232,24 @@ class LoraConfig(Section):
         description="Linear layers with adapters, such as [q_proj, v_proj]. Default: all in the "
         "decoder layers.",
     )
+    load_in_4bit: bool = Field(
+        False,
+        description="QLoRA: keep the decoder layers' frozen linear weights in 4 bits (NF4 of "
+        "bitsandbytes). Needs ZeRO-1 or ZeRO-2.",
+    )
+    double_quant: bool = Field(
+        False,
+        description="With load_in_4bit, quantize its scales too: 4.13 bits a weight, not 4.5.",
+    )
+
+    @model_validator(mode="after")
+    def _what_is_quantized_does_not_train(self) -> LoraConfig:
+        if self.load_in_4bit and not self.rank:
+            raise ValueError(
+                "load_in_4bit needs a rank above 0, found 0: weights in 4 bits can't train. Set "
+                "rank, for example to 16, or load_in_4bit to false"
+            )
+        return self
 
 
 class ModelConfig(Section):

@@ -32,7 +32,7 @@ from dti_dist.errors import UserError
 from dti_dist.files import replacing
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.lora import add_adapters, base_fingerprint, require_peft
+from dti_dist.model.lora import add_adapters, base_fingerprint, require_packages
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.model.weights import BaseWeights, Placement, fill
 
@@ -64,7 +64,7 @@ class Inputs:
         """
         model = model or config.model
         if config.model.lora.rank:
-            require_peft()  # before caches are built
+            require_packages(config.model.lora)  # before caches are built
         dataset = Dataset.open(
             config.data.path,
             # A reader that passes over bad parts judges them one by one.

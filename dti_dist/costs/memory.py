@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dti_dist.config import RunConfig
-from dti_dist.costs.shape import ModelShape
+from dti_dist.costs.shape import NOTHING_QUANTIZED, ModelShape, Quantized
 from dti_dist.data.layout import PackShape
 
 
@@ -58,6 +58,7 @@ def states(
     precision: str,
     world: int,
     accumulates: bool,
+    quantized: Quantized = NOTHING_QUANTIZED,
 ) -> States:
     """What a rank holds between micro-steps, as DeepSpeed 0.19 does.
 
@@ -72,7 +73,8 @@ def states(
         accumulates: whether an optimizer step has several micro-steps.
     """
     width, stage = bytes_per_number(precision), zero["stage"]
-    weights = width * parameters / (world if stage == 3 else 1)
+    whole = width * (parameters - quantized.numbers) + quantized.bytes
+    weights = whole / (world if stage == 3 else 1)
     gradients = (4 if accumulates else width) * trained / (world if stage >= 2 else 1)
     if stage < 3 and not accumulates:
         gradients = 0.0
@@ -192,7 +194,15 @@ def memory(run: Demand, setting: Setting, world: int, device: str) -> Memory:
     width, trained = bytes_per_number(training.precision), shape.trained
     packs = setting.micro_batch_packs
     accumulates = training.global_batch_packs > world * packs
-    held = states(shape.parameters, trained, zero, training.precision, world, accumulates)
+    held = states(
+        shape.parameters,
+        trained,
+        zero,
+        training.precision,
+        world,
+        accumulates,
+        shape.quantized,
+    )
     # Stage 1 reduces what several micro-steps have added up, which is float32.
     of_bucket = 4 if stage == 1 and accumulates else width
     bucket = of_bucket * float(zero.get("reduce_bucket_size", 5e8))
@@ -226,7 +236,7 @@ def memory(run: Demand, setting: Setting, world: int, device: str) -> Memory:
         buckets=buckets,
         kept_buckets=kept,
         activations=packs * activations,
-        workspace=packs * workspace + table,
+        workspace=packs * workspace + table + width * shape.quantized.largest,
         step=step,
         batch=packs * (run.batch_bytes + plans),
         overhead=OVERHEAD[device],

@@ -14,6 +14,7 @@ from dti_dist.zero.configuration import read_deepspeed
 MARGIN = 0.10  # of the memory is left free: allocators fragment, and shapes vary a little
 _MOST_PACKS = 32  # of a micro-batch that is looked at
 _ON_GPUS = ("zero1", "zero2", "zero3", "zero3_offload")
+_IN_4_BITS = ("zero1", "zero2")  # stage 3 can't partition such weights
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def alternatives(run: Demand, world: int, room: Room) -> list[Option]:
     micro_batches = training.global_batch_packs // world
     settings = [
         _setting(name, packs, checkpointing)
-        for name in dict.fromkeys((*_usual(room), *named))
+        for name in dict.fromkeys((*_usual(run.config, room), *named))
         for checkpointing in (False, True)
         for packs in range(1, min(micro_batches, _MOST_PACKS) + 1)
         if micro_batches % packs == 0
@@ -94,9 +95,9 @@ def alternatives(run: Demand, world: int, room: Room) -> list[Option]:
     return options(run, settings, world, room)
 
 
-def leanest(room: Room) -> list[Setting]:
+def leanest(config: RunConfig, room: Room) -> list[Setting]:
     """Of each usual DeepSpeed configuration the setting that takes least."""
-    return [_setting(name, 1, True) for name in _usual(room)]
+    return [_setting(name, 1, True) for name in _usual(config, room)]
 
 
 def options(run: Demand, settings: Iterable[Setting], world: int, room: Room) -> list[Option]:
@@ -110,13 +111,15 @@ def fastest(found: Iterable[Option]) -> Option | None:
     return min(fitting, key=lambda option: option.slowness, default=None)
 
 
-def _usual(room: Room) -> tuple[str, ...]:
+def _usual(config: RunConfig, room: Room) -> tuple[str, ...]:
+    if config.model.lora.load_in_4bit:
+        return _IN_4_BITS
     return (CPU,) if room.device == CPU else _ON_GPUS
 
 
 def _names(config: RunConfig, room: Room) -> tuple[str, ...]:
     name = config.training.deepspeed
-    return _usual(room) if name == AUTO else (name,)
+    return _usual(config, room) if name == AUTO else (name,)
 
 
 def _checkpointing(config: RunConfig) -> tuple[bool, ...]:

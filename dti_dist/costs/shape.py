@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.weights import kept_as
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,32 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """Weights that are kept in fewer bits.
+
+    Attributes:
+        numbers: of them all; largest: of the largest matrix, which is dequantized to be used.
+    """
+
+    numbers: int = 0
+    bytes: float = 0.0
+    largest: int = 0
+
+    @staticmethod
+    def of(model: nn.Module) -> Quantized:
+        """Those of a hollow model."""
+        found = [(p.numel(), form) for p in model.parameters() if (form := kept_as(p))]
+        return Quantized(
+            sum(numbers for numbers, _ in found),
+            sum(form.bytes(numbers) for numbers, form in found),
+            max((numbers for numbers, _ in found), default=0),
+        )
+
+
+NOTHING_QUANTIZED = Quantized()
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What the formulas ask of a model.
 
@@ -45,6 +72,7 @@ class ModelShape:
 
     parameters: int
     trained: int
+    quantized: Quantized
     layers: int
     hidden: int
     intermediate: int
@@ -63,6 +91,7 @@ class ModelShape:
 
     @staticmethod
     def of(model: CTRModel) -> ModelShape:
+        """Of a model that may be hollow, and must be where weights are quantized."""
         config, layer = model.config, model.backbone.layers[0]
         attention = layer.self_attn
         head_dim = int(attention.head_dim)
@@ -81,6 +110,7 @@ class ModelShape:
         return ModelShape(
             parameters=sum(p.numel() for p in model.parameters()),
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            quantized=Quantized.of(model),
             layers=len(model.backbone.layers),
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,

@@ -24,7 +24,7 @@ from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.lora import SumEmbedding, is_adapted, merged
 from dti_dist.model.tokenizer import SUM_TOKEN
-from dti_dist.model.weights import Placement, Reader, fill, hollow
+from dti_dist.model.weights import Placement, Reader, as_kept, fill, hollow
 from dti_dist.redaction import redact
 from dti_dist.runs.commits import refuse_altered
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
@@ -81,7 +81,7 @@ def export(
         if adapter_only:
             save_adapter(model, chosen, sources.public_name(config.model.name), folder)
         else:
-            save_model(model, weights, inputs.tokenizer, chosen, folder)
+            save_model(model, as_kept(weights), inputs.tokenizer, chosen, folder)
         weights.check_base()
         inputs.tokenizer.save_pretrained(folder)
         card = model_card(

@@ -133,9 +133,13 @@ class CTRModel(nn.Module):
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters but not the buffers: rotary frequencies need float32."""
+    """Cast the parameters but not the buffers: rotary frequencies need float32.
+
+    Quantized ones stay as they are.
+    """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _feed_forward_slots_alone(last_layer: Any) -> None:

@@ -1,8 +1,9 @@
-"""Low-rank adapters (LoRA) beside frozen weights, with [SUM]'s embedding trained."""
+"""Low-rank adapters (LoRA, QLoRA) beside frozen weights, with [SUM]'s embedding trained."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import nn
 from dti_dist.config import LoraConfig
 from dti_dist.errors import UserError, nearest
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.nf4 import NF4, Linear4bit, require_bitsandbytes
 from dti_dist.model.weights import BaseWeights, Reader, Stored, mark_stored, stored
 
 
-def require_peft() -> None:
-    """Raises UserError where peft is missing."""
+def require_packages(config: LoraConfig) -> None:
+    """Raises UserError where peft is missing, or bitsandbytes and the config asks for 4 bits."""
+    if config.load_in_4bit:
+        require_bitsandbytes()
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -50,6 +54,8 @@ class SumEmbedding(nn.Module):
 def add_adapters(model: CTRModel, config: LoraConfig, sum_id: int, seed: int) -> None:
     """Freeze the model; add what trains: adapters, [SUM]'s embedding, and the head if `linear`.
 
+    With `load_in_4bit` the decoder's frozen linear layers are quantized when the model is filled.
+
     The head `yes_no` stays frozen: it is the vocabulary's, and often the input embeddings too. At
     the start the adapters add nothing, so the model computes what it did before.
 
@@ -69,6 +75,8 @@ def add_adapters(model: CTRModel, config: LoraConfig, sum_id: int, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(adapters, backbone)
+    if config.load_in_4bit:
+        _keep_in_4_bits(backbone.layers, NF4(config.double_quant))
     backbone.set_input_embeddings(SumEmbedding(backbone.get_input_embeddings(), sum_id))
     model.head.requires_grad_(model.head.is_new)
 
@@ -88,6 +96,18 @@ def _target_modules(backbone: Any, wanted: list[str] | None) -> list[str]:
                 f"{nearest(name, known)} Known: {', '.join(known)}."
             )
     return wanted or known
+
+
+def _keep_in_4_bits(layers: nn.Module, form: NF4) -> None:
+    """Have the frozen linear layers quantized when they are filled."""
+    for parent in list(layers.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+                weight: Any = layer.weight
+                where = stored(weight)
+                assert where is not None, "only a hollow model is quantized as it is filled"
+                mark_stored(weight, replace(where, kept_as=form))
+                setattr(parent, name, Linear4bit(layer))
 
 
 def is_adapted(model: CTRModel) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dti_dist.model.nf4 import NF4, dequantized, is_quantized
+
 T = TypeVar("T")
 
 
@@ -87,10 +89,15 @@ class Safetensors(Tensors):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a hollow parameter's values lie: under a name, or in some of the rows there."""
+    """Where a hollow parameter's values lie: under a name, or in some of the rows there.
+
+    Attributes:
+        kept_as: how they are kept in memory, where not as they are.
+    """
 
     name: str
     rows: int | tuple[int, ...] | None = None
+    kept_as: NF4 | None = None
 
 
 def stored(parameter: nn.Parameter) -> Stored | None:
@@ -100,6 +107,11 @@ def stored(parameter: nn.Parameter) -> Stored | None:
 
 def mark_stored(parameter: nn.Parameter, where: Stored | None) -> None:
     parameter.stored = where  # type: ignore[attr-defined]
+
+
+def kept_as(parameter: nn.Parameter) -> NF4 | None:
+    where = stored(parameter)
+    return where.kept_as if where else None
 
 
 def hollow(model: nn.Module) -> None:
@@ -138,13 +150,18 @@ class Placement:
         """Call `make` where weights are read; None elsewhere. An error is one of all processes."""
         return make()
 
-    def place(self, shape: torch.Size, read: Callable[[], Tensor]) -> nn.Parameter:
+    def place(
+        self, shape: torch.Size, read: Callable[[], Tensor], dtype: torch.dtype | None = None
+    ) -> nn.Parameter:
         """A parameter with the values that `read` gives where weights are read.
 
         All processes must call this for the same parameters in the same order.
+
+        Args:
+            dtype: where not that of the weights.
         """
         value = read().detach()
-        return nn.Parameter(value.to(self.device, self.dtype, copy=True))
+        return nn.Parameter(value.to(self.device, dtype or self.dtype, copy=True))
 
     def predictor(self, model: nn.Module) -> Callable[[Any], Tensor]:
         """What gives the predictions of a model that was filled so, called like the model."""
@@ -156,8 +173,20 @@ Reader = Callable[[str, nn.Parameter], Tensor]
 
 def own_value(name: str, parameter: nn.Parameter) -> Tensor:
     """As a reader: of a model that has its weights."""
+    if is_quantized(parameter):
+        return dequantized(parameter, torch.float32)
     value = parameter.detach()
     assert value.untyped_storage().nbytes() >= value.nbytes, f"{name} is hollow"
+    return value
+
+
+def as_kept(read: Reader) -> Reader:
+    """What a model computes with when it is filled from `read`."""
+
+    def value(name: str, parameter: nn.Parameter) -> Tensor:
+        form = kept_as(parameter)
+        return form.rounded(read(name, parameter)) if form else read(name, parameter)
+
     return value
 
 
@@ -184,7 +213,10 @@ def fill(
             assert value.shape == parameter.shape, f"{name}: {value.shape}, {parameter.shape}"
             return value
 
-        placed = placement.place(parameter.shape, read)
+        if (form := kept_as(parameter)) is None:
+            placed = placement.place(parameter.shape, read)
+        else:
+            placed = form.quantized(placement.place(parameter.shape, read, form.dtype).detach())
         mark_stored(placed, stored(parameter))
         placed.requires_grad_(parameter.requires_grad)
         return placed

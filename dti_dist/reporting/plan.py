@@ -32,6 +32,7 @@ from dti_dist.inputs import Inputs
 from dti_dist.options import MFU, FailureOptions, NodeOptions
 from dti_dist.reporting.calibrate import Calibration, calibrate
 from dti_dist.words import duration, gib
+from dti_dist.zero.configuration import refuse_parts_of_4_bits
 
 BASELINE = "sliding_window"
 NO_FAILURES = FailureOptions()
@@ -90,6 +91,7 @@ def plan(
             precision, and all that opening the data, tokenizer and model raise.
     """
     _check_gpus(config, gpus)
+    refuse_parts_of_4_bits(config)
     if measure and gpu is not None and gpu.lower() != CPU:
         raise UserError(
             f"--calibrate measures the machine at hand, found --gpu {gpu} beside it. Leave one out."
@@ -299,7 +301,7 @@ def _on_host(mine: _Variant, gpus: int, room: Room, ranks: int) -> dict[str, Any
 
 def _needed(mine: _Variant, room: Room) -> list[str]:
     """What would make it fit, where nothing does."""
-    config, lean = mine.config, leanest(room)
+    config, lean = mine.config, leanest(mine.config, room)
     advice = []
     more = next(
         (w for w in range(1, _MOST_GPUS + 1) if fastest(options(mine.demand, lean, w, room))),
@@ -322,12 +324,14 @@ def _needed(mine: _Variant, room: Room) -> list[str]:
     advice.append(f"a GPU with {least / (1 - MARGIN) / 1e9:.0f} GB")
     if not config.model.lora.rank and config.model.name != "scratch":
         advice.append("model.lora.rank=16: no gradients and optimizer state for the rest")
+    elif config.model.lora.rank and not config.model.lora.load_in_4bit:
+        advice.append("model.lora.load_in_4bit=true: 4.5 bits for each of the decoder's weights")
     return advice
 
 
 def _longest_that_fits(mine: _Variant, room: Room) -> int | None:
     """The greatest shorter pack.length that holds every sample and fits one GPU."""
-    pack, lean = mine.demand.pack, leanest(room)
+    pack, lean = mine.demand.pack, leanest(mine.config, room)
     longest_sample = int(mine.stream.index.tokens.max())
     for length in range(pack.length - 128, longest_sample - 1, -128):
         slots, body = (size * length // pack.length for size in (pack.slots, pack.computed_body))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dti_dist.config import RunConfig
+from dti_dist.costs.shape import NOTHING_QUANTIZED, Quantized
 from dti_dist.data.stream import Share
 from dti_dist.errors import OtherRankFailed, RunFailed
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group, lost_a_peer
@@ -16,7 +17,7 @@ from dti_dist.runs.folder import RunFolder
 from dti_dist.training.memory import is_out_of_memory, out_of_memory
 from dti_dist.training.signals import StopSignal
 from dti_dist.training.watchdog import Watchdog
-from dti_dist.zero.configuration import micro_steps_per_step
+from dti_dist.zero.configuration import micro_steps_per_step, refuse_parts_of_4_bits
 
 _WAIT_FOR_REASON_S = 5.0  # how long a rank that lost another waits to hear why
 
@@ -57,6 +58,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
         settings.device, settings.collective_timeout_minutes, settings.cpu_threads
     )
     micro_steps_per_step(settings, ranks.world)  # refuse a bad batch before any work
+    refuse_parts_of_4_bits(config)
     watchdog = Watchdog(ranks, settings.watchdog_minutes, folder.stacks)
     job = Job(config, ranks, stop, folder, watchdog, ExitStack())
     waits_for_others = ranks.world > 1
@@ -131,11 +133,15 @@ def _cause(job: Job, error: BaseException) -> BaseException:
 
 
 @contextmanager
-def explained_out_of_memory(job: Job, parameters: int, trainable: int) -> Iterator[None]:
+def explained_out_of_memory(
+    job: Job, parameters: int, trainable: int, quantized: Quantized = NOTHING_QUANTIZED
+) -> Iterator[None]:
     """Replace an out-of-memory error by one with this model's figures and what helps."""
     try:
         yield
     except BaseException as error:
         if not is_out_of_memory(error) or not job.config.training.is_decided:
             raise
-        raise out_of_memory(error, job.config, job.ranks, parameters, trainable) from error
+        raise out_of_memory(
+            error, job.config, job.ranks, parameters, trainable, quantized
+        ) from error

@@ -71,7 +71,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         share_of_token = _peak_share_of_a_token(shape, plan.shape, ranks)
         if settings.activation_checkpointing:
             model.enable_activation_checkpointing()
-        with explained_out_of_memory(job, parameters, trainable):
+        with explained_out_of_memory(job, parameters, trainable, shape.quantized):
             base = ranks.broadcast(inputs.fill(model, Partitioned(settings, ranks)))
             engine = Engine(model, settings, ranks)
             progress = resume(job, engine, schedule, base)

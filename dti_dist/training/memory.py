@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dti_dist.config import RunConfig
 from dti_dist.costs.memory import States, offloads, states
+from dti_dist.costs.shape import NOTHING_QUANTIZED, Quantized
 from dti_dist.errors import RunFailed
 from dti_dist.ranks import Ranks
 from dti_dist.words import GIB
@@ -21,7 +23,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(
-    error: BaseException, config: RunConfig, ranks: Ranks, parameters: int, trained: int
+    error: BaseException,
+    config: RunConfig,
+    ranks: Ranks,
+    parameters: int,
+    trained: int,
+    quantized: Quantized = NOTHING_QUANTIZED,
 ) -> RunFailed:
     """The error in a user's words, with figures and the settings that help, best first."""
     training = config.training
@@ -40,7 +47,12 @@ def out_of_memory(
             f"tensors held {peak / GIB:.1f} GiB at their peak, its allocator "
             f"{reserved / GIB:.1f} GiB."
         )
-    held = _states(config, zero, parameters, trained, ranks.world)
+
+    def held_by(zero: dict[str, Any], world: int) -> States:
+        accumulates = training.global_batch_packs > world * training.micro_batch_packs
+        return states(parameters, trained, zero, training.precision, world, accumulates, quantized)
+
+    held = held_by(zero, ranks.world)
     host = f", and {held.host / GIB:.2f} GiB on the host" if held.host else ""
     lines.append(
         f"Weights, gradients and optimizer take {held.on_device / GIB:.2f} GiB a rank{host} "
@@ -49,26 +61,20 @@ def out_of_memory(
         f"activations of {training.micro_batch_packs} pack(s) of {config.pack.length:,} body "
         "tokens, which grow with both. What helps:"
     )
-    advice = _advice(config, zero, parameters, trained, ranks.world)
+    advice = _advice(config, zero, ranks.world, held_by)
     return RunFailed("\n  ".join(["\n".join(lines), *advice]))
 
 
-def _states(
-    config: RunConfig, zero: dict[str, Any], parameters: int, trained: int, world: int
-) -> States:
-    training = config.training
-    accumulates = training.global_batch_packs > world * training.micro_batch_packs
-    return states(parameters, trained, zero, training.precision, world, accumulates)
-
-
 def _advice(
-    config: RunConfig, zero: dict[str, Any], parameters: int, trained: int, world: int
+    config: RunConfig,
+    zero: dict[str, Any],
+    world: int,
+    held_by: Callable[[dict[str, Any], int], States],
 ) -> list[str]:
-    training = config.training
+    training, lora = config.training, config.model.lora
 
     def gib(zero: dict[str, Any], world: int) -> str:
-        held = _states(config, zero, parameters, trained, world)
-        return f"{held.on_device / GIB:.2f} GiB"
+        return f"{held_by(zero, world).on_device / GIB:.2f} GiB"
 
     advice = []
     if training.micro_batch_packs > 1:
@@ -81,7 +87,7 @@ def _advice(
             "training.activation_checkpointing=true: one layer's activations at a time, for about "
             "a third more computing"
         )
-    if zero["stage"] < 3:
+    if zero["stage"] < 3 and not lora.load_in_4bit:
         advice.append(
             "training.deepspeed=zero3, in a new run_dir: weights, gradients and optimizer take "
             f"{gib({'stage': 3}, world)} a rank instead of {gib(zero, world)}"
@@ -91,10 +97,18 @@ def _advice(
             f"more ranks: with {2 * world}, weights, gradients and optimizer take "
             f"{gib(zero, 2 * world)} a rank"
         )
-        advice.append("training.deepspeed=zero3_offload, in a new run_dir: they move to the host")
-    if not config.model.lora.rank and config.model.name != "scratch":
+        if not lora.load_in_4bit:
+            advice.append(
+                "training.deepspeed=zero3_offload, in a new run_dir: they move to the host"
+            )
+    if not lora.rank and config.model.name != "scratch":
         advice.append(
             "model.lora.rank=16, in a new run_dir: no gradients and optimizer for the rest"
+        )
+    elif lora.rank and not lora.load_in_4bit:
+        advice.append(
+            "model.lora.load_in_4bit=true and training.deepspeed=zero2, in a new run_dir: the "
+            "decoder's weights take 4.5 bits each on every rank"
         )
     if config.pack.length > 1024:
         advice.append(

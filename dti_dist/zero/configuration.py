@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dti_dist.config import TrainingConfig
+from dti_dist.config import AUTO, RunConfig, TrainingConfig
 from dti_dist.errors import UserError
 
 _FOLDERS = (
@@ -38,6 +38,20 @@ def micro_steps_per_step(training: TrainingConfig, world: int) -> int:
             "number of ranks."
         )
     return training.global_batch_packs // per_micro_step
+
+
+def refuse_parts_of_4_bits(config: RunConfig) -> None:
+    """Raise UserError where ZeRO-3 would have to partition weights in 4 bits."""
+    name = config.training.deepspeed
+    if not config.model.lora.load_in_4bit or name == AUTO:
+        return
+    if read_deepspeed(name)["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            f"training.deepspeed {name!r}: expected ZeRO stage 1 or 2 with "
+            "model.lora.load_in_4bit=true, found stage 3, which would have to partition weights in "
+            "4 bits. Set training.deepspeed to zero1, zero2 or auto: every rank then holds all of "
+            "these weights."
+        )
 
 
 def deepspeed_config(training: TrainingConfig, world: int) -> dict[str, Any]:

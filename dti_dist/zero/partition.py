@@ -43,8 +43,10 @@ class Partitioned(Placement):
         self._ranks.each(lambda: made.append(make()) if self._ranks.is_main else None)
         return made[0] if made else None
 
-    def place(self, shape: torch.Size, read: Callable[[], Tensor]) -> nn.Parameter:
-        parameter = nn.Parameter(self._memory(shape))
+    def place(
+        self, shape: torch.Size, read: Callable[[], Tensor], dtype: torch.dtype | None = None
+    ) -> nn.Parameter:
+        parameter = nn.Parameter(self._memory(shape, dtype or self.dtype))
         if self._ranks.is_main:
             parameter.data.copy_(read())
         if not self._partitions:
@@ -66,13 +68,14 @@ class Partitioned(Placement):
         engine.eval()
         return engine
 
-    def _memory(self, shape: torch.Size) -> Tensor:
+    def _memory(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """For a whole tensor. Of one that is then partitioned it is used again for the next.
 
         If it were freed instead, what stays of each would lie between the gaps in glibc's heap.
         """
         if not self._partitions:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        assert dtype == self.dtype, "ZeRO-3 partitions weights of one dtype"
         if self._staging.numel() < shape.numel():
             self._staging = torch.empty(shape.numel(), dtype=self.dtype, device=self.device)
         return self._staging[: shape.numel()].view(shape)

@@ -14,7 +14,7 @@ from dti_dist.data.layout import PackShape
 from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.heads import Head
-from dti_dist.model.lora import add_adapters, base_fingerprint, merged, require_peft
+from dti_dist.model.lora import add_adapters, base_fingerprint, merged, require_packages
 from dti_dist.model.weights import (
     BaseWeights,
     Placement,
@@ -190,7 +190,7 @@ def test_unknown_target_modules_are_refused_with_the_known():
 def test_missing_peft_is_refused_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install 'dti-dist\[lora\]'"):
-        require_peft()
+        require_packages(LoraConfig(rank=1))
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ def auto_class(head):
 def without_adapters(run_dir, loaded):
     """The run's model with an exported model's weights."""
     folder = RunFolder(run_dir)
-    inputs = Inputs.open(load_config(folder.config_file, ["model.lora.rank=0"]), folder.tokenizer)
+    plain = ["model.lora.rank=0", "model.lora.load_in_4bit=false"]
+    inputs = Inputs.open(load_config(folder.config_file, plain), folder.tokenizer)
     model = inputs.untrained_model().eval()
     model.backbone.load_state_dict(loaded.base_model.state_dict())
     if model.head.is_new:
