@@ -67,7 +67,7 @@ def measure(config, ranks, folder):
 
     before_model = resident()
     model = inputs.untrained_model().train()
-    if config.training.activation_checkpointing:
+    if config.training.activation_checkpointing is True:
         model.enable_activation_checkpointing()
     engine = Engine(model, config.training, ranks)
     training = config.training
