@@ -171,6 +171,10 @@ class RequestFiles:
 
         def text(values: pa.Array, name: str, offsets: IntArray) -> pa.Array:
             try:
+                if isinstance(values.type, pa.UuidType):
+                    values = pa.array(
+                        map(str, values.to_pylist()), pa.string(), mask=values.is_null()
+                    )
                 found = pc.cast(values, pa.string())
                 found.validate(full=True)
             except pa.ArrowInvalid as error:
@@ -365,7 +369,7 @@ def _check_columns(path: str, schema: pa.Schema) -> None:
             pa.types.is_large_binary,
             pa.types.is_binary_view,
         )
-        return any(test(kind) for test in tests)
+        return isinstance(kind, pa.UuidType) or any(test(kind) for test in tests)
 
     def is_time(kind: pa.DataType) -> bool:
         return bool(pa.types.is_integer(kind) or pa.types.is_timestamp(kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,7 +56,12 @@ def _array(values, kind):
 def read(path, *tables, row_group_size=None):
     path.mkdir(exist_ok=True)
     for number, table in enumerate(tables):
-        pq.write_table(table, path / f"{number}.parquet", row_group_size=row_group_size)
+        file = path / f"{number}.parquet"
+        try:
+            pq.write_table(table, file, row_group_size=row_group_size)
+            pq.ParquetFile(file).read()
+        except pa.ArrowException as error:  # old releases: of views, and of fixed-size nulls
+            pytest.skip(f"pyarrow {pa.__version__} can't store it: {error}")
     files = RequestFiles.open(str(path), StorageConfig())
     return files.read(0, files.total)
 
@@ -99,6 +105,18 @@ def test_ids_are_read_from_any_kind_of_text(tmp_path, kind):
     table = table_of(user_id=kind, history_items=pa.list_(kind), candidates=pa.list_(kind))
     assert values_of(read(tmp_path, table)) == EXPECTED
     assert values_of(read(tmp_path, table, row_group_size=1)) == EXPECTED
+
+
+def test_uuids_are_read_as_prepare_writes_them(tmp_path):
+    ids = [UUID(int=1), None, UUID("cf9b2a52-31c4-4c2c-8b5b-0d4b8c1b2e00")]
+    table = table_of()
+    users = pa.array([one and one.bytes for one in ids], pa.uuid())
+    items = pa.ListArray.from_arrays([0, 1, 2, 3], users)
+    for at, name, column in ((0, "user_id", users), (4, "candidates", items)):
+        table = table.set_column(at, name, column)
+    found = values_of(read(tmp_path, table))
+    assert found["user_id"] == [one and str(one) for one in ids]
+    assert found["candidates"] == [[one and str(one)] for one in ids]
 
 
 @pytest.mark.parametrize("list_of", LIST_KINDS, ids=["large", "view", "large view", "fixed size"])
