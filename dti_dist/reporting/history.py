@@ -279,7 +279,7 @@ def _events_of(line: Line, first: bool, known_skips: set[str]) -> Iterable[tuple
         again = isinstance(last, int) and last > line["step"]
         yield (
             "restart",
-            f"went on from step {line['step']:,} on {started.get('ranks', '?')} rank(s)"
+            f"{_going_on(line['step'], started)} on {started.get('ranks', '?')} rank(s)"
             + (f"; steps up to {last:,} were taken again" if again else "")
             + _how_it_had_ended(started.get("ended")),
         )
@@ -292,6 +292,14 @@ def _events_of(line: Line, first: bool, known_skips: set[str]) -> Iterable[tuple
         if str(reason) not in known_skips:
             known_skips.add(str(reason))
             yield "skipped", str(reason)
+
+
+def _going_on(step: int, started: Line) -> str:
+    schedule = started.get("schedule")
+    if isinstance(schedule, dict) and 0 < step == schedule.get("begin"):
+        rate, end = number(schedule.get("learning_rate")), number(schedule.get("end"))
+        return f"prolonged to step {end:,.0f} with a learning rate of {rate:g}, from step {step:,}"
+    return f"went on from step {step:,}"
 
 
 def _how_it_had_ended(ended: Any) -> str:

@@ -18,6 +18,15 @@ DTI_CONFIG = "dti_config.json"  # in an exported folder: how its model is to be 
 _LOCK_PATIENCE_S = 15
 
 # A run that goes on may change how it runs and reports, and not what it computes.
+# One that has ended may go on with these, which its schedule.json says for each step.
+_SCHEDULE = (
+    "training.epochs",
+    "training.max_steps",
+    "training.learning_rate",
+    "training.min_learning_rate_fraction",
+    "training.warmup_fraction",
+    "training.weight_decay",
+)
 _MAY_CHANGE = (
     "run_dir",
     "data.path",
@@ -56,6 +65,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.tokenizer = self.path / "tokenizer"
+        self.schedule = self.path / "schedule.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "eval"
@@ -89,18 +99,24 @@ class RunFolder:
         return [figures for figures in found if {"split", "prompt"} <= set(figures)]
 
     def prepare(self, config: RunConfig) -> RunConfig:
-        """Make the folder and keep the config; refuse a folder of a run that computes otherwise.
+        """Make the folder; refuse one of a run that computes otherwise.
+
+        The config of a new run is kept; that of one that goes on is for the caller to keep, when
+        nothing more can refuse it.
 
         Returns:
             the config, with what the run that goes on has decided before.
         """
         config = absolute(config)
-        if self.config_file.exists() and any(self.checkpoints.glob("step-*")):
-            config = going_on(str(self.path), self.read_config(), config, "run_dir")
+        begun = self.config_file.exists() and any(self.checkpoints.glob("step-*"))
+        if begun:
+            kept = self.schedule.exists()
+            config = going_on(str(self.path), self.read_config(), config, "run_dir", kept)
         self._made_here = not self.path.exists()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
-        self.keep(config)
+        if not begun:
+            self.keep(config)
         return config
 
     def keep(self, config: RunConfig) -> None:
@@ -152,11 +168,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def going_on(place: str, old: RunConfig, new: RunConfig, key: str) -> RunConfig:
+def going_on(
+    place: str, old: RunConfig, new: RunConfig, key: str, has_schedule: bool = False
+) -> RunConfig:
     """A run's new config, with the DeepSpeed configuration of its checkpoints where it has `auto`.
 
     Args:
         place, key: where the checkpoints are, and the setting that names it.
+        has_schedule: whether the run's schedule.json is there, to compare what it has of the config
+            with. Earlier versions kept none.
 
     Raises:
         UserError: where they are of a run that computes otherwise.
@@ -170,13 +190,19 @@ def going_on(place: str, old: RunConfig, new: RunConfig, key: str) -> RunConfig:
         f"  {name}: {before.get(name)!r} there, {after.get(name)!r} now"
         for name in {**before, **after}
         if before.get(name) != after.get(name)
-        and not name.startswith(_MAY_CHANGE)
+        and not name.startswith(_MAY_CHANGE + (_SCHEDULE if has_schedule else ()))
         and not same_place(name, str(before.get(name)), str(after.get(name)))
     ]
     if changed:
+        more = (
+            ""
+            if has_schedule or not any(line.strip().startswith(_SCHEDULE) for line in changed)
+            else " It has no schedule.json, as an earlier version began it: start it once with its "
+            "own settings, and when it has ended it can go on with more steps."
+        )
         raise UserError(
             f"{place} has checkpoints of a run with other settings:\n"
             + "\n".join(changed)
-            + f"\nGo on with the settings of config.yaml there, or choose another {key}."
+            + f"\nGo on with the settings of config.yaml there, or choose another {key}.{more}"
         )
     return new

@@ -68,7 +68,10 @@ class CheckpointCopies:
             return config
         if _CONFIG in files:
             there = validate_config(yaml.safe_load(self._read(_CONFIG)), self._url, of_run=True)
-            config = going_on(self._url, there, config, "checkpoints.copy_to")
+            kept = self._run_folder.schedule.name in files
+            config = going_on(self._url, there, config, "checkpoints.copy_to", kept)
+            if kept:
+                self._fetch(self._run_folder.schedule.name, self._run_folder.schedule)
         for name in files:
             first = name.split("/")[0]
             if first == "tokenizer" and not (self._run_folder.path / name).exists():
@@ -169,7 +172,7 @@ class CheckpointCopies:
         for name in json.loads(content)["files"]:
             storage.upload(str(source / name), storage.join(target, name), self._settings)
         run = self._run_folder
-        for path in (*sorted(run.tokenizer.rglob("*")), run.config_file, run.metrics):
+        for path in (*sorted(run.tokenizer.rglob("*")), run.config_file, run.schedule, run.metrics):
             if path.is_file():
                 name = path.relative_to(run.path).as_posix()
                 storage.upload(str(path), storage.join(self._url, name), self._settings)

@@ -77,6 +77,10 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = value
 
+    def decay_weights(self, value: float) -> None:
+        """Set the weight decay, which a checkpoint brings with it, of all but vectors."""
+        self._engine.optimizer.param_groups[0]["weight_decay"] = value
+
     def gradient_norm(self) -> float:
         """Of the last step, before clipping; NaN before there is one."""
         norm = self._engine.get_global_grad_norm()
@@ -181,20 +185,4 @@ def _optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimi
         lr=training.learning_rate,
         betas=training.betas,
         fused=True,  # one pass over memory, without temporaries
-    )
-
-
-def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
-    """Linear warm-up from 0, then cosine to the minimum, as a function of the step alone.
-
-    Args:
-        step: the optimizer step about to be taken, from 0.
-    """
-    warmup = round(training.warmup_fraction * total_steps)
-    if step < warmup:
-        return training.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(total_steps - warmup, 1)
-    floor = training.min_learning_rate_fraction
-    return training.learning_rate * (
-        floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     )

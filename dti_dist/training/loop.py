@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
 from dti_dist.training.automatic import with_decided
 from dti_dist.training.copying import CheckpointCopies
-from dti_dist.training.engine import Engine, learning_rate
+from dti_dist.training.engine import Engine
 from dti_dist.training.job import Job, explained_out_of_memory, open_job
 from dti_dist.training.journal import Interval, Journal
 from dti_dist.training.machine import memory_gib, surroundings
 from dti_dist.training.nonfinite import report_left_out
 from dti_dist.training.profile import Profiler
-from dti_dist.training.progress import Schedule
-from dti_dist.training.saving import Saving, resume
+from dti_dist.training.progress import Progress
+from dti_dist.training.saving import Saving, newest, resume
+from dti_dist.training.schedule import Schedule, with_stretches
 from dti_dist.training.signals import STOPPED_BY_SIGNAL
 from dti_dist.training.step import take_step
 from dti_dist.training.trackers import check_packages
@@ -60,6 +61,8 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
             plan.steps_per_epoch(settings.global_batch_packs),
             settings.max_steps,
         )
+        commit = newest(job, schedule.data)
+        schedule = with_stretches(job, schedule, commit)
         total_steps = schedule.total_steps
 
         # In evaluation mode, as models are loaded, activations would not be recomputed.
@@ -74,9 +77,9 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         with explained_out_of_memory(job, parameters, trainable, shape.quantized):
             base = ranks.broadcast(inputs.fill(model, Partitioned(settings, ranks)))
             engine = Engine(model, settings, ranks)
-            progress = resume(job, engine, schedule, base)
+            progress = resume(job, engine, commit, base)
             if ranks.is_main:
-                _introduce(job, plan, schedule, engine, parameters, trainable)
+                _introduce(job, plan, schedule, progress, engine, parameters, trainable)
             left_out = [entry.reason for entry in plan.index.left_out]
             journal = job.at_end.enter_context(
                 Journal(job, progress, total_steps, left_out, report)
@@ -91,7 +94,12 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                 ranks.device,
             )
 
-            journal.started(parameters=parameters, trainable=trainable, **surroundings(ranks))
+            journal.started(
+                schedule=asdict(schedule.stretch(progress.step)),
+                parameters=parameters,
+                trainable=trainable,
+                **surroundings(ranks),
+            )
             if left_out:
                 journal.write(skipped=list(dict.fromkeys(left_out)))
             profiler = job.at_end.enter_context(Profiler(settings.profile, ranks, folder.profile))
@@ -100,8 +108,14 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
             job.watchdog.beat()
             if validation.is_due():  # a signal came between a step and its validation
                 validation.run()
-            while progress.step < total_steps and not validation.out_of_patience() and not stop:
-                rate = learning_rate(progress.step, total_steps, settings)
+            while progress.step < total_steps and not stop:
+                if schedule.begins(progress.step):
+                    progress.validations_without_gain = 0
+                if validation.out_of_patience():
+                    break
+                stretch = schedule.stretch(progress.step)
+                engine.decay_weights(stretch.weight_decay)
+                rate = stretch.rate(progress.step)
                 with profiler.around(progress.step + 1):
                     step = take_step(
                         engine, stream, progress.step, rate, config.seed, ranks, job.stop
@@ -176,7 +190,13 @@ def _prepare_folder(job: Job) -> tuple[Job, CheckpointCopies | None]:
 
 
 def _introduce(
-    job: Job, plan: StreamPlan, schedule: Schedule, engine: Engine, parameters: int, trainable: int
+    job: Job,
+    plan: StreamPlan,
+    schedule: Schedule,
+    progress: Progress,
+    engine: Engine,
+    parameters: int,
+    trainable: int,
 ) -> None:
     config = job.config
     say(
@@ -192,6 +212,13 @@ def _introduce(
         f"{config.training.precision}, {job.ranks.world} rank(s) on {job.ranks.device.type}, "
         f"DeepSpeed ZeRO stage {engine.zero_stage}"
     )
+    stretch = schedule.stretch(progress.step)
+    if 0 < progress.step == stretch.begin < stretch.end:
+        say(
+            f"prolonged from step {stretch.begin:,}, where the run had ended, to step "
+            f"{stretch.end:,}, with a new schedule of the learning rate up to "
+            f"{stretch.learning_rate:g}"
+        )
 
 
 def _peak_share_of_a_token(model: ModelShape, pack: PackShape, ranks: Ranks) -> float | None:

@@ -13,39 +13,52 @@ from pathlib import Path
 from dti_dist.console import say
 from dti_dist.errors import RunFailed, UserError
 from dti_dist.runs import commits
+from dti_dist.runs.commits import Commit
 from dti_dist.training import checkpoint
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import Engine
 from dti_dist.training.job import Job
 from dti_dist.training.journal import Journal
-from dti_dist.training.progress import Progress, Schedule
+from dti_dist.training.progress import Progress
+from dti_dist.training.schedule import Schedule
 from dti_dist.training.staging import HostCopies
 
 # A part of the watchdog's grace for a rank that failed, in which its message is still printed.
 _LAST_MOMENTS_S = 5.0
 
 
-def resume(job: Job, engine: Engine, schedule: Schedule, base: str | None) -> Progress:
-    """Load the newest complete checkpoint, and say how far it is.
+def newest(job: Job, data: str) -> Commit | None:
+    """The newest complete checkpoint, the same on all ranks, which must call this at once.
+
+    Args:
+        data: fingerprint of the training index.
+
+    Raises:
+        UserError: where it was trained on other data.
+    """
+    commit = checkpoint.newest(job.folder.checkpoints, job.ranks)
+    if commit is not None and (trained_on := commit.state["data"]["fingerprint"]) != data:
+        raise UserError(
+            f"Checkpoint {commit.folder} counts its steps in other data: expected the index "
+            f"{trained_on}, found {data} for data.path {job.config.data.path}. Steps "
+            "would repeat and leave out samples. Put the run's data set back, or start a new "
+            "run_dir."
+        )
+    return commit
+
+
+def resume(job: Job, engine: Engine, commit: Commit | None, base: str | None) -> Progress:
+    """Load the checkpoint, if there is one, and say how far it is.
 
     Args:
         base: fingerprint of the frozen weights; None where all are trained.
 
     Raises:
-        UserError: where it was trained on other data or beside other frozen weights.
+        UserError: where it was trained beside other frozen weights.
     """
-    commit = checkpoint.newest(job.folder.checkpoints, job.ranks)
     if commit is None:
         return Progress()
     commits.check_base(commit, base)
-    trained_on = commit.state["data"]["fingerprint"]
-    if trained_on != schedule.data:
-        raise UserError(
-            f"Checkpoint {commit.folder} counts its steps in other data: expected the index "
-            f"{trained_on}, found {schedule.data} for data.path {job.config.data.path}. Steps "
-            "would repeat and leave out samples. Put the run's data set back, or start a new "
-            "run_dir."
-        )
     checkpoint.load(engine, commit, job.ranks)
     if job.ranks.is_main:
         say(f"resuming from {commit.folder.name}, {commit.folder}")

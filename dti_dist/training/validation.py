@@ -10,8 +10,9 @@ from dti_dist.evaluation.predict import predict
 from dti_dist.training.engine import Engine
 from dti_dist.training.job import Job
 from dti_dist.training.journal import Journal
-from dti_dist.training.progress import Progress, Schedule
+from dti_dist.training.progress import Progress
 from dti_dist.training.saving import Saving
+from dti_dist.training.schedule import Schedule
 
 _LOGGED = (
     *("auc", "log_loss", "f1", "accuracy", "gauc", "ne", "ece"),
