@@ -191,7 +191,13 @@ Override = Annotated[
     str, Parameter(name="key=value", validator=_is_override, help="Such as seed=1.")
 ]
 Run = Annotated[str, LOCAL, Parameter(help="The folder of a run.")]
-Checkpoint = Annotated[str, Parameter(metavar="best|last|STEP", help="Checkpoint of the run.")]
+Checkpoint = Annotated[
+    str | None,
+    Parameter(
+        metavar="best|last|STEP",
+        help="Checkpoint of the run; default: best, or where there is none last.",
+    ),
+]
 _N = Parameter(metavar="N")
 Several = Parameter(consume_multiple=True, metavar="N [N ...]")
 Counts = Annotated[tuple[PositiveInt, ...], Several]
@@ -256,7 +262,7 @@ def evaluate(
     split: options.Split = options.SPLIT,
     prompt: options.Prompt | None = None,
     max_targets: PositiveInt | None = None,
-    checkpoint: Checkpoint = options.CHECKPOINT,
+    checkpoint: Checkpoint = None,
     slices: Annotated[tuple[str, ...], Parameter(name="--slice", metavar="NAME")] = (),
     valid_threshold: Annotated[bool, Parameter(negative="--no-valid-threshold")] = True,
     predictions: Annotated[str | None, PLACE, Uri] = None,
@@ -378,7 +384,7 @@ def export(
     adapter_only: bool = False,
     dtype: Literal["bf16", "fp32"] | None = None,
     license: Annotated[str | None, Parameter(metavar="ID")] = None,
-    checkpoint: Checkpoint = options.CHECKPOINT,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Write a trained run as a Hugging Face folder.
 

@@ -23,7 +23,6 @@ MovieLens = Literal["100k", "1m", "latest-small", "32m"]
 
 SPLIT: Split = "test"
 PROMPT: Prompt = "sliding_window"
-CHECKPOINT = "best"
 RESAMPLES = 1_000
 VERIFY_SAMPLES = 2
 MFU = 0.4
@@ -210,7 +209,7 @@ class ScoringOptions:
         data: Prepared data set with the items' texts and the users' histories (default: the run's).
         items: Item tables, Parquet or CSV, of items that --data lacks or has another text of.
         item_key: The item table's id column.
-        checkpoint: best, last or a step.
+        checkpoint: Of a run (default: best, or where there is none last).
         device: Where the model runs.
         dtype: Precision of the model (default: fp32 on a CPU, bf16 on a GPU).
         part_requests: Requests in one output file; a killed run repeats whole files.
@@ -224,7 +223,7 @@ class ScoringOptions:
         tuple[str, ...], PLACE, Parameter(consume_multiple=True, metavar="URI [URI ...]")
     ] = ()
     item_key: Annotated[str, Parameter(metavar="COLUMN")] = "item_id"
-    checkpoint: Annotated[str, Parameter(metavar="best|last|STEP")] = CHECKPOINT
+    checkpoint: Annotated[str | None, Parameter(metavar="best|last|STEP")] = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
     dtype: Literal["bf16", "fp32"] | None = None
     part_requests: Annotated[PositiveInt, _N] = 4096

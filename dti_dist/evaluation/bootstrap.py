@@ -209,7 +209,10 @@ def differences(
 
 def _deviations(groups: Groups, drawn: npt.NDArray[np.integer]) -> dict[str, Floats]:
     base = groups.resample(np.ones((1, len(groups)), dtype=np.int64))
-    return {name: values - base[name] for name, values in groups.resample(drawn).items()}
+    found = groups.resample(drawn)
+    with np.errstate(invalid="ignore"):  # where only one class occurs, quotients are infinite
+        deviations = {name: values - base[name] for name, values in found.items()}
+    return {name: np.where(np.isfinite(d), d, np.nan) for name, d in deviations.items()}
 
 
 def _bounds(values: Floats) -> list[float] | None:

@@ -36,7 +36,10 @@ def reliability(groups: Groups, drawn: npt.NDArray[np.integer] | None) -> list[d
         with np.errstate(invalid="ignore"):
             rates = np.concatenate([_rates(groups, part, starts) for part in _parts(drawn)])
             tail = (1 - CONFIDENCE) / 2
-            bounds = np.nanquantile(rates, [tail, 1 - tail], axis=0).T.tolist()
+            bounds = [
+                np.quantile(known, [tail, 1 - tail]).tolist() if len(known) else None
+                for known in (rate[np.isfinite(rate)] for rate in rates.T)
+            ]
     return [
         {
             "targets": int(total),

@@ -29,11 +29,12 @@ from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
 from dti_dist.files import replacing, write_atomically
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.options import CHECKPOINT, RESAMPLES, SPLIT
+from dti_dist.options import RESAMPLES, SPLIT
 from dti_dist.ranks import Ranks, join_process_group, leave_process_group, lost_a_peer
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.places import DATA, DEEPSPEED, MODEL
 from dti_dist.runs.trained import choose_checkpoint, trained_model
+from dti_dist.runs.trained_on import since_training
 from dti_dist.sql import literal, open_workspace
 from dti_dist.zero.partition import for_predictions
 
@@ -65,7 +66,7 @@ def evaluate(
     run_dir: str,
     split: str = SPLIT,
     prompt: str | None = None,
-    which: str = CHECKPOINT,
+    which: str | None = None,
     overrides: dict[str, Any] | None = None,
     options: EvaluationOptions | None = None,
 ) -> dict[str, Any] | None:
@@ -73,7 +74,7 @@ def evaluate(
 
     Args:
         prompt: sliding_window (what inference does) or streaming; default from the config.
-        which: best, last, or a step.
+        which: best, last, or a step; default: best, or where there is none last.
         overrides: evaluation settings that replace the run's.
 
     Returns:
@@ -110,15 +111,18 @@ class _Evaluation:
         run: RunFolder,
         config: RunConfig,
         split: str,
-        which: str,
+        which: str | None,
         options: EvaluationOptions,
         ranks: Ranks,
     ):
         self.run, self.config, self.split, self.ranks = run, config, split, ranks
         self.options, self.prompt = options, config.evaluation.prompt
-        self.commit = choose_checkpoint(run, which)
+        self.commit = choose_checkpoint(run, which, aloud=ranks.is_main)
         self.inputs = Inputs.open_together(config, run.tokenizer, ranks)
         self.drawn = ranks.each(self._check_options)[0]
+        manifest = self.inputs.dataset.manifest
+        if ranks.is_main and (said := since_training(run.dataset, manifest, config.data.path)):
+            say(said)
 
     def _check_options(self) -> bool:
         """Whether to draw pictures. Rank 0 refuses bad options before any work."""
@@ -229,6 +233,8 @@ class _Evaluation:
             }
             if options.predictions:
                 predictions_file.copy_to(file, options.predictions, self.config.data.storage)
+        if figures["auc"] is None:
+            say(of_one_label(self.split, figures["clicks"] > 0, dataset.manifest.source))
         content = summary.as_json(figures)
         for name in (f"{self.split}.json", f"{self.split}.{self.prompt}.json"):
             write_atomically(self.run.evaluations / name, content)
@@ -293,6 +299,16 @@ class _Evaluation:
             with replacing(picture, staging_folder=scratch) as staging:
                 draw_picture(figures, staging)
             say(f"wrote {picture}")
+
+
+def of_one_label(split: str, label: bool, source: dict[str, Any]) -> str:
+    """What to say of a split whose targets all have the same label."""
+    made = f" It was prepared with the label {source['label']!r}." if "label" in source else ""
+    return (
+        f"WARNING: all targets of {split} have the label {int(label)}, so auc, gauc and ne are "
+        f"undefined.{made} Does the label compare with a value that the log writes otherwise, "
+        "such as click and Click? Then prepare the data set again."
+    )
 
 
 def _counted(found: Iterator[pa.RecordBatch], advance: Any) -> Iterator[pa.RecordBatch]:

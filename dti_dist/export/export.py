@@ -38,7 +38,7 @@ _SHARD = 5 * 10**9  # bytes
 def export(
     run_dir: str,
     out: str,
-    which: str = "best",
+    which: str | None = None,
     dtype: str | None = None,
     adapter_only: bool = False,
     licence: str | None = None,

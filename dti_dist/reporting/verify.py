@@ -330,7 +330,7 @@ class _Subject:
 
 def _model(inputs: Inputs, run: RunFolder) -> CTRModel:
     if commits.complete_checkpoints(run.checkpoints)[0]:
-        commit = choose_checkpoint(run, "best")
+        commit = choose_checkpoint(run)
         say(f"model: {run.path}, {commit.folder.name}")
         return trained_model(inputs, commit)
     say(f"model: {inputs.config.model.name}, before training")

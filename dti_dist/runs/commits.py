@@ -121,8 +121,8 @@ def best_step(folder: Path) -> int | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / BEST} can't be read: {error!r}. Remove it: --checkpoint best then takes "
-            "the last checkpoint, and the next better validation writes it again."
+            f"{folder / BEST} can't be read: {error!r}. Remove it, or choose a checkpoint "
+            "with --checkpoint; the next better validation writes it again."
         ) from error
 
 

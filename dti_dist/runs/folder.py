@@ -56,6 +56,8 @@ class RunFolder:
     """Paths of a run.
 
     Attributes:
+        schedule: learning-rate schedules, each from its step on.
+        dataset: the manifest of the data set that the run is trained on.
         stacks: what every thread did when the watchdog ended the job.
         profile: traces of steps.
         nonfinite: steps whose loss or gradients were not finite.
@@ -66,6 +68,7 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.tokenizer = self.path / "tokenizer"
         self.schedule = self.path / "schedule.json"
+        self.dataset = self.path / "dataset.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "eval"

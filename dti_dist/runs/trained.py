@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dti_dist.console import without_library_chatter
+from dti_dist.console import say, without_library_chatter
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
@@ -20,23 +20,54 @@ from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.unpickling import without_code
 
 
-def choose_checkpoint(run: RunFolder, which: str) -> Commit:
-    """Find `best` (by validation; else the last), `last`, or a step's complete checkpoint."""
+def choose_checkpoint(run: RunFolder, which: str | None = None, aloud: bool = True) -> Commit:
+    """Find `best` (by validation), `last`, or a step's complete checkpoint.
+
+    Args:
+        which: None for the best or, where that can't be had, the last, which is then said.
+        aloud: whether this process is the one that says so.
+
+    Raises:
+        UserError: where there is no such checkpoint.
+    """
     complete, passed_over = commits.complete_checkpoints(run.checkpoints)
     if not complete:
         why = "".join(f"\n  {reason}" for reason in passed_over)
         raise UserError(f"{run.checkpoints} has no complete checkpoint. Train the run first.{why}")
     if which == "last":
         return complete[-1]
-    if which == "best":
+    steps = ", ".join(str(commit.step) for commit in complete)
+    if which in (None, "best"):
         best = commits.best_step(run.checkpoints)
-        return next((c for c in complete if c.step == best), complete[-1])
+        if found := next((commit for commit in complete if commit.step == best), None):
+            return found
+        why = _why_not_best(best, passed_over)
+        if which == "best":
+            raise UserError(
+                f"{run.checkpoints}: expected the best checkpoint by validation, but {why}. Choose "
+                f"another with --checkpoint: last, {steps}."
+            )
+        if aloud:
+            say(
+                f"WARNING: {run.checkpoints}: {why}. The last checkpoint is taken instead, "
+                f"{complete[-1].folder.name}."
+            )
+        return complete[-1]
     for commit in complete:
         if which in (str(commit.step), commit.folder.name):
             return commit
-    steps = ", ".join(str(commit.step) for commit in complete)
     raise UserError(
         f"{run.checkpoints} has no checkpoint {which!r}. There are: best, last, {steps}."
+    )
+
+
+def _why_not_best(best: int | None, passed_over: list[str]) -> str:
+    if best is None:
+        return f"no validation has chosen one ({commits.BEST} is not there)"
+    name = commits.tag(best)
+    found = next((reason for reason in passed_over if reason.startswith(f"{name}:")), None)
+    return f"{name}, which {commits.BEST} names, is " + (
+        f"not complete ({found})" if found else "not there"
     )
 
 

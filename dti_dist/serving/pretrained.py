@@ -47,7 +47,7 @@ def is_run(folder: str | Path) -> bool:
 
 def load_run(
     folder: str | Path,
-    which: str = "best",
+    which: str | None = None,
     data: str | None = None,
     base_model: str | None = None,
     dtype: torch.dtype = torch.float32,

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def score(model: str, requests: str, out: str, options: ScoreOptions) -> dict[st
 def _score(
     model: str, requests: str, out: str, options: ScoreOptions, ranks: Ranks
 ) -> dict[str, Any] | None:
+    options = ranks.each(lambda: _with_step(model, options) if ranks.is_main else options)[0]
     files = ranks.each(lambda: RequestFiles.open(requests, options.storage))[ranks.rank]
     done = ranks.each(lambda: _prepare(model, files, out, options) if ranks.is_main else set())[0]
     parts = range(-(-files.total // options.part_requests))
@@ -108,6 +109,15 @@ def _score(
     return summaries[0] if ranks.is_main else None
 
 
+def _with_step(model: str, options: ScoreOptions) -> ScoreOptions:
+    """The checkpoint of a run by its step, so that all ranks take the same and one says which."""
+    if not is_run(model):
+        return options
+    return replace(
+        options, checkpoint=str(choose_checkpoint(RunFolder(model), options.checkpoint).step)
+    )
+
+
 def _prepare(model: str, files: RequestFiles, out: str, options: ScoreOptions) -> set[int]:
     return _prepare_out(out, _plan(model, files, options), options)
 
@@ -129,7 +139,7 @@ def _plan(model: str, files: RequestFiles, options: ScoreOptions) -> dict[str, A
     }
 
 
-def _fingerprint(model: str, which: str) -> str:
+def _fingerprint(model: str, which: str | None) -> str:
     digest = hashlib.sha256()
     folder = Path(model)
     if is_run(folder):

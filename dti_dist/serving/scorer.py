@@ -78,7 +78,7 @@ class Scorer:
         device: str = "auto",
         dtype: str | None = None,
         data: str | None = None,
-        checkpoint: str = "best",
+        checkpoint: str | None = None,
         pack_tokens: int | None = None,
         state_cache_gib: float = 2.0,
         storage: StorageConfig | None = None,
@@ -90,7 +90,8 @@ class Scorer:
             device: auto, cpu or cuda.
             dtype: fp32 or bf16; default: fp32 on a CPU, bf16 on a GPU.
             data: a prepared data set, for `dti-dist score`, which knows items by id.
-            checkpoint: of a run: best, last, or a step.
+            checkpoint: of a run: best, last, or a step. Default: best, or where there is none
+                last.
             pack_tokens: tokens of one pass of the model, about. Default: 4096, on a GPU 16384.
             state_cache_gib: memory for the states of items, which are kept under `isolated`.
             storage: how `data` is reached.

@@ -18,6 +18,7 @@ from dti_dist.errors import RunFailed
 from dti_dist.gpus import gpu_at_hand
 from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
+from dti_dist.runs.trained_on import keep_manifest
 from dti_dist.training.automatic import with_decided
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import Engine
@@ -63,6 +64,8 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         )
         commit = newest(job, schedule.data)
         schedule = with_stretches(job, schedule, commit)
+        if ranks.is_main:
+            keep_manifest(folder.dataset, inputs.dataset.manifest)
         total_steps = schedule.total_steps
 
         # In evaluation mode, as models are loaded, activations would not be recomputed.

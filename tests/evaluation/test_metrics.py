@@ -9,12 +9,15 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 
 from dti_dist.errors import UserError
+from dti_dist.evaluation.bootstrap import differences, draw, intervals, read_groups
+from dti_dist.evaluation.curves import histogram, is_skewed, reliability
 from dti_dist.evaluation.metrics import (
     CALIBRATION_BINS,
     best_threshold,
     measure,
     measure_arrays,
 )
+from dti_dist.evaluation.slices import measure_slices
 from tests.metrics_oracle import click_metrics
 
 
@@ -169,3 +172,34 @@ def test_the_best_threshold_is_that_of_trying_all():
     chosen = best_threshold(table(labels, probabilities, np.zeros(400, int)), "targets")
     assert tried[chosen] == max(tried.values())
     assert tried[chosen] > f1_score(labels, probabilities >= 0.5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("clicks", [0, 1, 12], ids=["no click", "one", "all"])
+@pytest.mark.parametrize("users", [1, 2, 12])
+@pytest.mark.parametrize("resamples", [1, 40])
+def test_targets_of_one_class_make_no_library_warn(clicks, users, resamples):
+    """Such a warning would show a path of this machine."""
+    label = (np.arange(12) < clicks).astype(np.int8)
+    connection = duckdb.connect(config={"threads": 1})
+    columns = {
+        "user": np.arange(12) % users,
+        "label": label,
+        "probability": np.linspace(0.1, 0.9, 12, dtype=np.float32),
+        "slice_0": [f"{value}" for value in label],
+    }
+    connection.register("given", pa.table(columns))
+    connection.execute("CREATE TABLE targets AS SELECT * FROM given")
+    figures = measure(connection, "targets", best_threshold(connection, "targets"))
+    groups = read_groups(connection, "targets", figures["users"])
+    drawn = draw(len(groups), resamples)
+    found = intervals(figures, groups, drawn)
+    bins = reliability(groups, drawn)
+    histogram(connection, is_skewed(bins))
+    parts = measure_slices(connection, ["title"])["title"]
+    assert {part["auc"] for part in parts} == {None}
+    if clicks in (0, 12):
+        assert found["auc"] is None
+    assert all(entry["interval"] is None or len(entry["interval"]) == 2 for entry in bins)
+    both = differences((figures, groups), (figures, groups), drawn)
+    assert (both["auc"].difference is None) == (clicks in (0, 12))

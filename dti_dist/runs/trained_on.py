@@ -1,0 +1,63 @@
+"""The data set that a run was trained on, beside the one that its config names now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dti_dist.data.dataset import Manifest
+from dti_dist.files import write_atomically
+
+_TRAINED_ON = ("items", "train")
+
+
+def keep_manifest(file: Path, manifest: Manifest) -> None:
+    """Write down what a run is trained on."""
+    write_atomically(file, manifest.model_dump_json(by_alias=True))
+
+
+def since_training(file: Path, now: Manifest, where: str) -> str | None:
+    """What to say where items or train are not those that the run was trained on; else None.
+
+    Args:
+        file: as of `keep_manifest`; runs of earlier versions have none, and nothing is said.
+        now, where: the data set that is evaluated, and its path.
+    """
+    try:
+        then = Manifest.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    old = {folder: _contents(then, folder) for folder in _TRAINED_ON}
+    new = {folder: _contents(now, folder) for folder in _TRAINED_ON}
+    changed = [folder for folder in _TRAINED_ON if old[folder] != new[folder]]
+    if not changed:
+        return None
+    appends = len(now.appends) - len(then.appends)
+    if appends > 0 and all(old[folder] <= new[folder] for folder in changed):
+        return (
+            f"{where} was appended to {'once' if appends == 1 else f'{appends} times'} since the "
+            "run was trained; what has joined train is new to the model."
+        )
+    sizes = [_size(then), _size(now)]
+    counted = f"{sizes[0]} then, {sizes[1]} now" if sizes[0] != sizes[1] else f"{sizes[0]}, as then"
+    return (
+        f"WARNING: {where} holds another data set than the one that the run was trained on: its "
+        f"{' and '.join(changed)} differ ({counted}). Figures on it say how the model does on "
+        "other data, and items may be taken for others. Put the run's data set back, or train on "
+        "this one."
+    )
+
+
+def _contents(manifest: Manifest, folder: str) -> Counter[str]:
+    """Digests of a folder's files, whose names change when an append moves them."""
+    return Counter(
+        entry.sha256 for path, entry in manifest.files.items() if path.startswith(f"{folder}/")
+    )
+
+
+def _size(manifest: Manifest) -> str:
+    counts = manifest.counts
+    targets = counts.splits["train"].targets if "train" in counts.splits else 0
+    return f"{counts.items:,} items and {targets:,} targets in train"
