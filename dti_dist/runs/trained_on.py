@@ -42,11 +42,11 @@ def since_training(file: Path, now: Manifest, where: str) -> str | None:
         )
     sizes = [_size(then), _size(now)]
     counted = f"{sizes[0]} then, {sizes[1]} now" if sizes[0] != sizes[1] else f"{sizes[0]}, as then"
+    differ = f"{' and '.join(changed)} differ{'s' if len(changed) == 1 else ''} ({counted})"
     return (
         f"WARNING: {where} holds another data set than the one that the run was trained on: its "
-        f"{' and '.join(changed)} differ ({counted}). Figures on it say how the model does on "
-        "other data, and items may be taken for others. Put the run's data set back, or train on "
-        "this one."
+        f"{differ}. Figures on it say how the model does on other data, and items may be taken for "
+        "others. Put the run's data set back, or train on this one."
     )
 
 

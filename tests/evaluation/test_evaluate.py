@@ -340,3 +340,27 @@ def test_compare_of_a_run_that_was_not_evaluated_names_the_command(two_runs, cap
     (other / "eval" / "test.sliding_window.predictions.parquet").write_text("broken")
     assert compare(one, other) == 2
     assert "broken file" in capsys.readouterr().err
+
+
+def test_what_a_user_should_know_of_checkpoint_and_data_is_said_on_stderr(
+    trained, tmp_path, capsys
+):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    few = ["evaluate", str(copy), "--max-targets", "30", "--bootstrap", "0", "--no-pictures"]
+    assert main(few) == 0
+    assert "WARNING" not in capsys.readouterr().err
+    manifest = json.loads((copy / "dataset.json").read_text())
+    for path, entry in manifest["files"].items():
+        if path.startswith("train/"):
+            entry["sha256"] = "0" * 64
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    (copy / "checkpoints" / "best.json").unlink()
+    assert main(few) == 0
+    said = capsys.readouterr().err
+    assert (
+        "holds another data set than the one that the run was trained on: its train differs" in said
+    )
+    assert "The last checkpoint is taken instead, step-00000020" in said
+    assert main([*few, "--checkpoint", "best"]) == 2
+    assert "expected the best checkpoint by validation" in capsys.readouterr().err
