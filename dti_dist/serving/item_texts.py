@@ -61,7 +61,8 @@ class ItemTexts:
         return ItemTexts(base, template, tokenizer)
 
     @cached_property
-    def _encoder(self) -> TextEncoder:
+    def encoder(self) -> TextEncoder:
+        """Made when it is first needed; a large vocabulary takes a second."""
         return TextEncoder(self._tokenizer, self.template, self._base.sum_id)
 
     @property
@@ -118,7 +119,7 @@ class ItemTexts:
     def _add(self, texts: Sequence[str]) -> IntArray:
         if not texts:
             return np.empty(0, dtype=np.int64)
-        encoded = self._encoder.encode(texts)
+        encoded = self.encoder.encode(texts)
         limit = self.template.config.max_item_tokens
         has_tokens = np.array([bool(ids) for ids in encoded])
         first = len(self._base.lengths) + len(self._new)
@@ -150,7 +151,7 @@ class ItemTexts:
                     f"template.item names; {column!r} is missing.{nearest(column, item)}"
                 )
             values[column] = _as_text(item[column], f"Item {number}, {column}")
-        return self._encoder.text(values) if any(map(str.strip, values.values())) else ""
+        return self.encoder.text(values) if any(map(str.strip, values.values())) else ""
 
 
 def _as_text(value: Any, where: str) -> str:

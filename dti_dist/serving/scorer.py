@@ -109,6 +109,8 @@ class Scorer:
             found = load_run(folder, checkpoint, data, base_model, precision)
         else:
             found = load_exported(folder, data, precision, storage)
+        if found.dataset is None:
+            _ = found.items.encoder  # made now: all items come as texts
         return cls(found, chosen, pack_tokens, state_cache_gib)
 
     def shapes(self) -> list[PackShape]:
