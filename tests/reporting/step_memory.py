@@ -102,7 +102,8 @@ def measure(config, ranks, folder):
 
 
 def main(path, *overrides):
-    config = load_config(path, list(overrides))
+    # Not decided by what memory is free here, so that all measure the same.
+    config = load_config(path, ["training.activation_checkpointing=false", *overrides])
     ranks = join_process_group("cpu", 10, 1)
     own = Path(config.run_dir) / "tokenizer"
     with tempfile.TemporaryDirectory() as scratch:
