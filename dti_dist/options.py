@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
 from cyclopts import ArgumentCollection, Group, Parameter, convert
@@ -20,6 +22,7 @@ Split = Literal["train", "valid", "test"]
 Prompt = Literal["sliding_window", "streaming"]
 AppendTo = Literal["roll", "train", "valid", "test"]
 MovieLens = Literal["100k", "1m", "latest-small", "32m"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
 
 SPLIT: Split = "test"
 PROMPT: Prompt = "sliding_window"
@@ -96,6 +99,25 @@ def _fractions(_: Any, tokens: Sequence[Any]) -> tuple[float, ...]:
         raise ValueError(f"expected three numbers such as 0.8,0.1,0.1; found {text!r}") from None
 
 
+def _moments(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
+    text = tokens[-1].value
+    try:
+        first, second = (_seconds(part.strip()) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"expected two times such as 2024-05-01,2024-06-01T12:00:00Z; found {text!r}"
+        ) from None
+    return first, second
+
+
+def _seconds(text: str) -> int:
+    """Since 1970; without a zone a time counts as UTC."""
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return math.ceil((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """How a data set is built.
@@ -104,6 +126,9 @@ class BuildOptions:
         split: time: by two timestamps, the same for all users; leave-last: each user's last
             interaction is for test and the one before for valid.
         fractions: Shares of the interactions for train, valid and test, with --split time.
+        split_times: When valid and test begin, instead of --fractions: two ISO dates or times, or
+            seconds since 1970.
+        min_interactions: Users with fewer are left out.
         context_limit: Earlier interactions kept as context in valid and test.
         shard_interactions: At most so many interactions in one Parquet file.
         memory_limit: Memory for DuckDB, such as 8GB; the rest spills to disk (default: 70 % of the
@@ -119,6 +144,12 @@ class BuildOptions:
         _SETTING,
         Parameter(converter=_fractions, n_tokens=1, metavar="F,F,F", show_default="0.8,0.1,0.1"),
     ] = (0.8, 0.1, 0.1)
+    split_times: Annotated[
+        tuple[int, int] | None,
+        _SETTING,
+        Parameter(converter=_moments, n_tokens=1, metavar="TIME,TIME"),
+    ] = None
+    min_interactions: Annotated[int, _SETTING, _N] = 2
     context_limit: Annotated[int, _SETTING, _N] = 256
     shard_interactions: Annotated[int, _OUTPUT, _N] = 2_000_000
     row_group_interactions: Annotated[int, Parameter(parse=False)] = 65_536
@@ -135,7 +166,20 @@ class BuildOptions:
                 f"1, e.g. 0.8,0.1,0.1; found {', '.join(f'{f:g}' for f in self.fractions)}, which "
                 f"add up to {total:g}."
             )
-        for name in ("context_limit", "shard_interactions", "row_group_interactions"):
+        if self.split_times and self.split != "time":
+            raise UserError(
+                f"--split-times: expected --split time with it, found --split {self.split}. Leave "
+                "one of them out."
+            )
+        if self.split_times and self.split_times[0] >= self.split_times[1]:
+            raise UserError(
+                "--split-times: expected a time for valid and a later one for test; found the "
+                "second not later. Exchange them."
+            )
+        for name in (
+            *("context_limit", "min_interactions"),
+            *("shard_interactions", "row_group_interactions"),
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from dti_dist.errors import UserError
 # With it 100 million interactions took a process of 6.3 GiB; what stays free caches the spill.
 _MOST_MEMORY = 6 << 30
 _MORE_ROOM = "Raise --memory-limit, lower --threads, or free disk space beside the output."
+NO_HIVE = "hive_partitioning=false"
 SET_UTC = "SET TimeZone = 'UTC'"  # for dates without a zone
 
 
@@ -82,11 +83,12 @@ def _bytes(connection: duckdb.DuckDBPyConnection) -> int:
 
 
 @contextmanager
-def sql_errors(doing: str, advice: str = _MORE_ROOM) -> Iterator[None]:
+def sql_errors(doing: str, advice: str = _MORE_ROOM, where: str = "") -> Iterator[None]:
     """Turn DuckDB's errors into UserErrors: what failed, and DuckDB's own short reason.
 
     Args:
         advice: what to do where memory or disk ran out, as far as the command has options for it.
+        where: the file that is read.
     """
     try:
         yield
@@ -95,7 +97,8 @@ def sql_errors(doing: str, advice: str = _MORE_ROOM) -> Iterator[None]:
             f"{doing} ran out of memory or disk: {short_reason(error)}. {advice}"
         ) from error
     except duckdb.Error as error:
-        raise UserError(f"{doing} failed: {short_reason(error)}") from error
+        place = f" in {where}" if where else ""
+        raise UserError(f"{doing} failed{place}: {short_reason(error)}") from error
 
 
 def short_reason(error: Exception) -> str:
@@ -111,6 +114,16 @@ def short_reason(error: Exception) -> str:
 def literal(text: str) -> str:
     """An SQL string."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def paths(files: Iterable[str]) -> str:
+    """A list of files for DuckDB's readers, which take brackets and stars in a path for a glob."""
+    return "[" + ", ".join(literal(re.sub(r"[*?[]", r"[\g<0>]", file)) for file in files) + "]"
+
+
+def parquet(files: Iterable[str], options: str = "") -> str:
+    """A table function that reads Parquet files; a folder named user=anna is no column."""
+    return f"read_parquet({paths(files)}, {NO_HIVE}{options})"
 
 
 def quote(name: str) -> str:

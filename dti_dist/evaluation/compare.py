@@ -24,7 +24,7 @@ from dti_dist.evaluation.metrics import measure, rows, sql_errors
 from dti_dist.evaluation.predictions_file import About, number_users, predictions_path, read_about
 from dti_dist.options import PROMPT, RESAMPLES, SPLIT
 from dti_dist.runs.folder import RunFolder
-from dti_dist.sql import literal, open_workspace
+from dti_dist.sql import open_workspace, parquet
 
 
 def compare(
@@ -105,7 +105,7 @@ def _pair(
             connection.execute(
                 f"CREATE TABLE of_{side} AS SELECT user_id, item_id, timestamp, label, "
                 "probability, row_number() OVER (PARTITION BY user_id, item_id, timestamp "
-                f"ORDER BY row, position) AS time FROM read_parquet({literal(str(file))})"
+                f"ORDER BY row, position) AS time FROM {parquet([str(file)])}"
             )
         key = "user_id, item_id, timestamp, time"
         connection.execute(

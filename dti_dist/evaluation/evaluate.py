@@ -35,7 +35,7 @@ from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.places import DATA, DEEPSPEED, MODEL
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.runs.trained_on import since_training
-from dti_dist.sql import literal, open_workspace
+from dti_dist.sql import open_workspace, parquet
 from dti_dist.zero.partition import for_predictions
 
 Predictor = Callable[[Batch], torch.Tensor]
@@ -248,11 +248,11 @@ class _Evaluation:
     ) -> None:
         """Make the table ``spooled_{split}`` of all ranks' files; none may be missing."""
         files = [spool_of(scratch, split, rank) for rank in range(self.ranks.world)]
-        listed = ", ".join(literal(str(file)) for file in files)
         with sql_errors(f"reading the predictions of {split}"):
             # `user` is for the threshold, which does not depend on users.
+            spooled = parquet(map(str, files))
             connection.execute(
-                f"CREATE TABLE spooled_{split} AS SELECT *, 0 AS user FROM read_parquet([{listed}])"
+                f"CREATE TABLE spooled_{split} AS SELECT *, 0 AS user FROM {spooled}"
             )
             (found,) = rows(connection, f"SELECT count(*) AS targets FROM spooled_{split}")
         if found["targets"] != plan.index.total_targets and not plan.skip_bad:

@@ -25,7 +25,7 @@ from dti_dist.errors import UserError
 from dti_dist.evaluation.metrics import sql_errors
 from dti_dist.files import replacing
 from dti_dist.runs.folder import RunFolder
-from dti_dist.sql import literal
+from dti_dist.sql import parquet
 
 SCHEMA = pa.schema(
     [
@@ -210,7 +210,7 @@ def load_targets(
         more: further columns, each after a comma; joins: of the tables that they are from, with
             the file as the table ``predictions``.
     """
-    source = f"read_parquet({literal(str(file))})"
+    source = parquet([str(file)])
     with sql_errors(f"reading {file}"):
         number_users(connection, f"SELECT user_id FROM {source}")
         connection.execute(

@@ -137,7 +137,7 @@ def test_movielens_wants_a_path_or_a_download(tmp_path, capsys):
 
 
 def test_events_command_reads_its_columns(tmp_path, capsys):
-    rows = "\n".join(f"u{n % 5},i{n % 3},{1000 + n},{n % 2}" for n in range(60))
+    rows = "\n".join(f"u{n % 5},i{n % 3},{1_700_000_000 + n},{n % 2}" for n in range(60))
     (tmp_path / "events.csv").write_text(f"who,what,at,clicked\n{rows}\n")
     (tmp_path / "items.csv").write_text("id,name,kind\ni0,a,x\ni1,b,y\ni2,c,z\n")
     options = {

@@ -470,5 +470,5 @@ def test_what_is_missing_or_something_else_is_said(
     write(pa.table(as_text), tmp_path / "latin.parquet")
     for kind in ("csv", "parquet"):
         said = refused("--items", str(tmp_path / f"latin.{kind}"), "--force")
-        assert f"the item table: reading {tmp_path}/latin.{kind} failed" in said
+        assert f"the item table: reading failed in {tmp_path}/latin.{kind}: " in said
         assert "utf" in said.lower()

@@ -64,7 +64,7 @@ from dti_dist.data.prepare.writer import DatasetWriter, add_counts, write_manife
 from dti_dist.errors import UserError
 from dti_dist.files import flush_to_disk
 from dti_dist.options import AppendTo
-from dti_dist.sql import Workspace, literal, sql_errors, stream
+from dti_dist.sql import Workspace, parquet, sql_errors, stream
 
 _PART = re.compile(
     r"(items|train|valid|test)/\.?part-(\d+)(-[0-9a-f]+)?\.parquet(\.partial-[0-9a-f]+)?"
@@ -197,8 +197,7 @@ class _OldTables:
 
         def read(folder: str, options: str = "") -> str:
             parts = sorted(path for path in dataset.manifest.files if path.startswith(folder + "/"))
-            uris = ", ".join(literal(storage.join(dataset.uri, path)) for path in parts)
-            return f"read_parquet([{uris}]{options})"
+            return parquet([storage.join(dataset.uri, path) for path in parts], options)
 
         tables.create(
             "known_items", f"SELECT * FROM {read('items')}", "reading the data set's items"

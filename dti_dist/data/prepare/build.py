@@ -21,6 +21,7 @@ from dti_dist.console import progress, say
 from dti_dist.data import storage
 from dti_dist.data.dataset import Manifest, SplitRule, item_schema
 from dti_dist.data.prepare import statistics
+from dti_dist.data.prepare.input_table import FileScan, naming_the_file
 from dti_dist.data.prepare.split import (
     Histories,
     cut_sequences,
@@ -29,7 +30,6 @@ from dti_dist.data.prepare.split import (
     target_ranges,
 )
 from dti_dist.data.prepare.tables import (
-    FEWEST_INTERACTIONS,
     Tables,
     UserCounts,
     check_events,
@@ -45,25 +45,10 @@ from dti_dist.data.prepare.tables import (
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.errors import UserError
 from dti_dist.options import BuildOptions
-from dti_dist.sql import Workspace, literal, open_workspace, quote, sql_errors, stream
+from dti_dist.sql import Workspace, open_workspace, quote, sql_errors, stream
 
 # About 30 bytes each in Python: enough to make numpy's overhead vanish, little to hold in memory.
 _INTERACTIONS_AT_A_TIME = 1 << 20
-
-
-@dataclass(frozen=True)
-class FileScan:
-    """A SELECT over files that may also be read one by one: ``select`` ends before its FROM, and
-    ``reader`` is a table function of DuckDB that takes a list of files, then ``options``."""
-
-    select: str
-    reader: str
-    files: tuple[str, ...]
-    options: str = ""
-
-    def query(self, files: tuple[str, ...] | None = None) -> str:
-        paths = ", ".join(literal(file) for file in files or self.files)
-        return f"{self.select} FROM {self.reader}([{paths}]{self.options})"
 
 
 @dataclass(frozen=True)
@@ -79,7 +64,8 @@ class Source:
         text_columns: their names.
         description: what ``dataset.json`` says under ``source``.
         notes: lines for the summary.
-        event_files: the same as ``events``, file by file, for engines that share them out.
+        event_files, item_files: the same as ``events`` and ``items``, file by file: for engines
+            that share them out, and to say where a row is.
     """
 
     name: str
@@ -89,6 +75,7 @@ class Source:
     description: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     event_files: FileScan | None = None
+    item_files: FileScan | None = None
 
 
 @dataclass(frozen=True)
@@ -170,9 +157,16 @@ def build_dataset(
             load_events(duck, source)
         tables = engine(duck, source, writer) if engine else duck
         check_events(tables)
-        users = count_users(tables)
+        users = count_users(tables, options.min_interactions)
         days = count_days(tables, users.kept_events)
-        rule = choose_split(tables, options.split, options.fractions, days, users.kept_events)
+        rule = choose_split(
+            tables,
+            options.split,
+            options.fractions,
+            days,
+            users.kept_events,
+            options.split_times,
+        )
         refuse_empty_split(rule, users, days)
         say(f"sorting {users.interactions:,} interactions")
         out_of_order, ceiling = tables.write_sequences(writer, users, rule, options)
@@ -188,13 +182,22 @@ def build_dataset(
             statistics=read_statistics(tables, users.per_user, days),
         )
     notes = list(source.notes)
+    if manifest.label_rate in (0, 1):
+        notes.append(
+            f"WARNING: all labels are {manifest.label_rate:g}, so there is nothing to learn. Check "
+            "the label's expression: texts are compared letter by letter"
+        )
     if out_of_order:
         notes.append(f"interactions out of time order in the input, now sorted: {out_of_order:,}")
     if users.users_left_out:
         notes.append(
-            f"users left out, for they have fewer than {FEWEST_INTERACTIONS} interactions: "
+            f"users left out, for they have fewer than {options.min_interactions} interactions: "
             f"{users.users_left_out:,}"
         )
+    notes.append(
+        f"targets without any interaction before them, each user's first: {users.users:,}; "
+        "training and evaluation leave them out unless sample.min_context is 0"
+    )
     if ceiling:
         known = ", ".join(f"{split} {auc:.4f}" for split, auc in ceiling.items())
         notes.append(f"AUC of the true click probabilities, which no model can beat: {known}")
@@ -216,18 +219,27 @@ class DuckTables:
     def __init__(self, workspace: Workspace, source: Source):
         self.connection = workspace.connection
         self.name, self.text_columns = source.name, source.text_columns
+        self._event_files = source.event_files
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
         with sql_errors(f"{self.name}: {doing}"):
             result = self.connection.sql(query)
             return [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
 
-    def create(self, table: str, query: str, doing: str) -> None:
-        with sql_errors(f"{self.name}: {doing}"):
+    def create(self, table: str, query: str, doing: str, files: FileScan | None = None) -> None:
+        """As in Tables. An error names which of the files can't be read."""
+        doing = f"{self.name}: {doing}"
+        with naming_the_file(self.connection, doing, files) if files else sql_errors(doing):
             self.connection.execute(f"CREATE TABLE {table} AS {query}")
 
-    def input_number(self, input_order: int) -> int:
-        return input_order + 1
+    def place(self, input_order: int) -> str:
+        row = input_order
+        for file, scan in self._event_files.one_by_one() if self._event_files else []:
+            (rows,) = self.rows(f"SELECT count(*) AS rows FROM ({scan.query()})", "counting rows")
+            if row < rows["rows"]:
+                return f"row {row + 1:,} of {file}"
+            row -= rows["rows"]
+        return f"interaction {input_order + 1:,}"
 
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
@@ -266,14 +278,15 @@ def load_items(tables: DuckTables, source: Source, known: str | None = None) -> 
     doing = "reading the item table"
     names = ", ".join(quote(text) for text in texts)
     columns = ", ".join(f"coalesce({quote(text)}, '') AS {quote(text)}" for text in texts)
-    tables.create("given_items", f"SELECT source_id, {columns} FROM ({source.items})", doing)
+    query = f"SELECT source_id, {columns} FROM ({source.items})"
+    tables.create("given_items", query, doing, source.item_files)
     (without_id,) = tables.rows(
-        "SELECT count(*) AS items FROM given_items WHERE source_id IS NULL", doing
+        "SELECT count(*) AS items FROM given_items WHERE coalesce(source_id, '') = ''", doing
     )
     if without_id["items"]:
         raise UserError(
             f"{source.name}: expected an id for every row of the item table; "
-            f"{without_id['items']:,} rows have none. Remove those rows."
+            f"{without_id['items']:,} rows have none (null or empty). Remove those rows."
         )
     (repeated,) = tables.rows(
         "SELECT count(*) AS ids, array_agg(source_id ORDER BY source_id)[:3] AS examples FROM "
@@ -321,7 +334,7 @@ def load_events(tables: DuckTables, source: Source) -> None:
     """Make the table ``events``; the rowid of what it shows is the input order."""
     query = events_query(tables, source, source.events)
     say(f"{source.name}: reading the interactions")
-    tables.create("stored_events", query, "reading the interactions")
+    tables.create("stored_events", query, "reading the interactions", source.event_files)
     tables.connection.execute(
         "CREATE VIEW events AS SELECT rowid AS input_order, * FROM stored_events"
     )
@@ -341,7 +354,7 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
     connection = tables.connection
     probability = ""
     if "probability" in connection.table("stored_events").columns:
-        probability = ", probability"
+        probability = ", events.probability"
     connection.execute(
         "CREATE TABLE ranks AS SELECT *, row_number() OVER (ORDER BY md5(user_id), user_id) AS "
         "rank FROM users"
@@ -349,9 +362,10 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
     interactions = RowStream(
         stream(
             connection,
-            "SELECT items.item_id::INTEGER AS item_id, label::TINYINT AS label, timestamp, "
-            f"input_order{probability} FROM events "
-            "JOIN ranks USING (user_id) JOIN items ON events.item_id = items.source_id "
+            "SELECT items.item_id::INTEGER AS item_id, events.label::TINYINT AS label, "
+            f"events.timestamp, events.input_order{probability} FROM events "
+            "JOIN ranks ON events.user_id = ranks.user_id "
+            "JOIN items ON events.item_id = items.source_id "
             "ORDER BY ranks.rank, events.time_us, events.input_order",
             100_000,
         )

@@ -100,6 +100,11 @@ def events(
         tuple[str, ...], Parameter(converter=_columns, n_tokens=1, metavar="COL,COL")
     ],
     item_key: Column | None = None,
+    time_unit: options.TimeUnit | None = None,
+    time_format: Annotated[str | None, Parameter(metavar="FORMAT")] = None,
+    columns: Annotated[
+        tuple[str, ...], Parameter(converter=_columns, n_tokens=1, metavar="COL,COL")
+    ] = (),
     name: str = options.EVENTS_NAME,
     append: Annotated[bool, Parameter(group=(_APPENDING, options.DATA_SETTINGS))] = False,
     append_to: Annotated[AppendTo | None, Parameter(group=_APPENDING)] = None,
@@ -108,10 +113,10 @@ def events(
     out: Out,
     build: Build = _DEFAULTS,
 ) -> None:
-    """Event logs with a row per interaction, in Parquet or CSV, and an item table with texts.
+    """Event logs with a row per interaction, in Parquet, CSV or JSON lines, and an item table.
 
-    Times are dates, ISO strings, or numbers since 1970 whose unit (s, ms, us, ns) their magnitude
-    tells; without a zone they count as UTC.
+    Times are dates, ISO strings, or numbers since 1970 in the one unit that puts all of them into
+    the years 1990 to 2100; without a zone they count as UTC.
 
     Args:
         paths: Files, folders, globs, fsspec URLs.
@@ -122,6 +127,9 @@ def events(
         label: One SQL expression over the events' columns: "rating >= 4", "clicked".
         text_cols: The item table's texts, most telling first.
         item_key: The item table's id (default: as --item-col).
+        time_unit: Unit of times that are numbers since 1970.
+        time_format: How times are written, for DuckDB's strptime: %d/%m/%Y %H:%M, %Y%m%d.
+        columns: Names of the columns of CSV files that have no header.
         name: The data set's name.
         append: Add them to the data set at --out, whose files stay as they are; all must be newer
             than what it has, and --items need name new items alone.
@@ -148,9 +156,24 @@ def events(
             "or leave it out."
         )
     from dti_dist.data.prepare.events import EventColumns, read_events
+    from dti_dist.data.prepare.times import TimeRule
 
-    columns = EventColumns(user_col, item_col, time_col, item_key or item_col, text_cols)
-    read = partial(read_events, paths=paths, items=items, columns=columns, label=label, name=name)
+    read = partial(
+        read_events,
+        paths=paths,
+        items=items,
+        columns=EventColumns(
+            user_col,
+            item_col,
+            time_col,
+            item_key or item_col,
+            text_cols,
+            TimeRule(time_unit, time_format),
+            columns,
+        ),
+        label=label,
+        name=name,
+    )
     if append:
         from dti_dist.data.prepare.append import append_to_dataset
 

@@ -1,95 +1,53 @@
-"""Flat event logs (Parquet or CSV, local or any fsspec URL) and an item table."""
+"""Flat event logs (Parquet, CSV or JSON lines, local or any fsspec URL) and an item table."""
 
 from __future__ import annotations
 
-import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from dti_dist.data import storage
-from dti_dist.data.prepare.build import FileScan, Source
-from dti_dist.data.prepare.label import label_expression
-from dti_dist.errors import UserError, nearest
-from dti_dist.sql import Workspace, literal, quote, sql_errors
-
-_FORMATS = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".csv": "csv",
-    ".csv.gz": "csv",
-    ".csv.zst": "csv",
-    ".tsv": "csv",
-    ".tsv.gz": "csv",
-}
-READING_TIMES = "the events: reading the time column"
-# The value that a scan gives over all files; where they are read one by one, min or max joins them.
-Extreme = Callable[[FileScan, Callable[[list[Any]], Any]], Any]
-_SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
-_INTEGERS = (*_SIGNED, *(f"U{name}" for name in _SIGNED))
-# Told apart by the largest timestamp: seconds reach 1e11 in the year 5138, and 1e11 milliseconds
-# were in 1973. With each, what turns it into microseconds.
-_UNITS = (
-    (1e11, "seconds", "* 1000000"),
-    (1e14, "milliseconds", "* 1000"),
-    (1e17, "microseconds", "* 1"),
-    (float("inf"), "nanoseconds", "/ 1000"),
+from dti_dist.data.prepare.build import Source
+from dti_dist.data.prepare.input_table import (
+    Column,
+    FileScan,
+    InputTable,
+    Survey,
+    Typing,
+    Value,
+    as_type,
+    family,
+    naming_the_file,
+    survey_with_duckdb,
 )
+from dti_dist.data.prepare.label import LabelExpression
+from dti_dist.data.prepare.times import TimeColumn, TimeRule
+from dti_dist.errors import UserError
+from dti_dist.sql import Workspace, quote
+
+_ANY_TIME = TimeRule()
+_USER, _ITEM = "\x01user", "\x01item"  # beside the names of the label's columns
 
 
 @dataclass(frozen=True)
 class EventColumns:
-    """``item`` is the column of the events; ``item_key`` that of the item table."""
+    """``item`` is the column of the events; ``item_key`` that of the item table.
+
+    Attributes:
+        time_rule: how times are written.
+        names: of the columns of CSV events without a header.
+    """
 
     user: str
     item: str
     time: str
     item_key: str
     texts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Files that are read as one: by a table function, with the type of each column."""
-
-    what: str
-    reader: str
-    files: tuple[str, ...]
-    options: str
-    types: dict[str, str]
-
-    def scan(self, select: str) -> FileScan:
-        return FileScan(select, self.reader, self.files, self.options)
-
-    def scan_one_by_one(self, select: str) -> FileScan:
-        """The same for each file read alone: a CSV file of few rows would suggest other types."""
-        types = ", ".join(f"{literal(name)}: {literal(kind)}" for name, kind in self.types.items())
-        options = (
-            self.options if self.reader == "read_parquet" else f", header=true, types={{{types}}}"
-        )
-        return FileScan(select, self.reader, self.files, options)
-
-    def type_of(self, column: str, option: str) -> str:
-        if column not in self.types:
-            raise UserError(
-                f"{option} {column}: expected a column of {self.what}; found "
-                f"{', '.join(self.types)}.{nearest(column, self.types)}"
-            )
-        return self.types[column]
-
-    def id_column(self, column: str, option: str) -> str:
-        """The column as text. Floats are refused: their text is "1.0", which equals no "1"."""
-        found = self.type_of(column, option)
-        if found not in ("VARCHAR", "UUID", *_INTEGERS):
-            raise UserError(
-                f"{option} {column}: expected ids that are strings or integers; found {found} in "
-                f"{self.what}. Convert the column, or name another."
-            )
-        return f"CAST({quote(column)} AS VARCHAR)"
+    time_rule: TimeRule = _ANY_TIME
+    names: tuple[str, ...] = ()
 
 
 def read_events(
@@ -99,34 +57,55 @@ def read_events(
     columns: EventColumns,
     label: str,
     name: str = "events",
-    extreme: Extreme | None = None,
+    survey: Survey | None = None,
 ) -> Source:
     """Event files and an item table as a Source.
 
-    ``paths`` and ``items`` are files, folders, globs or fsspec URLs, of Parquet or CSV (with a
-    header). The time column may be a date or timestamp, an ISO string, or a number since 1970 in
-    seconds, milliseconds, microseconds or nanoseconds, told apart by the largest one's magnitude.
-    Timestamps without a zone count as UTC. ``extreme`` reads the smallest or largest value over the
-    files, by default with DuckDB. Raises UserError naming the option that is at fault.
+    ``paths`` and ``items`` are files, folders, globs or fsspec URLs, of Parquet, CSV or JSON lines.
+    Timestamps without a zone count as UTC. ``survey`` runs aggregates over the files, by default
+    with DuckDB. Raises UserError naming the option that is at fault.
     """
     connection = workspace.connection
-    ids = (columns.user, columns.item)
-    events = _open_table(connection, "the events", paths, text=ids)
-    user = events.id_column(columns.user, "--user-col")
-    item = events.id_column(columns.item, "--item-col")
-    time_us, unit = _time_us(events, columns.time, extreme or partial(_extreme, connection))
-    expression = label_expression(connection, label, list(events.types))
-    table = _open_table(connection, "the item table", items, (columns.item_key, *columns.texts))
-    key = table.id_column(columns.item_key, "--item-key")
-    texts = [_text(table, column) for column in columns.texts]
-    select = (
-        f"SELECT {user} AS user_id, {item} AS item_id, {time_us} AS time_us, {expression} AS label"
+    expression = LabelExpression(connection, label)
+    ids = {"--user-col": columns.user, "--item-col": columns.item}
+    wanted = (*ids.values(), columns.time, *expression.names)
+    events = InputTable.open(connection, "the events", paths, wanted, columns.names)
+    for option, column in {**ids, "--time-col": columns.time}.items():
+        events.require(column, option)
+    of_label = expression.columns(events.names)
+    for column in of_label:
+        events.require(column, expression.option)
+    time = TimeColumn(events, columns.time, columns.time_rule)
+    typing = Typing(events, [*of_label, *(ids.values() if events.is_json else ())])
+    found = events.survey(
+        survey or partial(survey_with_duckdb, connection),
+        typing.aggregates | time.aggregates,
+        typing.values | time.values,
     )
+    options = {column: option for option, column in ids.items()}
+    options |= dict.fromkeys(of_label, expression.option)
+    typed = typing.types(found, options)
+    types = {c: typed.get(c) or events.one_type(c, expression.option) for c in of_label}
+    condition = expression.sql(types)
+    time_us, unit, notes = time.read(found)
+    values: dict[str, Value] = {
+        _USER: _id(events, columns.user, "--user-col", typed),
+        _ITEM: _id(events, columns.item, "--item-col", typed),
+        **time.values,
+        **{column: (column, as_type(kind)) for column, kind in types.items()},
+    }
+    select = (
+        f"SELECT {quote(_USER)} AS user_id, {quote(_ITEM)} AS item_id, {time_us} AS time_us, "
+        f"{condition} AS label"
+    )
+    table = _open_items(connection, items, columns.item_key, columns.texts)
+    event_files, item_files = events.scan(select, values), table.scan()
     return Source(
         name=name,
-        events=events.scan(select).query(),
-        event_files=events.scan_one_by_one(select),
-        items=table.scan(f"SELECT {key} AS source_id, {', '.join(texts)}").query(),
+        events=event_files.query(),
+        event_files=event_files,
+        items=item_files.query(),
+        item_files=item_files,
         text_columns=list(columns.texts),
         description={
             "kind": "events",
@@ -141,7 +120,12 @@ def read_events(
             "label": label,
             "time_unit": unit,
         },
-        notes=[f"timestamps in {columns.time} are read as {unit}"],
+        notes=[
+            f"timestamps in {columns.time} are read as {unit}",
+            *notes,
+            *events.notes,
+            *table.table.notes,
+        ],
     )
 
 
@@ -153,15 +137,15 @@ def read_item_table(
     Raises UserError for a missing file or column, a missing or repeated id, or bytes that are no
     UTF-8.
     """
-    table = _open_table(connection, "the item table", paths, (key, *texts))
-    select = ", ".join(_text(table, column) for column in texts)
-    scan = table.scan(f"SELECT {table.id_column(key, '--item-key')} AS source_id, {select}")
-    with sql_errors(f"the item table: reading {paths[0]}"):
+    table = _open_items(connection, paths, key, texts)
+    scan = table.scan()
+    with naming_the_file(connection, "the item table: reading", scan):
         found = connection.sql(scan.query()).to_arrow_table()
     ids = found["source_id"]
-    if ids.null_count:
+    empty = pc.sum(pc.fill_null(pc.equal(ids, ""), True)).as_py() or 0
+    if empty:
         raise UserError(
-            f"the item table: expected an id in every row; {ids.null_count:,} have none (null). "
+            f"the item table: expected an id in every row; {empty:,} have none (null or empty). "
             f"Remove these rows, or check --item-key {key}."
         )
     if len(ids.unique()) < len(ids):
@@ -174,114 +158,77 @@ def read_item_table(
     return found
 
 
-def _open_table(
-    connection: duckdb.DuckDBPyConnection, what: str, paths: Sequence[str], text: Sequence[str]
-) -> _Table:
-    """Files that DuckDB reads as one table; in CSV the ``text`` columns keep their exact text,
-    so that the id 007 does not become 7."""
-    files = [file for path in paths for file in _expand(connection, path)]
-    kinds = {_kind(file): file for file in files}
-    if len(kinds) > 1:
-        raise UserError(
-            f"{what}: expected files of one format; found {' and '.join(kinds.values())}. "
-            "Name only those of one format."
+@dataclass(frozen=True)
+class _Items:
+    """An item table, and the values that are read of it."""
+
+    table: InputTable
+    values: dict[str, Value]
+
+    def scan(self) -> FileScan:
+        return self.table.scan("SELECT *", self.values)
+
+
+def _open_items(
+    connection: duckdb.DuckDBPyConnection, paths: Sequence[str], key: str, texts: Sequence[str]
+) -> _Items:
+    table = InputTable.open(connection, "the item table", paths, (key, *texts))
+    table.require(key, "--item-key")
+    for text in texts:
+        table.require(text, "--text-cols")
+    typed = {}
+    if table.is_json:
+        typing = Typing(table, [key])
+        found = table.survey(
+            partial(survey_with_duckdb, connection), typing.aggregates, typing.values
         )
-    listed = ", ".join(literal(file) for file in files)
-    kind = next(iter(kinds))
-    options = "" if kind == "parquet" else ", header=true"
-    with sql_errors(f"{what}: reading {files[0]}" + (", …" if len(files) > 1 else "")):
-        relation = connection.sql(f"SELECT * FROM read_{kind}([{listed}]{options})")
-        if kind == "csv":
-            types = ", ".join(
-                f"{literal(name)}: 'VARCHAR'" for name in relation.columns if name in text
-            )
-            options += f", types={{{types}}}" if types else ""
-            relation = connection.sql(f"SELECT * FROM read_csv([{listed}]{options})")
-        found = dict(zip(relation.columns, map(str, relation.types), strict=True))
-    return _Table(what, f"read_{kind}", tuple(files), options, found)
+        typed = typing.types(found, {key: "--item-key"})
+    values = {"source_id": _id(table, key, "--item-key", typed)}
+    return _Items(table, values | {text: _text(table, text) for text in texts})
 
 
-def _expand(connection: duckdb.DuckDBPyConnection, path: str) -> list[str]:
-    """The files that a file, folder, glob or URL stands for, sorted. Hidden ones and those that
-    begin with an underscore, such as Spark's _SUCCESS, are no data."""
-    fs, inner = storage.filesystem(path)
-    storage.register(connection, path)
-    if fs.isdir(inner):
-        found = [
-            file
-            for file in fs.find(inner)
-            if _kind(file, None)
-            and not any(
-                part.startswith((".", "_")) for part in posixpath.relpath(file, inner).split("/")
-            )
-        ]
-    elif fs.isfile(inner):
-        found = [inner]
-    else:
-        is_glob = any(character in inner for character in "*?[")
-        found = [file for file in fs.glob(inner) if fs.isfile(file)] if is_glob else []
-    if not found:
-        endings = ", ".join(_FORMATS)
-        raise UserError(
-            f"{path}: expected a file, a folder or a glob of files ({endings}); found nothing "
-            "there. Check the path."
-        )
-    if storage.is_local(path):
-        return sorted(found)
-    scheme = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-    return [f"{scheme}://{file.lstrip('/')}" for file in sorted(found)]
-
-
-def _kind(file: str, default: str | None = "unknown") -> str | None:
-    for ending, kind in _FORMATS.items():
-        if file.lower().endswith(ending):
-            return kind
-    if default is None:
-        return None
-    raise UserError(
-        f"{file}: expected a file that ends in one of {', '.join(_FORMATS)}. Rename it, or convert "
-        "it to Parquet."
-    )
-
-
-def _time_us(events: _Table, column: str, extreme: Extreme) -> tuple[str, str]:
-    """An SQL expression for microseconds since epoch, and the unit found."""
-    found, name = events.type_of(column, "--time-col"), quote(column)
-    if found.startswith(("DATE", "TIMESTAMP")):
-        plain = name if "ZONE" in found else f"CAST({name} AS TIMESTAMP)"
-        return f"epoch_us({plain})", found.lower()
-    if found == "VARCHAR":
-        unreadable = f"{name} IS NOT NULL AND TRY_CAST({name} AS TIMESTAMPTZ) IS NULL"
-        bad = extreme(
-            events.scan_one_by_one(f"SELECT min(CASE WHEN {unreadable} THEN {name} END)"), min
-        )
-        if bad is not None:
+def _id(table: InputTable, column: str, option: str, typed: Mapping[str, str]) -> Value:
+    """Ids as text. Floats are refused: their text is "1.0", which equals no "1"."""
+    found = {family(typed[column]): ""} if column in typed else table.families(column)
+    for kind, file in found.items():
+        if kind not in ("text", "integer", "binary", "null"):
+            types = typed.get(column) or table.type_in(column, file)
             raise UserError(
-                f"--time-col {column}: expected numbers or ISO dates such as 2024-05-01 or "
-                f"2024-05-01T12:30:00Z; found {bad!r} in {events.what}. Convert the column."
+                f"{option} {column}: expected ids that are strings or integers; found {types} in "
+                f"{file or table.what}. Convert the column, or name another."
             )
-        return f"epoch_us(CAST({name} AS TIMESTAMPTZ))", "ISO text"
-    if found not in _INTEGERS and not found.startswith(("FLOAT", "DOUBLE", "DECIMAL")):
-        raise UserError(
-            f"--time-col {column}: expected numbers, dates or ISO strings; found {found} in "
-            f"{events.what}. Name another column."
-        )
-    largest = extreme(events.scan_one_by_one(f"SELECT max(abs({name}))::DOUBLE"), max) or 0.0
-    unit, to_us = next((unit, to_us) for limit, unit, to_us in _UNITS if largest < limit)
-    if found in _INTEGERS:
-        # Integers stay integers: 1e18 nanoseconds have more digits than a double.
-        return f"CAST({name} AS BIGINT) {to_us.replace('/', '//')}", unit
-    return f"CAST(floor({name} {to_us}) AS BIGINT)", unit
+    if len(found) > 1:
+        table.refuse_families(column, f"{option} {column}")
+    return column, _as_text
 
 
-def _extreme(connection: duckdb.DuckDBPyConnection, scan: FileScan, _pick: Callable) -> Any:
-    with sql_errors(READING_TIMES):
-        return connection.sql(scan.query()).fetchall()[0][0]
+def _as_text(column: Column) -> str:
+    if column.type == "BLOB":
+        return f"decode({column.sql})"
+    return column.sql if column.type is None else f"CAST({column.sql} AS VARCHAR)"
 
 
-def _text(table: _Table, column: str) -> str:
-    """The column as text; a list's elements are joined by commas."""
-    found = table.type_of(column, "--text-cols")
-    if found.endswith("[]"):
-        return f"array_to_string({quote(column)}, ', ') AS {quote(column)}"
-    return f"CAST({quote(column)} AS VARCHAR) AS {quote(column)}"
+def _text(table: InputTable, column: str) -> Value:
+    """The column as text; a list's elements are joined by commas, and NaN is no text."""
+    for file in table.files:
+        kind = file.columns[column].type or "VARCHAR"
+        if (
+            kind.startswith(("STRUCT", "MAP", "UNION", "VARIANT"))
+            or kind.endswith(")[]")
+            or (kind.endswith("[][]"))
+        ):
+            raise UserError(
+                f"--text-cols {column}: expected text, numbers or lists of them; found {kind} in "
+                f"{file.file.path}. Select the field that is wanted, or convert the column."
+            )
+
+    def as_text(found: Column) -> str:
+        if found.json_list is not None:
+            return found.json_list
+        if found.type is not None and found.type.endswith("]"):
+            return f"array_to_string({found.sql}, ', ')"
+        if found.type in ("FLOAT", "DOUBLE"):
+            return f"CASE WHEN NOT isnan({found.sql}) THEN CAST({found.sql} AS VARCHAR) END"
+        return _as_text(found)
+
+    return column, as_text

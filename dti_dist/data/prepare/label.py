@@ -2,51 +2,135 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import duckdb
 
+from dti_dist.data.prepare.input_table import NULL, Family, family
 from dti_dist.errors import UserError, nearest
+from dti_dist.sql import quote
 
 _OPENING = "SELECT ("
 
 
-def label_expression(connection: duckdb.DuckDBPyConnection, text: str, columns: list[str]) -> str:
-    """Check that ``text`` is one scalar SQL expression over ``columns``; give it in parentheses.
+class LabelExpression:
+    """One scalar SQL expression over the columns of an interaction.
 
-    Raises UserError for text that does not parse, that is more than one expression (statements,
-    clauses), that holds a subquery, ``*`` or a window, or that names an unknown column.
+    Attributes:
+        names: of columns, as the expression has them.
+        option: for messages.
     """
 
-    def refuse(problem: str) -> UserError:
+    def __init__(self, connection: duckdb.DuckDBPyConnection, text: str):
+        """Raises UserError for text that does not parse, that is more than one expression
+        (statements, clauses), or that holds a subquery, ``*`` or a window."""
+        self._connection, self._text, self.option = connection, text, f"--label {text!r}"
+        parsed = _parse(connection, text)
+        if parsed["error"]:
+            position = int(parsed.get("position") or 0) - len(_OPENING) + 1
+            at = f"character {position}" if 0 < position <= len(text) else "its end"
+            raise self._refused(f"DuckDB can't read it: {parsed['error_message']}, at {at}.")
+        if _clauses(parsed) != _clauses(_parse(connection, "1")):
+            raise self._refused("it is more than one expression.")
+        self._parsed = parsed
+        self._nodes = list(_nodes(parsed["statements"][0]["node"]["select_list"]))
+        for node in self._nodes:
+            kind = node.get("class")
+            if kind in ("SUBQUERY", "STAR", "WINDOW"):
+                raise self._refused(f"a label may not hold a {kind.lower()}.")
+            if kind == "FUNCTION" and _is_aggregate(connection, node["function_name"]):
+                raise self._refused(
+                    f"{node['function_name']}() is over many interactions; a label is of one."
+                )
+        columns = (node for node in self._nodes if node.get("class") == "COLUMN_REF")
+        self.names = list(dict.fromkeys(node["column_names"][0] for node in columns))
+
+    def columns(self, known: Sequence[str]) -> list[str]:
+        """The columns that the expression names, whatever the case of its letters.
+
+        Raises:
+            UserError: there is none of a name, or there are several.
+        """
+        found: dict[str, str] = {}
+        for name in self.names:
+            fitting = [column for column in known if column.lower() == name.lower()]
+            if not fitting:
+                raise self._refused(
+                    f"no column {name!r} among {', '.join(known)}.{nearest(name, known)}"
+                )
+            column = name if name in fitting else fitting[0]
+            clash = len(fitting) > 1 and name not in fitting
+            if clash or found.setdefault(name.lower(), column) != column:
+                raise self._refused(
+                    f"{' and '.join(fitting)} differ in the case of letters alone, which SQL does "
+                    "not tell apart. Write one of them as it is, or rename it."
+                )
+        return list(found.values())
+
+    def sql(self, types: Mapping[str, str]) -> str:
+        """The expression in parentheses, for columns of these types.
+
+        Raises:
+            UserError: it compares text with numbers, which SQL does by rounding: '3.5' = 4.
+        """
+        nulls = ", ".join(
+            f"{NULL if kind == NULL else f'NULL::{kind}'} AS {quote(name)}"
+            for name, kind in types.items()
+        )
+        for node in self._nodes:
+            kinds = [(part, self._family(part, nulls)) for part in _compared(node)]
+            numbers = any(kind in ("integer", "number") for _, kind in kinds)
+            for part, kind in kinds:
+                if numbers and kind == "text" and not _is_whole_number(part):
+                    raise self._refused(
+                        f"it compares text with a number: {self._sql_of(node)}. Put the number in "
+                        "quotes, or cast the text, as in CAST(rating AS DOUBLE) >= 4."
+                    )
+        return f"({self._text}\n)"
+
+    def _family(self, node: dict[str, Any], columns: str) -> Family | None:
+        query = f"SELECT {self._sql_of(node)}" + (f" FROM (SELECT {columns})" if columns else "")
+        try:
+            return family(str(self._connection.sql(query).types[0]))
+        except duckdb.Error:  # DuckDB says what is wrong where it runs the whole
+            return None
+
+    def _sql_of(self, node: dict[str, Any]) -> str:
+        statement = copy.deepcopy(self._parsed)
+        statement["statements"][0]["node"]["select_list"] = [node]
+        query = "SELECT json_deserialize_sql(?::JSON)"
+        (found,) = self._connection.execute(query, [json.dumps(statement)]).fetchall()
+        return found[0].removeprefix("SELECT ")
+
+    def _refused(self, problem: str) -> UserError:
         return UserError(
-            f"--label {text!r}: {problem} Expected one SQL expression over the columns of an "
+            f"{self.option}: {problem} Expected one SQL expression over the columns of an "
             'interaction, e.g. "rating >= 4" or "event = \'click\'".'
         )
 
-    parsed = _parse(connection, text)
-    if parsed["error"]:
-        position = int(parsed.get("position") or 0) - len(_OPENING) + 1
-        at = f"character {position}" if 0 < position <= len(text) else "its end"
-        raise refuse(f"DuckDB can't read it: {parsed['error_message']}, at {at}.")
-    if _clauses(parsed) != _clauses(_parse(connection, "1")):
-        raise refuse("it is more than one expression.")
-    for node in _nodes(parsed["statements"][0]["node"]["select_list"]):
-        kind = node.get("class")
-        if kind in ("SUBQUERY", "STAR", "WINDOW"):
-            raise refuse(f"a label may not hold a {kind.lower()}.")
-        if kind == "FUNCTION" and _is_aggregate(connection, node["function_name"]):
-            raise refuse(f"{node['function_name']}() is over many interactions; a label is of one.")
-        # SQL identifiers match whatever their case.
-        if kind == "COLUMN_REF":
-            name = node["column_names"][0]
-            if name.lower() not in (column.lower() for column in columns):
-                raise refuse(
-                    f"no column {name!r} among {', '.join(columns)}.{nearest(name, columns)}"
-                )
-    return f"({text}\n)"
+
+def _compared(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts that a comparison brings to one type; none of another node."""
+    if node.get("class") == "COMPARISON":
+        return [node["left"], node["right"]]
+    if node.get("class") == "BETWEEN":
+        return [node["input"], node["lower"], node["upper"]]
+    if node.get("type") in ("COMPARE_IN", "COMPARE_NOT_IN"):
+        return node["children"]
+    return []
+
+
+def _is_whole_number(node: dict[str, Any]) -> bool:
+    """Whether it is a text such as '4', which equals a number as it equals its text."""
+    if node.get("class") != "CONSTANT":
+        return False
+    # Older releases of DuckDB write a constant as a value instead.
+    text = node["literal"]["text"] if "literal" in node else (node["value"] or {}).get("value")
+    return re.fullmatch(r"-?\d+", str(text)) is not None
 
 
 def _is_aggregate(connection: duckdb.DuckDBPyConnection, function: str) -> bool:

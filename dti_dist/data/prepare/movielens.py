@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -20,15 +20,15 @@ import pyarrow as pa
 
 from dti_dist.console import progress, say
 from dti_dist.data.prepare.build import Source
-from dti_dist.data.prepare.label import label_expression
+from dti_dist.data.prepare.label import LabelExpression
 from dti_dist.errors import UserError
 from dti_dist.files import replacing
 from dti_dist.options import MOVIELENS_LABEL, MovieLens
-from dti_dist.sql import Workspace, literal
+from dti_dist.sql import Workspace, paths
 
 DOWNLOADS = {name: f"ml-{name}.zip" for name in get_args(MovieLens)}
 DOWNLOAD_URL = "https://files.grouplens.org/datasets/movielens/"
-_RATING_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
+_RATINGS = {"user_id": "VARCHAR", "item_id": "VARCHAR", "rating": "DOUBLE", "timestamp": "BIGINT"}
 _TIMEOUT_S = 60
 _BLOCK = 1 << 20
 
@@ -64,7 +64,7 @@ def _csv_items(lines: Iterator[str]) -> Iterator[Item]:
 
 @dataclass(frozen=True)
 class _Format:
-    """``ratings_csv``: how DuckDB reads the ratings into _RATING_COLUMNS."""
+    """``ratings_csv``: how DuckDB reads the ratings into _RATINGS."""
 
     ratings: str
     items: str
@@ -73,9 +73,8 @@ class _Format:
     ratings_csv: str
 
 
-def _csv_options(delimiter: str, columns: list[str], header: bool) -> str:
-    types = {"rating": "DOUBLE", "timestamp": "BIGINT"}
-    listed = ", ".join(f"'{name}': '{types.get(name, 'VARCHAR')}'" for name in columns)
+def _csv_options(delimiter: str, columns: Iterable[str], header: bool) -> str:
+    listed = ", ".join(f"'{name}': '{_RATINGS.get(name, 'VARCHAR')}'" for name in columns)
     return (
         f"delim='{delimiter}', header={header}, quote='', escape='', auto_detect=false, "
         f"columns={{{listed}}}"
@@ -89,10 +88,8 @@ _FORMATS = (
     _Format(
         "ratings.dat", "movies.dat", "latin-1", _dat_items, _csv_options(":", _DAT_COLUMNS, False)
     ),
-    _Format("u.data", "u.item", "latin-1", _u_items, _csv_options("\t", _RATING_COLUMNS, False)),
-    _Format(
-        "ratings.csv", "movies.csv", "utf-8", _csv_items, _csv_options(",", _RATING_COLUMNS, True)
-    ),
+    _Format("u.data", "u.item", "latin-1", _u_items, _csv_options("\t", _RATINGS, False)),
+    _Format("ratings.csv", "movies.csv", "utf-8", _csv_items, _csv_options(",", _RATINGS, True)),
 )
 
 
@@ -105,7 +102,9 @@ def read_movielens(workspace: Workspace, path: str, label: str = MOVIELENS_LABEL
     origin = Path(path)
     folder, found = _locate(origin, workspace.folder)
     connection = workspace.connection
-    expression = label_expression(connection, label, _RATING_COLUMNS)
+    expression = LabelExpression(connection, label)
+    types = {column: _RATINGS[column] for column in expression.columns(list(_RATINGS))}
+    condition = expression.sql(types)
     with open(folder / found.items, encoding=found.encoding, newline="") as lines:
         try:
             items = [
@@ -126,8 +125,8 @@ def read_movielens(workspace: Workspace, path: str, label: str = MOVIELENS_LABEL
     return Source(
         name=_name(origin),
         events=(
-            f"SELECT user_id, item_id, timestamp * 1000000 AS time_us, {expression} AS label "
-            f"FROM read_csv({literal(str(folder / found.ratings))}, {found.ratings_csv})"
+            f"SELECT user_id, item_id, timestamp * 1000000 AS time_us, {condition} AS label "
+            f"FROM read_csv({paths([str(folder / found.ratings)])}, {found.ratings_csv})"
         ),
         items="SELECT * FROM movielens_items",
         text_columns=["title", "genres"],

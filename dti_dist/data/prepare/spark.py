@@ -45,13 +45,12 @@ from dti_dist.data.dataset import SEQUENCE_SCHEMA, SPLITS, FileEntry, SplitCount
 from dti_dist.data.prepare.build import (
     BuildOptions,
     DuckTables,
-    FileScan,
     Source,
     Summary,
     build_dataset,
     events_query,
 )
-from dti_dist.data.prepare.events import READING_TIMES
+from dti_dist.data.prepare.input_table import FileScan
 from dti_dist.data.prepare.split import (
     Histories,
     cut_sequences,
@@ -108,7 +107,7 @@ def build_with_spark(
 ) -> Summary:
     """Build a prepared data set as ``build_dataset`` does, on Spark.
 
-    ``read_source`` also takes ``extreme``, see ``read_events``. ``master`` is Spark's, by default
+    ``read_source`` also takes ``survey``, see ``read_events``. ``master`` is Spark's, by default
     that of the environment or of spark-submit.
 
     Raises UserError as ``build_dataset``, and where PySpark or Java is missing.
@@ -118,7 +117,7 @@ def build_with_spark(
         def read_events(duck: DuckTables, source: Source, writer: DatasetWriter) -> _SparkTables:
             return stack.enter_context(closing(_SparkTables(spark, duck, source, writer)))
 
-        read = partial(read_source, extreme=partial(_extreme, spark))
+        read = partial(read_source, survey=partial(_survey, spark))
         return build_dataset(read, out_uri, options, read_events)
 
 
@@ -191,11 +190,12 @@ class _SparkTables:
         self._persisted: list[Any] = []
         if source.event_files is None:
             raise UserError(f"{self.name}: --engine spark reads event files; use --engine duckdb.")
+        self._event_files = [file for file, _ in source.event_files.files]
         query = events_query(duck, source, "{}")
         say(f"{self.name}: reading the interactions")
         self._scan("events", source.event_files, query, _EVENT_SCHEMA)
         parts = tuple(storage.join(writer.uri, path) for path in sorted(writer.files))
-        sizes = FileScan(item_sizes_select(self.text_columns), "read_parquet", parts)
+        sizes = FileScan.of_parquet(item_sizes_select(self.text_columns), parts)
         self._scan("item_sizes", sizes, "SELECT * FROM ({})", _ITEM_SCHEMA)
 
     def close(self) -> None:
@@ -209,11 +209,9 @@ class _SparkTables:
     def create(self, table: str, query: str, doing: str) -> None:
         self._persist(table, self._spark.sql(query))
 
-    def input_number(self, input_order: int) -> int:
-        (found,) = self.rows(
-            f"SELECT count(*) AS before FROM events WHERE input_order < {input_order}", ""
-        )
-        return found["before"] + 1
+    def place(self, input_order: int) -> str:
+        number, row = divmod(input_order, 1 << _ROW_BITS)
+        return f"row {row + 1:,} of {self._event_files[number]}"
 
     def _scan(self, table: str, scan: FileScan, query: str, schema: pa.Schema) -> None:
         """Make a table of what ``query`` selects of the scan ``{}`` of each file."""
@@ -330,20 +328,20 @@ class _Planner:
         self._waiting = self._waiting.slice(start)
 
 
-def _extreme(spark: Any, scan: FileScan, pick: Callable[[list[Any]], Any]) -> Any:
-    """A scan's smallest or largest value over all files; see ``read_events``."""
-    query = "SELECT to_json(value)::VARCHAR AS value FROM ({}) AS found(value)"
-    found = _read_files(spark, scan, query, pa.schema([("value", pa.string())]), READING_TIMES)
+def _survey(spark: Any, scan: FileScan) -> list[dict[str, Any]]:
+    """A scan's aggregates, of each file; see ``read_events``."""
+    query = "SELECT to_json(found)::VARCHAR AS found FROM ({}) AS found"
+    rows = _read_files(spark, scan, query, pa.schema([("found", pa.string())]), "reading")
     with _task_errors():
-        values = [json.loads(row.value) for row in found.collect() if row.value is not None]
-    return pick(values) if values else None
+        return [json.loads(row.found) for row in rows.collect()]
 
 
 def _read_files(spark: Any, scan: FileScan, query: str, schema: pa.Schema, doing: str) -> Any:
     """A DataFrame of what ``query`` selects of the scan ``{}`` of each file, a task for each."""
-    files = spark.sparkContext.parallelize(list(enumerate(scan.files)), len(scan.files))
-    read = partial(_read, scan, query, schema, doing)
-    return spark.createDataFrame(files, "number bigint, file string").mapInArrow(
+    tasks = [(n, file, alone.query()) for n, (file, alone) in enumerate(scan.one_by_one())]
+    files = spark.sparkContext.parallelize(tasks, len(tasks))
+    read = partial(_read, query, schema, doing)
+    return spark.createDataFrame(files, "number bigint, file string, scan string").mapInArrow(
         read, _spark_schema(schema)
     )
 
@@ -357,18 +355,16 @@ def _spark_schema(schema: pa.Schema) -> Any:
 # --- what tasks do --------------------------------------------------------------------------
 
 
-def _read(
-    scan: FileScan, query: str, schema: pa.Schema, doing: str, batches: Batches
-) -> Iterator[pa.RecordBatch]:
+def _read(query: str, schema: pa.Schema, doing: str, batches: Batches) -> Iterator[pa.RecordBatch]:
     """Reads files in the order of their rows."""
     for batch in batches:
-        for number, file in zip(*batch.to_pydict().values(), strict=True):
+        for number, file, scan in zip(*batch.to_pydict().values(), strict=True):
             row = number << _ROW_BITS
             connection = duckdb.connect(config={"threads": 1, "memory_limit": "1GB"})
             connection.execute(SET_UTC)
             storage.register(connection, file)
-            with sql_errors(doing):
-                select = query.replace("{}", scan.query((file,)), 1)
+            with sql_errors(doing, where=file):
+                select = query.replace("{}", scan, 1)
                 for found in stream(connection, select, _ROWS_AT_A_TIME):
                     table = pa.Table.from_batches([found])
                     if "input_order" in schema.names:

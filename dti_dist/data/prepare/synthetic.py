@@ -33,7 +33,7 @@ from dti_dist.console import progress
 from dti_dist.data.prepare.build import Source
 from dti_dist.errors import UserError
 from dti_dist.options import SyntheticOptions
-from dti_dist.sql import Workspace, literal
+from dti_dist.sql import Workspace, parquet
 
 CATEGORIES = ("boots", "lamp", "guitar", "kettle", "novel", "tent", "watch", "chair")
 COLOURS = ("red", "blue", "green", "black", "white", "grey")
@@ -79,19 +79,19 @@ def read_synthetic(
     texts, category, effect = _items(items, seed)
     workspace.connection.register("synthetic_items", texts)
     events = workspace.folder / "events.parquet"
-    parquet = None
+    writer = None
     with progress("generating", users * interactions_per_user, "interactions") as bar:
         for table in _events(users, interactions_per_user, category, effect, seed):
-            parquet = parquet or pq.ParquetWriter(events, table.schema, compression="zstd")
-            parquet.write_table(table)
+            writer = writer or pq.ParquetWriter(events, table.schema, compression="zstd")
+            writer.write_table(table)
             bar.advance(len(table))
-    if parquet:
-        parquet.close()
+    if writer:
+        writer.close()
     return Source(
         name="synthetic",
         events=(
             "SELECT 'u' || \"user\" AS user_id, 'i' || item AS item_id, time_us, label, "
-            f"probability FROM read_parquet({literal(str(events))})"
+            f"probability FROM {parquet([str(events)])}"
         ),
         items="SELECT * FROM synthetic_items",
         text_columns=["title", "details"],

@@ -17,7 +17,6 @@ from dti_dist.data.prepare.statistics import date_of_day, distribution, text_siz
 from dti_dist.errors import UserError
 from dti_dist.sql import quote
 
-FEWEST_INTERACTIONS = 2
 _DAY = 86_400  # seconds
 
 
@@ -41,8 +40,8 @@ class Tables(Protocol):
     def create(self, table: str, query: str, doing: str) -> None:
         """Keep the result of a query as a table."""
 
-    def input_number(self, input_order: int) -> int:
-        """The place of an interaction in the input, from 1."""
+    def place(self, input_order: int) -> str:
+        """Where an interaction is in the input: "row 7 of FILE", counted from 1."""
 
 
 def item_sizes_select(text_columns: list[str]) -> str:
@@ -60,8 +59,8 @@ def check_events(tables: Tables) -> None:
     """Refuse interactions without user, item, time or label, or whose item is unknown or has no
     text. Makes the table ``interacted``: item_sizes of each item, and its interactions."""
     wrong = {
-        "user_id": "user_id IS NULL",
-        "item_id": "item_id IS NULL",
+        "user_id": "coalesce(user_id, '') = ''",
+        "item_id": "coalesce(item_id, '') = ''",
         "time_us": "time_us IS NULL",
         "label": "label IS NULL",
         "value": "label NOT IN (0, 1)",
@@ -79,25 +78,25 @@ def check_events(tables: Tables) -> None:
             f"{tables.name}: expected interactions, found none: the input has no rows. Check the "
             "paths."
         )
-    for column, what in [
-        ("user_id", "a user"),
-        ("item_id", "an item"),
-        ("time_us", "a timestamp"),
-        ("label", "a label"),
+    for column, what, none in [
+        ("user_id", "a user", "null or empty"),
+        ("item_id", "an item", "null or empty"),
+        ("time_us", "a timestamp", "null"),
+        ("label", "a label", "null"),
     ]:
         if count := found[f"{column}_count"]:
             place, _ = _place(tables, found[f"{column}_first"])
             raise UserError(
-                f"{tables.name}: expected {what} in every interaction; {count:,} have none (null)"
-                f". The first is {place}. Remove or fill these rows, or check which column "
-                "the command reads."
+                f"{tables.name}: expected {what} in every interaction; {count:,} have none "
+                f"({none}). The first is {place}. Remove or fill these rows, or check which "
+                "column the command reads."
             )
     if count := found["value_count"]:
         place, label = _place(tables, found["value_first"])
         raise UserError(
             f"{tables.name}: expected every label to be 0 or 1; {count:,} are not. The first is "
-            f"{label:g} in {place}. Use an expression that is true for a click, "
-            'e.g. --label "rating >= 4".'
+            f"{repr(label).removesuffix('.0')} in {place}. Use an expression that is true for a "
+            'click, e.g. --label "rating >= 4".'
         )
     _check_items(tables)
 
@@ -108,9 +107,8 @@ def _place(tables: Tables, input_order: int) -> tuple[str, float]:
         f"SELECT user_id, item_id, label FROM events WHERE input_order = {input_order}",
         "finding an interaction",
     )
-    number = tables.input_number(input_order)
-    place = f"interaction {number:,} (user {event['user_id']}, item {event['item_id']})"
-    return place, event["label"]
+    place = tables.place(input_order)
+    return f"{place} (user {event['user_id']}, item {event['item_id']})", event["label"]
 
 
 def _check_items(tables: Tables) -> None:
@@ -173,7 +171,7 @@ class UserCounts:
         return "events" + (" SEMI JOIN users USING (user_id)" if self.users_left_out else "")
 
 
-def count_users(tables: Tables, fewest: int = FEWEST_INTERACTIONS) -> UserCounts:
+def count_users(tables: Tables, fewest: int) -> UserCounts:
     """Make the table ``users`` (user_id, interactions) of those with enough interactions."""
     doing = "counting the users"
     tables.create(
@@ -226,10 +224,14 @@ def choose_split(
     fractions: tuple[float, float, float],
     days: Mapping[int, Day],
     events: str,
+    times: tuple[int, int] | None = None,
 ) -> SplitRule:
-    """Find the timestamps at which valid and test begin under the rule ``time``."""
+    """Find the timestamps at which valid and test begin under the rule ``time``, or take those
+    that are given."""
     if rule == "leave-last":
         return SplitRule(rule="leave-last")
+    if times is not None:
+        return _given_split(tables, events, *times)
     total = sum(day.interactions for day in days.values())
     train, valid, _ = fractions
     boundaries = {
@@ -237,6 +239,29 @@ def choose_split(
         for split, share in [("valid", train), ("test", train + valid)]
     }
     return SplitRule(rule="time", fractions=fractions, boundaries=boundaries)
+
+
+def _given_split(tables: Tables, events: str, valid: int, test: int) -> SplitRule:
+    conditions = {
+        "train": f"timestamp < {valid}",
+        "valid": f"timestamp >= {valid} AND timestamp < {test}",
+        "test": f"timestamp >= {test}",
+    }
+    counts = ", ".join(
+        f"count(CASE WHEN {condition} THEN 1 END) AS {split}"
+        for split, condition in conditions.items()
+    )
+    (found,) = tables.rows(
+        f"SELECT {counts}, min(timestamp) AS first, max(timestamp) AS last FROM {events}",
+        "counting the splits",
+    )
+    if empty := [split for split in conditions if not found[split]]:
+        raise UserError(
+            f"--split-times: expected interactions in every split; {', '.join(empty)} has none. "
+            f"Valid begins at {date_and_time(valid)} and test at {date_and_time(test)}; timestamps "
+            f"run from {date_and_time(found['first'])} to {date_and_time(found['last'])}."
+        )
+    return SplitRule(rule="time", boundaries={"valid": valid, "test": test})
 
 
 def _boundary(tables: Tables, days: Mapping[int, Day], events: str, wanted: int) -> int:
