@@ -282,6 +282,55 @@ def test_new_items_come_from_an_item_table(model, synthetic, catalogue, tmp_path
     assert summary["requests_without_context"] == 0
 
 
+def table_with(title, ids=("7", "8"), **more):
+    return pa.table({"item_id": list(ids), "title": title, **more})
+
+
+def test_texts_of_an_item_table_are_taken_as_they_are_written(model, synthetic, tmp_path, capsys):
+    """NaN and null are no text; bytes are the text that they are in UTF-8; numbers are as read."""
+    requests = write(
+        pa.table({"user_id": ["u1"], "candidates": [["7", "8"]]}), tmp_path / "r.parquet"
+    )
+    found = {}
+    for name, titles in {
+        "text": pa.array(["Café", "7"]),
+        "bytes": pa.array(["Café".encode(), b"7"]),
+        "dictionary": pa.array(["Café", "7"]).dictionary_encode(),
+        "number": pa.array([None, 7]),
+        "nan": pa.array([np.nan, 7.5]),
+        "null": pa.array([None, "7.5"]),
+    }.items():
+        items = write(table_with(titles), tmp_path / f"{name}.parquet")
+        options = ("--data", synthetic, "--items", items)
+        score(capsys, model[0], requests, tmp_path / name, *options)
+        (found[name],) = scores_in(tmp_path / name)["scores"].to_pylist()
+    assert found["bytes"] == found["dictionary"] == found["text"]
+    assert found["number"] == [None, found["text"][1]]
+    assert found["nan"] == found["null"]
+    assert found["nan"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (table_with([{"name": "a"}, {"name": "b"}]), "title: expected text, numbers or lists"),
+        (table_with([b"caf\xe9", b"b"]), "UTF"),
+        (table_with(["a", "b"], ids=["", "8"]), "expected an id in every row"),
+        (table_with(["a", "b"], ids=[None, "8"]), "expected an id in every row"),
+        (table_with(["a", "b"], ids=[7.0, 8.0]), "--item-key item_id: expected ids"),
+        (table_with(["a", "b"], ids=["7", "7"]), "expected each id once"),
+    ],
+    ids=["struct", "not UTF-8", "empty id", "null id", "float id", "repeated id"],
+)
+def test_an_item_table_that_is_none_is_refused(model, synthetic, tmp_path, capsys, table, message):
+    requests = write(pa.table({"user_id": ["u1"], "candidates": [["7"]]}), tmp_path / "r.parquet")
+    items = write(table, tmp_path / "items.parquet")
+    options = ("--data", synthetic, "--items", items)
+    _, said = score(capsys, model[0], requests, tmp_path / "out", *options, expect=2)
+    assert message in said
+    assert "items.parquet" in said or "item table" in said
+
+
 def test_an_item_table_replaces_texts_in_histories_too(
     model, synthetic, catalogue, tmp_path, capsys
 ):
