@@ -147,7 +147,9 @@ def test_both_engines_refuse_alike(spark, tmp_path):
         ({"items": few}, r"item with no row in the item table; 2 such items, e.g. '00', '01'"),
     ]:
         duck, spark_made = both(tmp_path, paths, change.pop("items", items), **change)
-        assert spark_made == duck
+        # Of several files that can't be read, Spark names one that it came to first.
+        one, other = (re.sub(r"events/\d\.", "events/N.", said) for said in (spark_made, duck))
+        assert one == other
         assert re.search(message, duck)
 
 
