@@ -137,7 +137,7 @@ def read_item_table(
     Raises UserError for a missing file or column, a missing or repeated id, or bytes that are no
     UTF-8.
     """
-    table = _open_items(connection, paths, key, texts)
+    table = _open_items(connection, paths, key, texts, "the text column")
     scan = table.scan()
     with naming_the_file(connection, "the item table: reading", scan):
         found = connection.sql(scan.query()).to_arrow_table()
@@ -170,12 +170,16 @@ class _Items:
 
 
 def _open_items(
-    connection: duckdb.DuckDBPyConnection, paths: Sequence[str], key: str, texts: Sequence[str]
+    connection: duckdb.DuckDBPyConnection,
+    paths: Sequence[str],
+    key: str,
+    texts: Sequence[str],
+    text_option: str = "--text-cols",
 ) -> _Items:
     table = InputTable.open(connection, "the item table", paths, (key, *texts))
     table.require(key, "--item-key")
     for text in texts:
-        table.require(text, "--text-cols")
+        table.require(text, text_option)
     typed = {}
     if table.is_json:
         typing = Typing(table, [key])
@@ -184,7 +188,7 @@ def _open_items(
         )
         typed = typing.types(found, {key: "--item-key"})
     values = {"source_id": _id(table, key, "--item-key", typed)}
-    return _Items(table, values | {text: _text(table, text) for text in texts})
+    return _Items(table, values | {text: _text(table, text, text_option) for text in texts})
 
 
 def _id(table: InputTable, column: str, option: str, typed: Mapping[str, str]) -> Value:
@@ -208,7 +212,7 @@ def _as_text(column: Column) -> str:
     return column.sql if column.type is None else f"CAST({column.sql} AS VARCHAR)"
 
 
-def _text(table: InputTable, column: str) -> Value:
+def _text(table: InputTable, column: str, option: str) -> Value:
     """The column as text; a list's elements are joined by commas, and NaN is no text."""
     for file in table.files:
         kind = file.columns[column].type or "VARCHAR"
@@ -218,7 +222,7 @@ def _text(table: InputTable, column: str) -> Value:
             or (kind.endswith("[][]"))
         ):
             raise UserError(
-                f"--text-cols {column}: expected text, numbers or lists of them; found {kind} in "
+                f"{option} {column}: expected text, numbers or lists of them; found {kind} in "
                 f"{file.file.path}. Select the field that is wanted, or convert the column."
             )
 
