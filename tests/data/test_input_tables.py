@@ -543,6 +543,7 @@ REFUSED = {
         {},
         r"b.parquet: expected data, found an empty file \(0 bytes\)",
     ),
+    "JSON lines without rows": ({"a.jsonl": "\n"}, {}, r"found none: \S+a.jsonl has no rows"),
     "a broken second file": (
         {"a.parquet": events(), "b.parquet": b"PAR1 and no more"},
         {},

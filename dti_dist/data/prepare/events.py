@@ -79,7 +79,7 @@ def read_events(
     typing = Typing(events, [*of_label, *(ids.values() if events.is_json else ())])
     found = events.survey(
         survey or partial(survey_with_duckdb, connection),
-        typing.aggregates | time.aggregates,
+        typing.counts | time.counts,
         typing.values | time.values,
     )
     options = {column: option for option, column in ids.items()}
@@ -183,9 +183,7 @@ def _open_items(
     typed = {}
     if table.is_json:
         typing = Typing(table, [key])
-        found = table.survey(
-            partial(survey_with_duckdb, connection), typing.aggregates, typing.values
-        )
+        found = table.survey(partial(survey_with_duckdb, connection), typing.counts, typing.values)
         typed = typing.types(found, {key: "--item-key"})
     values = {"source_id": _id(table, key, "--item-key", typed)}
     return _Items(table, values | {text: _text(table, text, text_option) for text in texts})

@@ -93,24 +93,16 @@ class FileScan:
         return [(file, FileScan(self.select, ((file, how),))) for file, how in self.files]
 
 
-# Runs a scan of aggregates and gives their values: one row, or one for each file.
-Survey = Callable[[FileScan], list[dict[str, Any]]]
+# Runs a scan of counts and gives them: one row, or one for each file.
+Survey = Callable[[FileScan], list[dict[str, int]]]
 
 
-def survey_with_duckdb(connection: duckdb.DuckDBPyConnection, scan: FileScan) -> list[dict]:
+def survey_with_duckdb(
+    connection: duckdb.DuckDBPyConnection, scan: FileScan
+) -> list[dict[str, int]]:
     with naming_the_file(connection, "reading the columns", scan):
         found = connection.sql(scan.query())
         return [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
-
-
-def merged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Aggregates of all files from those of each, by the beginning of their names."""
-    joins: dict[str, Callable] = {"sum": sum, "min": min, "max": max}
-    found = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows if row[name] is not None]
-        found[name] = joins[name[:3]](values) if values else (0 if name[:3] == "sum" else None)
-    return found
 
 
 @dataclass(frozen=True)
@@ -214,6 +206,11 @@ class InputTable:
 
     def require(self, column: str, option: str) -> None:
         """Raise UserError where a file lacks the column."""
+        if not self.names:  # JSON lines have no header
+            raise UserError(
+                f"{self.what}: expected rows, found none: {self.files[0].file.path} has no rows. "
+                "Check the paths."
+            )
         if column not in self.names:
             raise UserError(
                 f"{option} {column}: expected a column of {self.what}; found "
@@ -299,11 +296,14 @@ class InputTable:
         return FileScan(select, tuple(files))
 
     def survey(
-        self, survey: Survey, aggregates: Mapping[str, str], values: Mapping[str, Value]
-    ) -> dict[str, Any]:
-        """Aggregates over all rows of all files; see `merged` for their names."""
-        select = ", ".join(f"{sql} AS {quote(name)}" for name, sql in aggregates.items())
-        return merged(survey(self.scan(f"SELECT {select}", values))) if aggregates else {}
+        self, survey: Survey, counts: Mapping[str, str], values: Mapping[str, Value]
+    ) -> dict[str, int]:
+        """Counts, given as SQL aggregates, over all rows of all files."""
+        if not counts:
+            return {}
+        select = ", ".join(f"{sql} AS {quote(name)}" for name, sql in counts.items())
+        rows = survey(self.scan(f"SELECT {select}", values))
+        return {name: sum(row[name] for row in rows) for name in counts}
 
     def first_row(self, condition: str, values: Mapping[str, Value]) -> tuple[str, Any]:
         """Where a condition first holds, as "row 7 of FILE", and the first value there.
@@ -328,18 +328,18 @@ class Typing:
     def __init__(self, table: InputTable, columns: Sequence[str]):
         self._table, self._columns = table, [c for c in columns if table.is_text(c)]
         self.values: dict[str, Value] = {}
-        self.aggregates: dict[str, str] = {}
+        self.counts: dict[str, str] = {}
         for number, column in enumerate(self._columns):
             name = f"typed {number}"
             self.values[name] = (column, _json_type if table.is_json else as_it_is)
             conditions = _OF_JSON if table.is_json else _OF_TEXT
-            self.aggregates[f"sum_{number}_all"] = f"count({quote(name)})"
+            self.counts[f"{number} all"] = f"count({quote(name)})"
             for what, condition in conditions.items():
                 holds = condition.format(quote(name))
-                self.aggregates[f"sum_{number}_{what}"] = f"count(CASE WHEN {holds} THEN 1 END)"
+                self.counts[f"{number} {what}"] = f"count(CASE WHEN {holds} THEN 1 END)"
 
     def types(self, found: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, str]:
-        """By column, from the values of `aggregates`.
+        """By column, from the values of `counts`.
 
         Raises:
             UserError: numbers and text in one column of JSON lines, and the like.
@@ -351,15 +351,15 @@ class Typing:
 
     def _type(self, number: int, column: str, found: Mapping[str, Any], option: str) -> str:
         def has_only(what: str) -> bool:
-            return found[f"sum_{number}_{what}"] == found[f"sum_{number}_all"]
+            return found[f"{number} {what}"] == found[f"{number} all"]
 
-        if not found[f"sum_{number}_all"]:
+        if not found[f"{number} all"]:
             return NULL
         for what, kind in (("integer", "BIGINT"), ("number", "DOUBLE"), ("bool", "BOOLEAN")):
             if has_only(what):
                 return kind
         if self._table.is_json and not has_only("text"):
-            counts = {what: found[f"sum_{number}_{what}"] for what in _OF_JSON}
+            counts = {what: found[f"{number} {what}"] for what in _OF_JSON}
             counts["number"] -= counts["integer"]
             kinds = [what for what, count in counts.items() if count]
             raise UserError(

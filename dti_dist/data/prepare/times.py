@@ -117,10 +117,10 @@ class TimeColumn:
         return found
 
     @property
-    def aggregates(self) -> dict[str, str]:
+    def counts(self) -> dict[str, str]:
         """What a survey must ask."""
-        return {"sum_time_all": f"count({self._name})"} | {
-            f"sum_time_{what}": f"count(CASE WHEN {condition} THEN 1 END)"
+        return {"time all": f"count({self._name})"} | {
+            f"time {what}": f"count(CASE WHEN {condition} THEN 1 END)"
             for what, condition in self._conditions().items()
         }
 
@@ -131,9 +131,9 @@ class TimeColumn:
             UserError: a value that is none of a time, or that may be read in several ways.
         """
         counts = {
-            name.removeprefix("sum_time_"): value
+            name.removeprefix("time "): value
             for name, value in found.items()
-            if name.startswith("sum_time_")
+            if name.startswith("time ")
         }
         total = counts["all"]
         if self._rule.format:
