@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dti_dist.errors import UserError
+from dti_dist.redaction import redact
 
 
 def expand_home(path: str) -> str:
@@ -31,7 +32,7 @@ def expand_home(path: str) -> str:
 def local_path(path: str) -> str:
     """`expand_home` of what must not be a URL. Raises ValueError where it is one."""
     if "://" in path:
-        raise ValueError(f"expected a local path, found {path!r}")
+        raise ValueError(f"expected a local path, found {redact(path)!r}")
     return expand_home(path)
 
 
