@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from dti_dist.config import ModelConfig, StorageConfig, load_config
 from dti_dist.errors import UserError
@@ -241,6 +243,39 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, proof):
         trained_tensors(ctr_model(), found)
     with pytest.raises(UserError, match="could not be converted"):
         conversion._convert(found, tmp_path / "universal", world=2)
+
+
+class Attribute:
+    """Pickled as Python before 3.11.4 pickles an enum's member."""
+
+    def __init__(self, *of):
+        self.of = of
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def test_an_enum_of_deepspeed_is_read_however_python_pickled_it(tmp_path):
+    for name, stage in (
+        ("now", ZeroStageEnum.weights),
+        ("before", Attribute(ZeroStageEnum, "weights")),
+    ):
+        torch.save({"zero_stage": stage}, tmp_path / name)
+        with without_code():
+            found = torch.load(tmp_path / name, weights_only=False)
+        assert found == {"zero_stage": ZeroStageEnum.weights}
+
+
+@pytest.mark.parametrize(
+    "of", [(ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (LossScaler, "__init__")]
+)
+def test_no_other_attribute_is_read(tmp_path, of):
+    torch.save({"zero_stage": Attribute(*of)}, tmp_path / "file")
+    with (
+        pytest.raises(UserError, match=r"could run code, so it is not read: .*getattr"),
+        without_code(),
+    ):
+        torch.load(tmp_path / "file", weights_only=False)
 
 
 def test_reading_tensors_alone_ends_with_its_block(tmp_path, proof, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import EnumMeta
 from typing import Any
 
 import torch
@@ -50,4 +51,12 @@ def without_code() -> Iterator[None]:
 
 
 def _records() -> list[Any]:
-    return [getattr(importlib.import_module(module), name) for module, name in _RECORDS]
+    kinds = [getattr(importlib.import_module(module), name) for module, name in _RECORDS]
+
+    def member(kind: Any, name: str) -> Any:
+        if kind in kinds and isinstance(kind, EnumMeta) and name in kind.__members__:
+            return kind.__members__[name]
+        raise pickle.UnpicklingError(f"GLOBAL getattr of {kind!r} and {name!r}.")
+
+    # Python before 3.11.4 pickles an enum's member as getattr(kind, name).
+    return [*kinds, (member, "builtins.getattr")]
