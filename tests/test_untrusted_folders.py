@@ -246,7 +246,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, proof):
 
 
 class Attribute:
-    """Pickled as Python before 3.11.4 pickles an enum's member."""
+    """Pickled as some releases of Python (3.11.2) pickle an enum's member."""
 
     def __init__(self, *of):
         self.of = of

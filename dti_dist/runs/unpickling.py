@@ -58,5 +58,5 @@ def _records() -> list[Any]:
             return kind.__members__[name]
         raise pickle.UnpicklingError(f"GLOBAL getattr of {kind!r} and {name!r}.")
 
-    # Python before 3.11.4 pickles an enum's member as getattr(kind, name).
+    # Some releases of Python (3.11.2) pickle an enum's member as getattr(kind, name).
     return [*kinds, (member, "builtins.getattr")]
