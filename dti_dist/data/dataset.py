@@ -1,10 +1,10 @@
-"""The prepared data set, format version 1: what ``prepare`` writes and training reads.
+"""The prepared data set, format version 2: what ``prepare`` writes and training reads.
 
 ::
 
     dataset.json                manifest and commit file: without it there is no data set
     items/part-*.parquet        item_id (dense: the row number across parts), source_id, texts
-    train/part-*.parquet        one row per user sequence, see SEQUENCE_SCHEMA
+    train/part-*.parquet        one row per user sequence, see sequence_schema
     valid/part-*.parquet
     test/part-*.parquet
 
@@ -12,6 +12,12 @@ A sequence holds one user's interactions in time order. Those before ``target_st
 only; the others are the split's targets. As first prepared, in train every interaction is a target;
 in valid and test, and in what was appended, the user's last ``context_limit`` earlier interactions
 come first.
+
+Where the manifest has a rule for requests, interactions of a user with equal timestamps are one
+request, in the order of the input. A rule may also say which interactions are history, which later
+targets see, and which are context only, never targets; what is neither is not there. The context
+that comes first is then of history alone, and ``target_start`` is a border between requests. In
+format version 1, which had no requests, each interaction is a request, history and a target.
 
 Parts are Parquet with zstd and page checksums. Rows lie in the order of the MD5 of ``user_id``, so
 neighbours are unrelated users and the same input gives the same files; what was appended at once
@@ -47,20 +53,10 @@ from dti_dist.errors import UserError, nearest
 
 _FOOTERS_KEPT = 256  # a footer takes some hundred bytes for each column of each row group
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
 SPLITS = ("train", "valid", "test")
 Split = Literal["train", "valid", "test"]
-
-SEQUENCE_SCHEMA = pa.schema(
-    [
-        ("user_id", pa.string()),  # the id in the source
-        ("item_ids", pa.list_(pa.int32())),  # dense ids, rows of the item table
-        ("labels", pa.list_(pa.int8())),  # 0 or 1
-        ("timestamps", pa.list_(pa.int64())),  # seconds since 1970-01-01 UTC
-        ("target_start", pa.int32()),  # number of context-only interactions
-    ]
-)
 
 
 def item_schema(text_columns: Iterable[str]) -> pa.Schema:
@@ -74,9 +70,53 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
 
+class RequestRule(_Record):
+    """Which interactions of a user form a request, and what part they have in it.
+
+    Attributes:
+        by: ``time``: equal times, in seconds; ``column``: an id, the time is then the request's
+            first.
+        column: of the events (``column`` only).
+        history: SQL condition on an interaction; later targets see those where it holds. None: all.
+        context_only: SQL condition; interactions where it holds are never targets. None: no one.
+    """
+
+    by: Literal["time", "column"]
+    column: str | None = None
+    history: str | None = None
+    context_only: str | None = None
+
+
+def sequence_schema(rule: RequestRule | None = None) -> pa.Schema:
+    """The columns of sequences under a rule for requests; None: each interaction is a request."""
+    fields = [
+        ("user_id", pa.string()),  # the id in the source
+        ("item_ids", pa.list_(pa.int32())),  # dense ids, rows of the item table
+        ("labels", pa.list_(pa.int8())),  # 0 or 1
+        ("timestamps", pa.list_(pa.int64())),  # seconds since 1970-01-01 UTC, of the request
+        ("target_start", pa.int32()),  # number of context-only interactions
+    ]
+    if rule and rule.history:
+        fields.append(("is_history", pa.list_(pa.bool_())))  # whether later targets see it
+    if rule and rule.context_only:
+        fields.append(("is_target", pa.list_(pa.bool_())))  # false: not one even from target_start
+    return pa.schema(fields)
+
+
+def interaction_flags(
+    rows: pa.RecordBatch, name: Literal["is_history", "is_target"]
+) -> np.ndarray | None:
+    """[interactions of all rows] the flag of each; None where there is no such column, that is,
+    where all are true."""
+    if name not in rows.schema.names:
+        return None
+    return rows[name].flatten().to_numpy(zero_copy_only=False)
+
+
 class SplitCounts(_Record):
     """``interactions`` includes context; ``clicks`` are targets with label 1. The timestamps are
-    those of the first and the last target, in seconds since epoch; None in an empty split."""
+    those of the first and the last interaction that is not there as context alone, in seconds since
+    epoch; None in an empty split."""
 
     rows: int = 0
     interactions: int = 0
@@ -167,6 +207,7 @@ class Manifest(_Record):
     label_rate: float
     context_limit: int
     split: SplitRule
+    requests: RequestRule | None = None
     item_text_columns: list[str]
     source: dict[str, Any] = {}
     statistics: Statistics | None = None
@@ -206,7 +247,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """One row group: a record batch of SEQUENCE_SCHEMA (or some of its columns), and its place."""
+    """One row group: a record batch of sequence_schema (or some of its columns), and its place."""
 
     part: Part
     row_group: int
@@ -305,6 +346,16 @@ class Dataset:
         )
 
     @property
+    def has_requests(self) -> bool:
+        """Whether equal timestamps of a user are one request; else each interaction is one."""
+        return self.manifest.requests is not None
+
+    @property
+    def sequence_columns(self) -> list[str]:
+        """Names of the columns that its sequences have; see sequence_schema."""
+        return sequence_schema(self.manifest.requests).names
+
+    @property
     def ceiling(self) -> dict[str, float] | None:
         """AUC of the true click probabilities on valid and test, which no model can beat; None
         where they are unknown, that is, for all but synthetic data."""
@@ -345,7 +396,7 @@ class Dataset:
     def _schema(self, folder: str) -> pa.Schema:
         if folder == "items":
             return item_schema(self.manifest.item_text_columns)
-        return SEQUENCE_SCHEMA
+        return sequence_schema(self.manifest.requests)
 
     def _folder(self, folder: str) -> list[Part]:
         return self._parts.get(folder, [])
@@ -387,15 +438,15 @@ def iter_sequences(
     """The split's sequences, one row group at a time, so memory does not grow with the data.
 
     Args:
-        columns: names in SEQUENCE_SCHEMA; None reads all.
+        columns: some of the data set's ``sequence_columns``; None reads all.
         row_groups: (part path, row group) pairs to read, in this order; None reads all in order.
 
     Raises:
         BadShard: names the file, and the row group, that is missing, corrupt or of another schema.
     """
+    known = dataset.sequence_columns
     for name in columns or []:
-        if name not in SEQUENCE_SCHEMA.names:
-            known = SEQUENCE_SCHEMA.names
+        if name not in known:
             raise UserError(
                 f"sequences have no column {name!r}: expected some of {', '.join(known)}."
                 f"{nearest(name, known)}"
@@ -430,12 +481,12 @@ class _RowGroups(ExitStack):
 
     def read(self, number: int) -> pa.RecordBatch:
         cache, place = self._dataset.cache, (self._part.sha256, number)
-        columns = self._columns or SEQUENCE_SCHEMA.names
+        columns = self._columns or self._dataset.sequence_columns
         rows = cache.get(*place, columns) if cache else None
         if rows is None:
             file = self._file()
             with _reading(self._part, number):
-                table = file.read_row_group(number, columns=self._columns)
+                table = file.read_row_group(number, columns=columns)
             batches = table.combine_chunks().to_batches()
             rows = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
             if cache:

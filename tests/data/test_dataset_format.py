@@ -10,7 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from dti_dist.data import storage
-from dti_dist.data.dataset import MANIFEST, SEQUENCE_SCHEMA, BadShard, Dataset, iter_sequences
+from dti_dist.data.dataset import (
+    MANIFEST,
+    BadShard,
+    Dataset,
+    interaction_flags,
+    iter_sequences,
+    sequence_schema,
+)
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
 from dti_dist.errors import UserError
@@ -70,7 +77,7 @@ def test_sequences_come_with_their_part_and_row_group(folder):
         for part in parts
         for number in range(pq.read_metadata(part.uri).num_row_groups)
     ]
-    assert all(batch.rows.schema.equals(SEQUENCE_SCHEMA) for batch in batches)
+    assert all(batch.rows.schema.equals(sequence_schema()) for batch in batches)
     assert sum(len(batch.rows) for batch in batches) == sum(part.rows for part in parts)
     assert sum(part.rows for part in parts) == dataset.manifest.counts.splits["train"].rows
 
@@ -96,6 +103,89 @@ def test_items_are_numbered_densely_across_parts(tmp_path):
     assert dataset.items_table()["item_id"].to_pylist() == list(range(50))
 
 
+def write_by_hand(folder: Path, schema: pa.Schema, row: dict, **fields) -> str:
+    """A data set of one train row, with a manifest that has no more fields than it must."""
+    items = pa.table({"item_id": [0, 1], "source_id": ["a", "b"], "title": ["A", "B"]})
+    tables = {"items": items, "train": pa.Table.from_pylist([row], schema)}
+    files = {}
+    for name, table in tables.items():
+        (folder / name).mkdir(parents=True)
+        part = folder / name / "part-00000.parquet"
+        pq.write_table(table, part, write_page_checksum=True)
+        files[f"{name}/part-00000.parquet"] = {
+            "rows": len(table),
+            "bytes": part.stat().st_size,
+            "sha256": storage.sha256(str(part)),
+        }
+    manifest = {
+        "name": "by hand",
+        "schema": {},
+        "counts": {"interactions": 3, "users": 1, "items": 2, "splits": {"train": {"rows": 1}}},
+        "label_rate": 0.5,
+        "context_limit": 4,
+        "split": {"rule": "time"},
+        "item_text_columns": ["title"],
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest | fields))
+    return str(folder)
+
+
+ROW = {
+    "user_id": "u",
+    "item_ids": [0, 1, 1],
+    "labels": [1, 0, 1],
+    "timestamps": [7, 7, 9],
+    "target_start": 1,
+}
+COLUMNS_OF_VERSION_1 = [
+    ("user_id", pa.string()),
+    ("item_ids", pa.list_(pa.int32())),
+    ("labels", pa.list_(pa.int8())),
+    ("timestamps", pa.list_(pa.int64())),
+    ("target_start", pa.int32()),
+]
+
+
+def test_format_version_1_is_read_as_what_it_meant(tmp_path):
+    uri = write_by_hand(tmp_path / "old", pa.schema(COLUMNS_OF_VERSION_1), ROW, format_version=1)
+    dataset = Dataset.open(uri)
+    dataset.verify_checksums()
+    assert not dataset.has_requests
+    assert dataset.sequence_columns == [name for name, _ in COLUMNS_OF_VERSION_1]
+    (batch,) = iter_sequences(dataset, "train")
+    assert batch.rows.to_pylist() == [ROW]
+    assert interaction_flags(batch.rows, "is_history") is None
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("is_history",), ("is_target",), ("is_history", "is_target")]
+)
+def test_a_data_set_has_the_columns_that_its_rule_for_requests_uses(tmp_path, flags):
+    expressions = {"is_history": "history", "is_target": "context_only"}
+    rule = {"by": "time"} | {expressions[flag]: "label = 1" for flag in flags}
+    schema = pa.schema([*COLUMNS_OF_VERSION_1, *((flag, pa.list_(pa.bool_())) for flag in flags)])
+    row = ROW | {flag: [True, False, True] for flag in flags}
+    uri = write_by_hand(tmp_path / "new", schema, row, format_version=2, requests=rule)
+    dataset = Dataset.open(uri)
+    assert dataset.has_requests
+    assert dataset.sequence_columns == schema.names
+    (batch,) = iter_sequences(dataset, "train")
+    assert batch.rows.to_pylist() == [row]
+    for flag in flags:
+        assert interaction_flags(batch.rows, flag).tolist() == [True, False, True]
+        (alone,) = iter_sequences(dataset, "train", [flag])
+        assert alone.rows.schema.names == [flag]
+
+
+def test_a_part_without_a_column_of_the_rule_is_refused(tmp_path):
+    rule = {"by": "time", "history": "label = 1"}
+    schema = pa.schema(COLUMNS_OF_VERSION_1)
+    uri = write_by_hand(tmp_path / "d", schema, ROW, format_version=2, requests=rule)
+    with pytest.raises(BadShard, match=r"column 'is_history': expected .*, found no such column"):
+        Dataset.open(uri)
+
+
 def test_ceiling_is_known_for_synthetic_data_only(folder):
     assert Dataset.open(str(folder)).ceiling.keys() == {"valid", "test"}
     edit_manifest(folder, source={})
@@ -109,8 +199,8 @@ def test_a_folder_without_manifest_is_no_data_set(folder):
 
 
 def test_a_newer_format_version_is_refused(folder):
-    edit_manifest(folder, format_version=2, created_by="dti-dist 9.0")
-    with pytest.raises(UserError, match=r"found 2, written by dti-dist 9\.0\. Update dti-dist"):
+    edit_manifest(folder, format_version=3, created_by="dti-dist 9.0")
+    with pytest.raises(UserError, match=r"found 3, written by dti-dist 9\.0\. Update dti-dist"):
         Dataset.open(str(folder))
 
 

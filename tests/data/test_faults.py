@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dti_dist.data import storage
-from dti_dist.data.dataset import SEQUENCE_SCHEMA, BadShard, Dataset
+from dti_dist.data.dataset import BadShard, Dataset, sequence_schema
 from dti_dist.data.epochs import Order, plan_epochs
 from dti_dist.data.index import load_or_build
 from dti_dist.data.packing import pack_shape
@@ -41,7 +41,7 @@ def rewrite(dataset: Dataset, part: int, change) -> str:
     size = pq.read_metadata(file).row_group(0).num_rows
     change(rows)
     content = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, SEQUENCE_SCHEMA), content, row_group_size=size)
+    pq.write_table(pa.Table.from_pylist(rows, sequence_schema()), content, row_group_size=size)
     file.write_bytes(content.getvalue())
     return path
 
@@ -142,7 +142,7 @@ def test_a_row_group_that_grew_after_indexing_is_named(dataset, tokens, tmp_path
     with pq.ParquetFile(file) as whole:
         groups = [whole.read_row_group(number) for number in range(whole.num_row_groups)]
     groups[0] = pa.concat_tables([groups[0], groups[0].slice(0, 1)])  # the others stay as they are
-    with pq.ParquetWriter(file, SEQUENCE_SCHEMA) as writer:
+    with pq.ParquetWriter(file, sequence_schema()) as writer:
         for group in groups:
             writer.write_table(group)
     with pytest.raises(BadShard, match="expected the samples that were indexed"):

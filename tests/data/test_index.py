@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dti_dist.config import SampleConfig
 from dti_dist.data import index
-from dti_dist.data.dataset import SEQUENCE_SCHEMA, BadShard, Dataset, iter_sequences
+from dti_dist.data.dataset import BadShard, Dataset, iter_sequences, sequence_schema
 from dti_dist.data.index import load_or_build, read_block
 from dti_dist.data.samples import SampleSettings, sample_lengths
 from tests.data.shards import Threads, all_targets, build_shards, tokenise
@@ -114,7 +114,7 @@ def test_more_targets_in_a_sample_than_16_bits_count_are_counted(
                 "target_start": 0,
             }
         ],
-        SEQUENCE_SCHEMA,
+        sequence_schema(),
     )
     batch = SimpleNamespace(part=dataset.parts("train")[0], row_group=0, rows=rows)
     monkeypatch.setattr(index, "iter_sequences", lambda *arguments: iter([batch]))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dti_dist.benchmarks.shuffle import places_in_epoch, shuffle_quality
 from dti_dist.data import stream as stream_module
-from dti_dist.data.dataset import SEQUENCE_SCHEMA, Dataset
+from dti_dist.data.dataset import Dataset, sequence_schema
 from dti_dist.data.index import read_block
 from dti_dist.data.packing import pack_shape
 from dti_dist.data.stream import PackStream, Share, batches
@@ -181,7 +181,7 @@ def lengthen_sequences(uri: str, times: int = 8) -> None:
     for row in rows:
         for name in ("item_ids", "labels", "timestamps"):
             row[name] *= times
-    pq.write_table(pa.Table.from_pylist(rows, SEQUENCE_SCHEMA), uri, row_group_size=4)
+    pq.write_table(pa.Table.from_pylist(rows, sequence_schema()), uri, row_group_size=4)
 
 
 @settings(max_examples=15)

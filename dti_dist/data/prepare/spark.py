@@ -41,7 +41,7 @@ import pyarrow.compute as pc
 
 from dti_dist.console import say
 from dti_dist.data import storage
-from dti_dist.data.dataset import SEQUENCE_SCHEMA, SPLITS, FileEntry, SplitCounts, SplitRule
+from dti_dist.data.dataset import SPLITS, FileEntry, SplitCounts, SplitRule, sequence_schema
 from dti_dist.data.prepare.build import (
     BuildOptions,
     DuckTables,
@@ -92,7 +92,7 @@ _PLACED_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("part", pa.int32()),
         ("out_of_order", pa.int64()),
-        *SEQUENCE_SCHEMA,
+        *sequence_schema(),
     ]
 )
 Key = tuple[str, str]  # MD5 of the user's id, and the id: the order of rows
@@ -456,7 +456,7 @@ def _write(uri: str, limits: tuple[int, int], batches: Batches) -> Iterator[pa.R
     for (split, number), pieces in groupby(_pieces(batches), key=itemgetter(0)):
         writer, out_of_order = DatasetWriter(uri, *limits, {split: number}), 0
         for _, piece in pieces:
-            rows = piece.select(SEQUENCE_SCHEMA.names).cast(SEQUENCE_SCHEMA)
+            rows = piece.select(sequence_schema().names).cast(sequence_schema())
             writer.write_sequences(split, rows.combine_chunks().to_batches()[0])
             out_of_order += pc.sum(piece["out_of_order"]).as_py()
         writer.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from dti_dist.data.dataset import SEQUENCE_SCHEMA, SPLITS, SplitRule
+from dti_dist.data.dataset import SPLITS, SplitRule, sequence_schema
 
 
 @dataclass(frozen=True)
@@ -90,5 +90,5 @@ def cut_sequences(
             lists("timestamp", pa.int64()),
             pa.array((begin - start)[has_targets], type=pa.int32()),
         ],
-        schema=SEQUENCE_SCHEMA,
+        schema=sequence_schema(),
     )

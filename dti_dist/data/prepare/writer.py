@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 from dti_dist.data import storage
 from dti_dist.data.dataset import (
     MANIFEST,
-    SEQUENCE_SCHEMA,
     SPLITS,
     Counts,
     FileEntry,
     Manifest,
     SplitCounts,
     item_schema,
+    sequence_schema,
 )
 from dti_dist.data.prepare.split import positions
 
@@ -51,7 +51,7 @@ class DatasetWriter:
         self.items = 0
         self._shard_interactions = shard_interactions
         self._row_group_interactions = row_group_interactions
-        self._sequences = {split: self._folder_writer(split, SEQUENCE_SCHEMA) for split in SPLITS}
+        self._sequences = {split: self._folder_writer(split, sequence_schema()) for split in SPLITS}
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -72,7 +72,7 @@ class DatasetWriter:
             writer.close()
 
     def write_sequences(self, split: str, batch: pa.RecordBatch) -> None:
-        """Append user sequences, a batch of SEQUENCE_SCHEMA, to a split."""
+        """Append user sequences, a batch of sequence_schema, to a split."""
         if not len(batch):
             return
         self.splits[split] = add_counts(self.splits[split], count_targets(batch))
@@ -91,7 +91,7 @@ class DatasetWriter:
         manifest = Manifest(
             schema={
                 "items": _type_names(item_schema(fields["item_text_columns"])),
-                "sequences": _type_names(SEQUENCE_SCHEMA),
+                "sequences": _type_names(sequence_schema()),
             },
             counts=Counts(
                 interactions=targets,
@@ -128,7 +128,7 @@ def sequence_lengths(batch: pa.RecordBatch) -> np.ndarray:
 
 
 def count_targets(batch: pa.RecordBatch) -> SplitCounts:
-    """What SplitCounts says of a batch of SEQUENCE_SCHEMA that has at least one row."""
+    """What SplitCounts says of a batch of sequence_schema that has at least one row."""
     lengths = sequence_lengths(batch)
     is_target = positions(lengths) >= np.repeat(np.asarray(batch["target_start"]), lengths)
     timestamps = np.asarray(batch["timestamps"].flatten())[is_target]
