@@ -277,7 +277,8 @@ def evaluate(
         prompt: One target a prompt, as at inference, or k; default: the run's evaluation.prompt.
         max_targets: Measure only the first users, enough for this many targets.
         slices: Also measure by activity (the user's interactions in train), popularity (the
-            item's), day, user_id, item_id or an item text column; may be repeated.
+            item's), day, user_id, item_id, an item text column or, where the data set has requests,
+            request_size or request_place; may be repeated.
         valid_threshold: Predict valid too, to choose the threshold of f1_valid_threshold on it;
             done unless --no-valid-threshold is given.
         predictions: Also write the predictions there, as Parquet.

@@ -13,7 +13,7 @@ sums with each group once. docs/evaluation.md says how precise that is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import duckdb
@@ -22,12 +22,13 @@ import numpy.typing as npt
 
 from dti_dist.console import progress
 from dti_dist.evaluation.metrics import gauc_query, rows, sql_errors
+from dti_dist.evaluation.request_metrics import REQUEST_METRICS, request_means, request_sums_query
 from dti_dist.sql import stream
 
 MOST_GROUPS = 2_000
 SCORE_BINS = 4_096
 CONFIDENCE = 0.95
-METRICS = ("auc", "log_loss", "gauc", "ne", "calibration_ratio")
+METRICS = ("auc", "log_loss", "gauc", "uauc", "ne", "calibration_ratio", *REQUEST_METRICS)
 _RESAMPLES_AT_A_TIME = 128
 _TARGETS_AT_A_TIME = 1 << 20
 
@@ -39,43 +40,42 @@ class Groups:
     """Sums over each group of users.
 
     Attributes:
-        targets, clicks, predicted, loss: [groups], as in metrics.Sums.
-        gauc_sum, gauc_targets: [groups], as in metrics.gauc_query.
+        sums: [groups] each: targets, clicks, predicted, loss as in metrics.Sums; gauc_sum,
+            gauc_targets, uauc_sum, uauc_users as of gauc_query.
+        requests: [groups] each, as of request_sums_query; empty without requests.
         counts: [groups, 2, bins] float32, targets by label and bin of the probability, rising.
         predicted_in_bin: [bins] sum of the probabilities.
     """
 
-    targets: Floats
-    clicks: Floats
-    predicted: Floats
-    loss: Floats
-    gauc_sum: Floats
-    gauc_targets: Floats
+    sums: Mapping[str, Floats]
+    requests: Mapping[str, Floats]
     counts: npt.NDArray[np.float32]
     predicted_in_bin: Floats
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.counts)
 
     def resample(self, drawn: npt.NDArray[np.integer]) -> dict[str, Floats]:
-        """METRICS of samples of groups; not a number where a sample leaves one undefined.
+        """METRICS of samples of groups, those by request only where there are requests; not a
+        number where a sample leaves one undefined.
 
         Args:
             drawn: [resamples, groups] how often each group was drawn.
         """
         weights = drawn.astype(np.float64)
-        targets, clicks, predicted, loss, gauc_sum, gauc_targets = (
-            weights @ getattr(self, field.name) for field in fields(self)[:6]
-        )
+        sums = {name: weights @ values for name, values in self.sums.items()}
+        requests = {name: weights @ values for name, values in self.requests.items()}
         with np.errstate(divide="ignore", invalid="ignore"):
-            rate, log_loss = clicks / targets, loss / targets
+            rate, log_loss = sums["clicks"] / sums["targets"], sums["loss"] / sums["targets"]
             entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
             return {
                 "auc": self._auc(drawn),
                 "log_loss": log_loss,
-                "gauc": gauc_sum / gauc_targets,
+                "gauc": sums["gauc_sum"] / sums["gauc_targets"],
+                "uauc": sums["uauc_sum"] / sums["uauc_users"],
                 "ne": log_loss / entropy,
-                "calibration_ratio": predicted / clicks,
+                "calibration_ratio": sums["predicted"] / sums["clicks"],
+                **(request_means(requests) if requests else {}),
             }
 
     def _auc(self, drawn: npt.NDArray[np.integer]) -> Floats:
@@ -95,9 +95,14 @@ class Groups:
 
 
 def read_groups(
-    connection: duckdb.DuckDBPyConnection, targets: str, users: int, most: int = MOST_GROUPS
+    connection: duckdb.DuckDBPyConnection,
+    targets: str,
+    users: int,
+    most: int = MOST_GROUPS,
+    by_request: bool = False,
 ) -> Groups:
-    """The groups of a relation of targets that was just measured: of the tables curve, per_user.
+    """The groups of a relation of targets that was just measured: of the tables curve, per_user
+    and, `by_request`, per_request.
 
     Users have the numbers from 0 in random order, so that a number's remainder is a group drawn at
     random, and groups have equally many users, to one.
@@ -110,10 +115,12 @@ def read_groups(
         )
         keyed = f"(SELECT *, user % {number} AS number FROM per_user)"
         found = connection.sql(
-            f"SELECT targets::DOUBLE AS targets, clicks::DOUBLE AS clicks, predicted, loss, "
-            f"gauc_sum, gauc_targets::DOUBLE AS gauc_targets FROM {sums} JOIN "
+            "SELECT targets::DOUBLE AS targets, clicks::DOUBLE AS clicks, predicted, loss, "
+            "gauc_sum, gauc_targets::DOUBLE AS gauc_targets, uauc_sum, "
+            f"uauc_users::DOUBLE AS uauc_users FROM {sums} JOIN "
             f"({gauc_query(keyed, ['number'])}) USING (number) ORDER BY number"
         ).fetchnumpy()
+        requests = _sums_of_requests(connection, number) if by_request else {}
         highest = _bins(connection)
         counts = np.zeros((number, 2, len(highest)), dtype=np.float32)
         predicted_in_bin = np.zeros(len(highest))
@@ -134,10 +141,24 @@ def read_groups(
                 predicted_in_bin += np.bincount(at, probability, len(highest))
                 bar.advance(len(batch))
     return Groups(
-        **{name: np.asarray(values) for name, values in found.items()},
+        sums={name: np.asarray(values) for name, values in found.items()},
+        requests=requests,
         counts=counts,
         predicted_in_bin=predicted_in_bin,
     )
+
+
+def _sums_of_requests(connection: duckdb.DuckDBPyConnection, number: int) -> dict[str, Floats]:
+    """Of each of `number` groups; empty where no request has both labels."""
+    keyed = f"(SELECT *, user % {number} AS number FROM per_request)"
+    found = connection.sql(request_sums_query(keyed, ["number"])).fetchnumpy()
+    group = found.pop("number")
+    if not len(group):
+        return {}
+    sums = {name: np.zeros(number) for name in found}
+    for name, values in found.items():
+        sums[name][group] = values
+    return sums
 
 
 def _bins(connection: duckdb.DuckDBPyConnection) -> npt.NDArray[np.float32]:
@@ -162,11 +183,13 @@ def draw(groups: int, resamples: int, seed: int = 0) -> npt.NDArray[np.int64]:
 def intervals(
     exact: Mapping[str, Any], groups: Groups, drawn: npt.NDArray[np.integer]
 ) -> dict[str, list[float] | None]:
-    """The bounds of METRICS; None where a metric is undefined, or in most of the resamples."""
+    """The bounds of those METRICS that are there; None where one is undefined, or is so in most of
+    the resamples."""
     deviations = _deviations(groups, drawn)
     return {
         name: None if exact[name] is None else _bounds(exact[name] + deviations[name])
         for name in METRICS
+        if name in exact
     }
 
 
@@ -184,14 +207,14 @@ def differences(
     second: tuple[Mapping[str, Any], Groups],
     drawn: npt.NDArray[np.integer],
 ) -> dict[str, Difference]:
-    """METRICS of the second minus the first, on the same targets: both are given, exactly and by
-    groups, and resampled alike.
+    """Those METRICS that are there of the second minus the first, on the same targets: both are
+    given, exactly and by groups, and resampled alike.
 
     p_value: how often, twice, the resampled difference lies on the other side of 0, or on it.
     """
     found = {}
     of_first, of_second = _deviations(first[1], drawn), _deviations(second[1], drawn)
-    for name in METRICS:
+    for name in [name for name in METRICS if name in first[0]]:
         if first[0][name] is None or second[0][name] is None:
             found[name] = Difference(None, None, None)
             continue

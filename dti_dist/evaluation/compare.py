@@ -22,6 +22,7 @@ from dti_dist.evaluation.bootstrap import (
 )
 from dti_dist.evaluation.metrics import measure, rows, sql_errors
 from dti_dist.evaluation.predictions_file import About, number_users, predictions_path, read_about
+from dti_dist.evaluation.request_metrics import measure_requests
 from dti_dist.options import PROMPT, RESAMPLES, SPLIT
 from dti_dist.runs.folder import RunFolder
 from dti_dist.sql import open_workspace, parquet
@@ -37,13 +38,15 @@ def compare(
 ) -> dict[str, Any]:
     """The metrics of two runs, and of each the second minus the first, by a paired bootstrap.
 
-    Targets are the same where user, item, time and label are.
+    Targets are the same where user, item, time and label are. Metrics by request are compared where
+    both were evaluated on data with requests.
 
     Raises:
         UserError: where a run was not evaluated so, or the targets differ.
     """
     files = [_predictions(run, split, prompt) for run in (first, second)]
     about = [read_about(file) for file in files]
+    by_request = all(of_run.requests for of_run in about)
     with (
         tempfile.TemporaryDirectory(prefix="dti-dist-compare-") as scratch,
         open_workspace(scratch, memory_limit=memory_limit) as workspace,
@@ -54,9 +57,12 @@ def compare(
         measured: list[tuple[dict[str, Any], Groups]] = []
         for side, file in zip("ab", files, strict=True):
             say(f"measuring {file}")
-            targets = f"(SELECT user, label, probability_{side} AS probability FROM pairs)"
+            targets = f"(SELECT *, probability_{side} AS probability FROM pairs)"
             figures = measure(connection, targets)
-            measured.append((figures, read_groups(connection, targets, figures["users"])))
+            if by_request:
+                figures |= measure_requests(connection, targets)
+            groups = read_groups(connection, targets, figures["users"], by_request=by_request)
+            measured.append((figures, groups))
     drawn = draw(len(measured[0][1]), resamples)
     found = differences(measured[0], measured[1], drawn)
     return {
@@ -68,7 +74,7 @@ def compare(
             side: {
                 "run": run,
                 "checkpoint": of_run.checkpoint,
-                **{name: figures[name] for name in METRICS},
+                **{name: figures[name] for name in METRICS if name in figures},
             }
             for side, run, of_run, (figures, _) in zip(
                 "ab", (first, second), about, measured, strict=True
@@ -98,19 +104,21 @@ def _predictions(run_dir: str, split: str, prompt: str) -> Path:
 def _pair(
     connection: duckdb.DuckDBPyConnection, files: list[Path], runs: list[str], about: list[About]
 ) -> None:
-    """Make the table ``pairs`` (user, label, probability_a, probability_b) and ``users``."""
+    """Make the table ``pairs`` (user, row, timestamp, label, probability_a, probability_b) and
+    ``users``. Rows are those of the first file."""
     with sql_errors("pairing the targets"):
         for side, file in zip("ab", files, strict=True):
             # The same user may have had the same item twice in one second.
             connection.execute(
                 f"CREATE TABLE of_{side} AS SELECT user_id, item_id, timestamp, label, "
-                "probability, row_number() OVER (PARTITION BY user_id, item_id, timestamp "
+                "probability, row, row_number() OVER (PARTITION BY user_id, item_id, timestamp "
                 f"ORDER BY row, position) AS time FROM {parquet([str(file)])}"
             )
         key = "user_id, item_id, timestamp, time"
         connection.execute(
-            f"CREATE TABLE matched AS SELECT {key}, of_a.label AS label, of_b.label AS label_b, "
-            "of_a.probability AS probability_a, of_b.probability AS probability_b "
+            f"CREATE TABLE matched AS SELECT {key}, of_a.row AS row, of_a.label AS label, "
+            "of_b.label AS label_b, of_a.probability AS probability_a, "
+            "of_b.probability AS probability_b "
             f"FROM of_a FULL JOIN of_b USING ({key})"
         )
         (counts,) = rows(
@@ -122,8 +130,8 @@ def _pair(
         _refuse_others(counts, runs, about)
         number_users(connection, "SELECT user_id FROM matched")
         connection.execute(
-            "CREATE TABLE pairs AS SELECT users.user, label, probability_a, probability_b "
-            "FROM matched JOIN users USING (user_id)"
+            "CREATE TABLE pairs AS SELECT users.user, row, timestamp, label, probability_a, "
+            "probability_b FROM matched JOIN users USING (user_id)"
         )
         for table in ("of_a", "of_b", "matched"):
             connection.execute(f"DROP TABLE {table}")

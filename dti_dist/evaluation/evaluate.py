@@ -24,6 +24,7 @@ from dti_dist.evaluation import pictures, predictions_file, summary
 from dti_dist.evaluation.bootstrap import CONFIDENCE, draw, intervals, read_groups
 from dti_dist.evaluation.curves import histogram, is_skewed, reliability, roc
 from dti_dist.evaluation.metrics import best_threshold, measure, rows, sql_errors
+from dti_dist.evaluation.request_metrics import measure_requests
 from dti_dist.evaluation.slices import check_slices, measure_slices, slice_columns
 from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
 from dti_dist.files import replacing, write_atomically
@@ -211,9 +212,12 @@ class _Evaluation:
             threshold = best_threshold(connection, "spooled_valid") if "valid" in plans else None
             skip_bad = self.config.data.on_bad_shard == "skip"
             columns = slice_columns(connection, options.slices, dataset, items, skip_bad)
-            predictions_file.load_targets(connection, file, columns.more, columns.joins)
+            by_request = dataset.has_requests
+            predictions_file.load_targets(connection, file, columns.more, columns.joins, by_request)
             figures = measure(connection, "targets", threshold)
-            groups = read_groups(connection, "targets", figures["users"])
+            if by_request:
+                figures |= measure_requests(connection, "targets")
+            groups = read_groups(connection, "targets", figures["users"], by_request=by_request)
             drawn = draw(len(groups), options.resamples) if options.resamples else None
             ceiling = dataset.ceiling or {}
             figures |= {
@@ -229,7 +233,7 @@ class _Evaluation:
                     "confidence": CONFIDENCE,
                 },
                 "reliability": reliability(groups, drawn),
-                "slices": measure_slices(connection, options.slices),
+                "slices": measure_slices(connection, options.slices, by_request),
             }
             if options.predictions:
                 predictions_file.copy_to(file, options.predictions, self.config.data.storage)
@@ -283,6 +287,7 @@ class _Evaluation:
             prompt=self.prompt,
             data=self.config.data.path,
             max_targets=self.config.evaluation.max_targets,
+            requests=self.inputs.dataset.has_requests,
         )
         dataset = self.inputs.dataset
         found = predictions_file.with_targets(spooled, dataset, self.split, plan.index, source_ids)

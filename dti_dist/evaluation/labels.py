@@ -16,6 +16,7 @@ class Label(NamedTuple):
 LABELS = {
     "auc": Label("AUC"),
     "gauc": Label("GAUC"),
+    "uauc": Label("UAUC"),
     "log_loss": Label("log loss"),
     "ne": Label("normalised entropy"),
     "calibration_ratio": Label("mean prediction / label rate", "{:.3f}"),
@@ -23,10 +24,18 @@ LABELS = {
     "accuracy": Label("accuracy at 0.5"),
     "f1": Label("F1 at 0.5"),
     "f1_valid_threshold": Label("F1 at the best threshold of valid"),
+    "request_auc": Label("AUC within requests"),
+    "mrr": Label("MRR"),
+    "ndcg@5": Label("NDCG@5"),
+    "ndcg@10": Label("NDCG@10"),
+    "hit@5": Label("hit@5"),
+    "hit@10": Label("hit@10"),
     "label_rate": Label("label rate"),
     "mean_prediction": Label("mean prediction"),
     "targets": Label("targets", "{:,}"),
     "users": Label("users", "{:,}"),
+    "requests": Label("requests", "{:,}"),
+    "requests_of_one_class": Label("requests of one label", "{:,}"),
     "ceiling": Label("AUC of the true probabilities"),
 }
 """In the order of a table's rows."""

@@ -84,15 +84,18 @@ def sums_query(curve: str, keys: Sequence[str] = ()) -> str:
 
 
 def gauc_query(per_user: str, keys: Sequence[str] = ()) -> str:
-    """Over users' sums: what GAUC is the quotient of, users, and users of one class.
+    """Over users' sums: what GAUC and UAUC are quotients of, users, and users of one class.
 
-    gauc_sum: targets times AUC, gauc_targets: targets, both summed over users with both classes.
+    gauc_sum: targets times AUC, gauc_targets: targets, uauc_sum: AUC, uauc_users: users; all summed
+    over users with both classes.
     """
     listed = "".join(f"{key}, " for key in keys)
     both = "FILTER (clicks > 0 AND clicks < targets)"
+    auc = "won / (2::DOUBLE * clicks * (targets - clicks))"
     return (
-        f"SELECT {listed}coalesce(fsum(targets * won / (2::DOUBLE * clicks * (targets - clicks))) "
-        f"{both}, 0) AS gauc_sum, coalesce(sum(targets) {both}, 0)::BIGINT AS gauc_targets, "
+        f"SELECT {listed}coalesce(fsum(targets * {auc}) {both}, 0) AS gauc_sum, "
+        f"coalesce(sum(targets) {both}, 0)::BIGINT AS gauc_targets, "
+        f"coalesce(fsum({auc}) {both}, 0) AS uauc_sum, count(*) {both} AS uauc_users, "
         f"count(*) AS users, count(*) - count(*) {both} AS users_of_one_class FROM {per_user}"
         + (f" GROUP BY {', '.join(keys)}" if keys else "")
     )
@@ -126,6 +129,7 @@ def measure(
             "valid_threshold": valid_threshold,
             "accuracy": at_half["accuracy"],
             "gauc": quotient(gauc["gauc_sum"], gauc["gauc_targets"]),
+            "uauc": quotient(gauc["uauc_sum"], gauc["uauc_users"]),
             "ne": found["ne"],
             "ece": _calibration_error(connection, whole),
             "calibration_ratio": found["calibration_ratio"],

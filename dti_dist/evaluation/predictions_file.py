@@ -46,13 +46,18 @@ _INTERACTIONS_AT_A_TIME = 1 << 20
 
 @dataclass(frozen=True)
 class About:
-    """Where predictions come from, as their file's metadata says."""
+    """Where predictions come from, as their file's metadata says.
+
+    Attributes:
+        requests: whether the data set has requests: targets of one row and one timestamp.
+    """
 
     checkpoint: str
     split: str
     prompt: str
     data: str
     max_targets: int | None = None
+    requests: bool = False
 
 
 def predictions_path(run: RunFolder, split: str, prompt: str) -> Path:
@@ -199,7 +204,11 @@ def check_destination(uri: str) -> None:
 
 
 def load_targets(
-    connection: duckdb.DuckDBPyConnection, file: Path, more: str = "", joins: str = ""
+    connection: duckdb.DuckDBPyConnection,
+    file: Path,
+    more: str = "",
+    joins: str = "",
+    by_request: bool = False,
 ) -> None:
     """Make the tables ``users`` and ``targets`` (user, label, probability, `more`) of a file.
 
@@ -209,8 +218,10 @@ def load_targets(
     Args:
         more: further columns, each after a comma; joins: of the tables that they are from, with
             the file as the table ``predictions``.
+        by_request: also row and timestamp, which name the request.
     """
     source = parquet([str(file)])
+    more += ", row, timestamp" if by_request else ""
     with sql_errors(f"reading {file}"):
         number_users(connection, f"SELECT user_id FROM {source}")
         connection.execute(

@@ -1,7 +1,8 @@
-"""Metrics of parts of the targets: by user activity, item popularity, day, or a column."""
+"""Metrics of parts of the targets: by user activity, item popularity, day, request, or a column."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,19 +24,33 @@ from dti_dist.evaluation.metrics import (
     sql_errors,
     sums_query,
 )
+from dti_dist.evaluation.request_metrics import request_means, request_query, request_sums_query
 from dti_dist.sql import quote
 
 MOST_VALUES = 20
 COUNT_BINS = 5  # beside a bin for none at all
 _COUNTED = ("activity", "popularity")
 _OF_TARGETS = ("day", "user_id", "item_id")
+_OF_REQUESTS = {
+    "request_size": (1, 5, 10, 20, 50, 100, 200, 500, 1_000),
+    "request_place": (*range(1, 11), 20, 50, 100, 200, 500, 1_000),
+}
+"""Where parts of them end; what is above is one part."""
+_WITH_WHOLE_REQUESTS = ("activity", "day", "user_id", "request_size")
 _DAY = 86_400  # seconds
 
 
 def check_slices(names: Sequence[str], dataset: Dataset) -> None:
     """Raises UserError for a name that is no slice of this data set."""
     known = [*_COUNTED, *_OF_TARGETS, *dataset.manifest.item_text_columns]
+    if dataset.has_requests:
+        known += _OF_REQUESTS
     for name in names:
+        if name in _OF_REQUESTS and name not in known:
+            raise UserError(
+                f"--slice {name}: expected a data set with requests, found none in {dataset.uri}. "
+                "Prepare it again with --requests time, or leave this slice out."
+            )
         if name not in known:
             raise UserError(
                 f"--slice: expected one of {', '.join(known)}; found {name!r}."
@@ -68,7 +83,7 @@ def slice_columns(
     if set(names) & set(_COUNTED):
         _count_train(connection, dataset, items["source_id"], skip_bad)
         joins += "LEFT JOIN train_users USING (user_id) LEFT JOIN train_items USING (item_id) "
-    texts = [name for name in names if name not in (*_COUNTED, *_OF_TARGETS)]
+    texts = [name for name in names if name not in (*_COUNTED, *_OF_TARGETS, *_OF_REQUESTS)]
     if texts:
         connection.register("item_table", items.select(["source_id", *texts]))
         columns = ", ".join(f"coalesce({quote(name)}, '') AS {quote(name)}" for name in texts)
@@ -83,6 +98,8 @@ def slice_columns(
         "day": f"floor(timestamp / {_DAY})::BIGINT",
         "user_id": "predictions.user_id",
         "item_id": "predictions.item_id",
+        "request_size": "count(*) OVER (PARTITION BY row, timestamp)",
+        "request_place": "row_number() OVER (PARTITION BY row, timestamp ORDER BY position)",
     }
     more = "".join(
         f", {values.get(name, f'item_texts.{quote(name)}')} AS slice_{number}"
@@ -154,24 +171,33 @@ def _pass_over(error: BadShard, skip_bad: bool) -> None:
 
 
 def measure_slices(
-    connection: duckdb.DuckDBPyConnection, names: Sequence[str]
+    connection: duckdb.DuckDBPyConnection, names: Sequence[str], by_request: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
     """For each slice its values, each with ``value`` and metrics.
 
-    Counts of interactions are bins of about equally many targets. Of others the most frequent
-    values stand alone, the rest together. Bins and days come in order, others by their targets.
+    Counts of interactions are bins of about equally many targets; sizes of requests and places in
+    them have given ranges. Of others the most frequent values stand alone, the rest together. Bins,
+    ranges and days come in order, others by their targets.
+
+    Args:
+        by_request: also REQUEST_METRICS, where no request is in several parts: measure_requests has
+            measured the targets.
     """
     found = {}
     with progress("slices", len(names), "slices") as bar:
         for number, name in enumerate(names):
             with sql_errors(f"computing the slice {name}"):
-                found[name] = _measure(connection, name, f"slice_{number}")
+                whole = by_request and name in _WITH_WHOLE_REQUESTS
+                found[name] = _measure(connection, name, f"slice_{number}", whole)
             bar.advance()
     return found
 
 
-def _measure(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> list[dict[str, Any]]:
-    shown, rest = (_count_bins if name in _COUNTED else _most_frequent)(connection, name, column)
+def _measure(
+    connection: duckdb.DuckDBPyConnection, name: str, column: str, by_request: bool
+) -> list[dict[str, Any]]:
+    cut = _ranges if name in _OF_REQUESTS else _count_bins if name in _COUNTED else _most_frequent
+    shown, rest = cut(connection, name, column)
     values = [value for value, _, _ in shown]
     kind = pa.int64() if values and isinstance(values[0], int) else pa.string()
     names = pa.table(
@@ -184,7 +210,7 @@ def _measure(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> l
     named = {place: text for _, place, text in shown}
     last = len(named)
     targets = (
-        f"(SELECT user, label, probability, coalesce(shown.place, {last}) AS place "
+        f"(SELECT targets.*, coalesce(shown.place, {last}) AS place "
         f"FROM targets LEFT JOIN shown ON targets.{column} = shown.original)"
     )
     try:
@@ -196,6 +222,11 @@ def _measure(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> l
         users = {
             row.pop("place"): row for row in rows(connection, gauc_query(f"({by_user})", ["place"]))
         }
+        requests = {}
+        if by_request:
+            per_request = f"({request_query(targets, ['place'])})"
+            for row in rows(connection, request_sums_query(per_request, ["place"])):
+                requests[row["place"]] = request_means(row)
     finally:
         connection.unregister("shown")
     result = []
@@ -214,6 +245,8 @@ def _measure(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> l
                 "log_loss": figures["log_loss"],
                 "ne": figures["ne"],
                 "gauc": quotient(of_users["gauc_sum"], of_users["gauc_targets"]),
+                "uauc": quotient(of_users["uauc_sum"], of_users["uauc_users"]),
+                **requests.get(place, {}),
             }
         )
     return result
@@ -239,6 +272,24 @@ def _most_frequent(connection: duckdb.DuckDBPyConnection, name: str, column: str
         (value, place, text) for place, (value, text) in enumerate(zip(values, called, strict=True))
     ]
     return shown, f"other ({others:,} values)"
+
+
+def _ranges(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> _Shown:
+    """Every number that occurs, in the given range that holds it."""
+    found = rows(connection, f"SELECT DISTINCT {column} AS value FROM targets ORDER BY value")
+    ends = _OF_REQUESTS[name]
+    shown = []
+    for row in found:
+        place = bisect_left(ends, row["value"])
+        shown.append((row["value"], place, _range(ends, place)))
+    return shown, ""
+
+
+def _range(ends: Sequence[int], place: int) -> str:
+    low = ends[place - 1] + 1 if place else 1
+    if place == len(ends):
+        return f"{low:,} or more"
+    return f"{low:,}" + (f" to {ends[place]:,}" if ends[place] > low else "")
 
 
 def _count_bins(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> _Shown:

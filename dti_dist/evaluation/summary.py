@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 from dti_dist.console import table
+from dti_dist.evaluation.bootstrap import METRICS
 from dti_dist.evaluation.labels import LABELS
 
 _SLICE_COLUMNS = (
     *("targets", "users", "label_rate", "mean_prediction", "calibration_ratio"),
     *("auc", "log_loss", "ne", "gauc"),
+    *("request_auc", "mrr", "ndcg@10"),  # where the parts have them
 )
 _WIDEST_VALUE = 40
 
@@ -35,7 +37,7 @@ def figures_table(figures: dict[str, Any]) -> str:
     """The metrics, with intervals where they are known."""
     intervals = figures["intervals"] or {}
     lines = []
-    for name in ("auc", "log_loss", "gauc", "ne", "calibration_ratio"):
+    for name in [name for name in METRICS if name in figures]:
         bounds = intervals.get(name)
         interval = f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else ""
         lines.append([name, _text(figures[name], "{:.4f}"), interval])
@@ -48,6 +50,9 @@ def figures_table(figures: dict[str, Any]) -> str:
         f"{figures['checkpoint']} on {figures['split']}, {figures['prompt']} prompts: "
         f"{figures['targets']:,} targets, {figures['clicks']:,} clicks, {figures['users']:,} users"
     )
+    if "requests" in figures:
+        both = figures["requests"] - figures["requests_of_one_class"]
+        title += f", {figures['requests']:,} requests, of which {both:,} have both labels"
     header = ["", "", "95 % over users" if intervals else ""]
     return f"{title}\n{table(header, lines)}"
 
@@ -55,11 +60,12 @@ def figures_table(figures: dict[str, Any]) -> str:
 def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
     tables = []
     for name, entries in slices.items():
-        header = [name, *(column.replace("_", " ") for column in _SLICE_COLUMNS)]
+        columns = [c for c in _SLICE_COLUMNS if any(c in entry for entry in entries)]
+        header = [name, *(column.replace("_", " ") for column in columns)]
         lines = [
             [
                 _cut(entry["value"]),
-                *(_text(entry[column], LABELS[column].form) for column in _SLICE_COLUMNS),
+                *(_text(entry.get(column), LABELS[column].form) for column in columns),
             ]
             for entry in entries
         ]

@@ -25,7 +25,10 @@ from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.metrics_log import logged_until, read_lines
 
-_FIGURES = ("auc", "log_loss", "f1", "accuracy", "gauc", "ne", "ece", "ceiling")
+_FIGURES = (
+    *("auc", "log_loss", "f1", "accuracy", "gauc", "ne", "ece"),
+    *("request_auc", "mrr", "ndcg@5", "ndcg@10", "ceiling"),
+)
 _HUB_NAMES = {"auc": "roc_auc", "log_loss": "log_loss", "f1": "f1", "accuracy": "accuracy"}
 """What the hub calls the metrics that it knows."""
 

@@ -36,7 +36,7 @@ _PAGE = Path(__file__).with_name("page")
 _MOST_EVENTS = 100  # listed one by one
 _SLICE_COLUMNS = (
     *("targets", "users", "label_rate", "mean_prediction"),
-    *("auc", "gauc", "log_loss", "ne"),
+    *("auc", "gauc", "log_loss", "ne", "request_auc", "mrr", "ndcg@10"),
 )
 _KINDS = {
     "restart": "restart",

@@ -1,5 +1,7 @@
 """Intervals against plain bootstraps, and against truths that are known."""
 
+from collections import Counter
+
 import duckdb
 import numpy as np
 import pyarrow as pa
@@ -9,6 +11,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from dti_dist.evaluation.bootstrap import METRICS, differences, draw, intervals, read_groups
 from dti_dist.evaluation.curves import reliability, roc
 from dti_dist.evaluation.metrics import measure
+from dti_dist.evaluation.request_metrics import REQUEST_METRICS, measure_requests
 
 
 def simulated(users, per_user, seed, noise=1.0):
@@ -21,13 +24,26 @@ def simulated(users, per_user, seed, noise=1.0):
     return user, labels, (1 / (1 + np.exp(-seen))).astype(np.float32)
 
 
-def measured(user, labels, probabilities, most=2_000):
+def measured(user, labels, probabilities, most=2_000, by_request=True):
     connection = duckdb.connect(config={"threads": 1})
-    columns = {"user": user, "label": labels, "probability": probabilities}
+    columns = {
+        "user": user,
+        "row": user,
+        "timestamp": request_of(user),
+        "label": labels,
+        "probability": probabilities,
+    }
     connection.register("given", pa.table(columns))
     connection.execute("CREATE TABLE targets AS SELECT * FROM given")
     figures = measure(connection, "targets")
-    return figures, read_groups(connection, "targets", figures["users"], most)
+    if by_request:
+        figures |= measure_requests(connection, "targets")
+    return figures, read_groups(connection, "targets", figures["users"], most, by_request)
+
+
+def request_of(user):
+    """[targets] Each user's targets come in requests of five, numbered over all users."""
+    return np.arange(len(user)) // 5
 
 
 def plain(user, labels, probabilities, drawn):
@@ -35,20 +51,30 @@ def plain(user, labels, probabilities, drawn):
     often = drawn[user]
     y, p = np.repeat(labels, often), np.repeat(probabilities, often).astype(np.float64)
     rate, loss = y.mean(), log_loss(y, p)
-    total = weight = 0.0
-    for number in np.flatnonzero(drawn):
-        of_user = labels[user == number]
-        if 0 < of_user.sum() < len(of_user):
-            targets = len(of_user) * drawn[number]
-            total += targets * roc_auc_score(of_user, probabilities[user == number])
-            weight += targets
+    aucs, targets, times = aucs_within(user, labels, probabilities, often)
+    request_aucs, _, request_times = aucs_within(request_of(user), labels, probabilities, often)
     return {
         "auc": roc_auc_score(y, p),
         "log_loss": loss,
-        "gauc": total / weight,
+        "gauc": np.average(aucs, weights=targets * times),
+        "uauc": np.average(aucs, weights=times),
+        "request_auc": np.average(request_aucs, weights=request_times),
         "ne": loss / -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate)),
         "calibration_ratio": p.mean() / rate,
     }
+
+
+def aucs_within(part, labels, probabilities, often):
+    """Of each part with both labels: AUC, targets, how often it was drawn."""
+    found = []
+    for number in np.unique(part):
+        inside = part == number
+        click = probabilities[inside & (labels == 1)][:, None]
+        other = probabilities[inside & (labels == 0)]
+        if click.size and other.size:
+            auc = ((click > other) + (click == other) / 2).mean()
+            found.append((auc, inside.sum(), often[inside][0]))
+    return np.array(found).T
 
 
 def test_a_resample_is_the_sample_in_which_users_are_repeated():
@@ -87,8 +113,9 @@ def test_intervals_of_groups_of_users_are_those_of_users():
     fine = intervals(figures, of_users, draw(4_000, 1_000, seed=1))
     for name in METRICS:
         widths = [high - low for low, high in (coarse[name], fine[name])]
-        assert widths[0] / widths[1] == pytest.approx(1, abs=0.19), name
-        assert coarse[name][0] < figures[name] < coarse[name][1]
+        assert widths[0] == pytest.approx(widths[1], rel=0.19), name
+        assert coarse[name][0] <= figures[name] <= coarse[name][1]
+        assert (widths[0] == 0) == name.startswith("hit@"), "a request of five has a hit"
 
 
 def test_users_and_not_targets_are_resampled():
@@ -103,14 +130,15 @@ def test_users_and_not_targets_are_resampled():
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """Of 100 data sets 95 are expected, with a standard deviation of 2.2: at least 87."""
-    truth, _ = measured(*simulated(100_000, 5, seed=5))
-    covered = dict.fromkeys(METRICS, 0)
+    truth, _ = measured(*simulated(100_000, 5, seed=5), by_request=False)
+    covered = Counter()
     for seed in range(100):
-        found = intervals(*measured(*simulated(150, 5, seed=100 + seed)), draw(150, 400))
-        for name in METRICS:
-            covered[name] += found[name][0] <= truth[name] <= found[name][1]
+        sample = measured(*simulated(150, 5, seed=100 + seed), by_request=False)
+        for name, (low, high) in intervals(*sample, draw(150, 400)).items():
+            covered[name] += low <= truth[name] <= high
+    assert covered.keys() == set(METRICS) - set(REQUEST_METRICS)
     assert all(count >= 87 for count in covered.values()), covered
-    assert sum(covered.values()) < 5 * 100
+    assert sum(covered.values()) < 6 * 100
 
 
 def delong_deviation(labels, first, second):
@@ -174,3 +202,18 @@ def test_without_resamples_or_with_one_user_there_are_no_intervals():
     assert reliability(groups, None)[0]["interval"] is None
     one = measured(*simulated(1, 50, seed=9))
     assert set(differences(one, one, draw(1, 0))) == set(METRICS)
+
+
+def test_a_sample_without_a_request_of_both_labels_leaves_their_metrics_undefined():
+    """Where hardly any user has such a request there is no interval, as for GAUC."""
+    user = np.repeat(np.arange(40), 5)
+    labels = (np.arange(200) < 2).astype(np.int8)  # clicks of the first user alone
+    probabilities = np.linspace(0, 1, 200, dtype=np.float32)
+    figures, groups = measured(user, labels, probabilities)
+    assert figures["requests_of_one_class"] == 39
+    assert figures["request_auc"] == figures["uauc"] == figures["gauc"] == 0
+    assert intervals(figures, groups, draw(40, 200))["mrr"] == [figures["mrr"]] * 2
+    without = measured(user, labels * 0, probabilities)
+    found = intervals(*without, draw(40, 200))
+    assert found.keys() == set(METRICS) - set(REQUEST_METRICS)
+    assert differences(without, without, draw(40, 200)).keys() == found.keys()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,12 +20,13 @@ from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.evaluation import evaluate as evaluation
 from dti_dist.evaluation.predict import predict
+from dti_dist.evaluation.request_metrics import REQUEST_METRICS
 from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from tests.launching import job, run, run_dir
-from tests.metrics_oracle import click_metrics
+from tests.metrics_oracle import click_metrics, request_metrics
 from tests.s3_server import s3_server
 
 pytestmark = pytest.mark.slow
@@ -364,3 +366,67 @@ def test_what_a_user_should_know_of_checkpoint_and_data_is_said_on_stderr(
     assert "The last checkpoint is taken instead, step-00000020" in said
     assert main([*few, "--checkpoint", "best"]) == 2
     assert "expected the best checkpoint by validation" in capsys.readouterr().err
+
+
+# Requests.
+
+
+def with_requests(folder, out, seconds):
+    """A copy of a data set in which what a user has in so many seconds is a request."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("cache"))
+    manifest = json.loads((out / "dataset.json").read_text())
+    for name, entry in manifest["files"].items():
+        if not name.startswith("items/"):
+            table = pq.read_table(out / name)
+            times = [[t - t % seconds for t in row] for row in table["timestamps"].to_pylist()]
+            at = table.schema.get_field_index("timestamps")
+            field = table.schema.field(at)
+            pq.write_table(table.set_column(at, field, pa.array(times, field.type)), out / name)
+            entry["bytes"] = (out / name).stat().st_size
+    (out / "dataset.json").write_text(json.dumps(manifest | {"requests": {"by": "time"}}))
+
+
+def test_metrics_by_request_from_evaluation_to_comparison_and_report(
+    trained, evaluated, tmp_path, capsys
+):
+    assert not evaluated.keys() & {*REQUEST_METRICS, "requests"}
+    data, one, other = tmp_path / "data", tmp_path / "run", tmp_path / "other"
+    shutil.copytree(trained, one, ignore=shutil.ignore_patterns("eval"))
+    config = (one / "config.yaml").read_text()
+    with_requests(Path(load_config(one / "config.yaml").data.path), data, 30 * 86_400)
+    path = load_config(one / "config.yaml").data.path
+    (one / "config.yaml").write_text(config.replace(path, str(data)))
+    slices = ["--slice", "request_size", "--slice", "request_place"]
+    assert main(["evaluate", str(one), "--bootstrap", "100", *slices]) == 0
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)
+
+    rows = kept_predictions(one).to_pylist()
+    requests = {}
+    for row in rows:
+        request = requests.setdefault((row["row"], row["timestamp"]), [])
+        request.append((row["label"], row["probability"]))
+    both = [r for r in requests.values() if len({label for label, _ in r}) == 2]
+    assert figures["requests"] == len(requests)
+    assert figures["requests_of_one_class"] == len(requests) - len(both)
+    of_each = [request_metrics(request) for request in both]
+    for name in REQUEST_METRICS:
+        expected = np.mean([metrics[name] for metrics in of_each])
+        assert figures[name] == pytest.approx(expected, abs=1e-9), name
+        low, high = figures["intervals"][name]
+        assert low <= expected <= high
+    assert f"{len(requests):,} requests, of which {len(both):,} have both labels" in printed.err
+    places = figures["slices"]["request_place"]
+    assert places[0]["targets"] == len(requests)
+    assert "mrr" in figures["slices"]["request_size"][-1]
+
+    shutil.copytree(one, other)
+    assert compare(one, other, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in REQUEST_METRICS:
+        assert found["differences"][name]["difference"] == 0
+        assert found["a"][name] == pytest.approx(figures[name], abs=1e-12)
+    assert main(["report", str(one)]) == 0
+    report = (one / "report.html").read_text()
+    assert "AUC within requests" in report
+    assert "By request place" in report

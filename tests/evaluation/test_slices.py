@@ -1,6 +1,8 @@
 """Slices, and users with several rows, against a few lines over all targets of a data set."""
 
+import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
 
@@ -15,22 +17,30 @@ from dti_dist.data.index import RowGroup
 from dti_dist.errors import UserError
 from dti_dist.evaluation import predictions_file, slices
 from dti_dist.evaluation.metrics import measure
+from dti_dist.evaluation.request_metrics import REQUEST_METRICS, measure_requests
 from dti_dist.evaluation.slices import check_slices, measure_slices, slice_columns
 from tests.data.test_prepare_append import append, at_different_times, build, days_of
 from tests.data.test_prepare_events import random_events
-from tests.metrics_oracle import click_metrics
+from tests.metrics_oracle import click_metrics, request_metrics
 
 NAMES = ("activity", "popularity", "day", "title", "user_id", "item_id")
+OF_REQUESTS = ("request_size", "request_place")
+SIX_HOURS = 21_600
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Users have several rows in train and in test, of which the later begin with context."""
+    """Users have several rows in train and in test, of which the later begin with context. What
+    they have of six hours is a request."""
     folder = tmp_path_factory.mktemp("appended")
-    half, days = days_of(at_different_times(random_events(users=25)))
+    events = at_different_times(random_events(users=25, length=24))
+    half, days = days_of([(u, i, t - t % SIX_HOURS, rating) for u, i, t, rating in events])
+    days[0] = [event for event in days[0] if event[2] > half[-1][2]]
     build(folder, half, folder / "data")
     for day, append_to in zip(days, ["train", "test"] * len(days), strict=False):
         append(folder, day, folder / "data", append_to)
+    manifest = folder / "data" / "dataset.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"requests": {"by": "time"}}))
     return Dataset.open(str(folder / "data"))
 
 
@@ -108,9 +118,20 @@ def targets(dataset, predicted):
                 "day": str(datetime.fromtimestamp(time, timezone.utc).date()),
                 "activity": activity[sequence["user_id"]],
                 "popularity": popularity[item],
+                "request": (entry["row"], time),
             }
         )
+    for request in by(found, "request").values():
+        for place, target in enumerate(request, 1):
+            target |= {"request_size": len(request), "request_place": place}
     return found
+
+
+def by(targets, name):
+    groups = defaultdict(list)
+    for target in targets:
+        groups[target[name]].append(target)
+    return groups
 
 
 def by_hand(targets):
@@ -120,22 +141,36 @@ def by_hand(targets):
     return click_metrics(label, probability, np.array([users[t["user_id"]] for t in targets]))
 
 
+def requests_by_hand(targets):
+    """Metrics by request, and the number of requests with both labels."""
+    pairs = [[(t["label"], t["probability"]) for t in r] for r in by(targets, "request").values()]
+    found = [request_metrics(r) for r in pairs if len({label for label, _ in r}) == 2]
+    names = REQUEST_METRICS if found else ()
+    return {name: np.mean([one[name] for one in found]) for name in names}, len(found)
+
+
 @pytest.fixture(scope="module")
 def connection(dataset, file):
     connection = duckdb.connect(config={"threads": 1})
-    columns = slice_columns(connection, NAMES, dataset, dataset.items_table(), skip_bad=False)
-    predictions_file.load_targets(connection, file, columns.more, columns.joins)
+    names = [*NAMES, *OF_REQUESTS]
+    columns = slice_columns(connection, names, dataset, dataset.items_table(), skip_bad=False)
+    predictions_file.load_targets(connection, file, columns.more, columns.joins, by_request=True)
     return connection
 
 
 @pytest.fixture(scope="module")
-def measured(connection):
-    return measure_slices(connection, NAMES)
+def of_requests(connection):
+    return measure_requests(connection, "targets")
+
+
+@pytest.fixture(scope="module")
+def measured(connection, of_requests):
+    return measure_slices(connection, [*NAMES, *OF_REQUESTS], by_request=True)
 
 
 def assert_same(entry, expected):
     names = ("targets", "users", "label_rate", "mean_prediction", "auc", "log_loss", "ne", "gauc")
-    for name in names:
+    for name in (*names, "uauc"):
         assert entry[name] == pytest.approx(expected[name], abs=1e-9), name
 
 
@@ -148,9 +183,7 @@ def test_a_user_with_several_rows_is_one_user(connection, targets, predicted):
 
 @pytest.mark.parametrize("name", ["day", "title", "user_id", "item_id"])
 def test_slices_by_value_are_the_metrics_of_those_targets(name, measured, targets):
-    groups = defaultdict(list)
-    for target in targets:
-        groups[target[name]].append(target)
+    groups = by(targets, name)
     most = sorted(groups, key=lambda value: (-len(groups[value]), value))[: slices.MOST_VALUES]
     shown = [entry["value"] for entry in measured[name]]
     assert shown[: len(most)] == (sorted(most) if name == "day" else most)
@@ -180,6 +213,68 @@ def test_slices_by_interactions_in_train_are_bins_named_by_their_range(name, mea
         last, total = high, total + entry["targets"]
     assert total == len(targets)
     assert len(measured[name]) >= 3
+
+
+def test_metrics_by_request_are_those_of_the_targets_of_a_row_and_a_time(of_requests, targets):
+    expected, both = requests_by_hand(targets)
+    found = of_requests.copy()
+    number = found.pop("requests")
+    assert number == len({target["request"] for target in targets})
+    assert found.pop("requests_of_one_class") == number - both > 0
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", OF_REQUESTS)
+def test_slices_by_size_of_the_request_and_place_in_it(name, measured, targets):
+    ranges = {}
+    for entry in measured[name]:
+        low, *high = map(int, entry["value"].split(" to "))
+        ranges[entry["value"]] = range(low, (high or [low])[0] + 1)
+    assert list(ranges)[:2] == (["1", "2 to 5"] if name == "request_size" else ["1", "2"])
+    for entry in measured[name]:
+        assert_same(entry, by_hand([t for t in targets if t[name] in ranges[entry["value"]]]))
+    assert sum(entry["targets"] for entry in measured[name]) == len(targets)
+
+
+@pytest.mark.parametrize("name", ["request_size", "day", "activity"])
+def test_slices_of_whole_requests_have_metrics_by_request(name, measured, targets):
+    for entry in measured[name]:
+        low, *high = entry["value"].split(" to ")
+        inside = [
+            target
+            for target in targets
+            if target[name] == low
+            or (name != "day" and int(low) <= target[name] <= int((high or [low])[0]))
+        ]
+        expected, _ = requests_by_hand(inside)
+        assert {key: entry[key] for key in REQUEST_METRICS if key in entry} == pytest.approx(
+            expected, abs=1e-9
+        )
+    assert any("mrr" in entry for entry in measured[name])
+
+
+def test_slices_that_part_requests_have_none(measured):
+    for name in ("request_place", "item_id", "title"):
+        assert not any(entry.keys() & set(REQUEST_METRICS) for entry in measured[name])
+    assert not any("mrr" in entry for entry in measured["request_size"] if entry["value"] == "1")
+
+
+def test_large_sizes_have_wide_ranges():
+    connection = duckdb.connect()
+    connection.execute("CREATE TABLE targets AS SELECT range AS size FROM range(1, 3000)")
+    shown, _ = slices._ranges(connection, "request_size", "size")
+    named = {value: name for value, _, name in shown}
+    assert [named[size] for size in (1, 2, 5, 6, 300, 1_000, 1_001, 2_999)] == [
+        *("1", "2 to 5", "2 to 5", "6 to 10", "201 to 500", "501 to 1,000"),
+        *("1,001 or more", "1,001 or more"),
+    ]
+
+
+def test_a_slice_by_request_of_data_without_requests_is_refused(dataset):
+    without = replace(dataset, manifest=dataset.manifest.model_copy(update={"requests": None}))
+    check_slices(OF_REQUESTS, dataset)
+    with pytest.raises(UserError, match=r"--slice request_size: .*with --requests time"):
+        check_slices(["request_size"], without)
 
 
 def test_a_name_that_is_no_slice_is_refused_with_those_that_are(dataset):
