@@ -1,4 +1,4 @@
-"""`dti-dist benchmark step`: host time and operators of a micro-step, beside the model's own."""
+"""`dti-dist benchmark step`: processor time and operators of a micro-step, beside the model's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,11 +58,11 @@ def benchmark_step(
         rounds: timed rounds.
 
     Returns:
-        Surroundings and, per n and number of layers, milliseconds with spread and operators of:
-        the backbone with causal attention alone, forward and backward; making the plans of
-        FlexAttention; and a whole micro-step (forward, loss, backward, optimizer) under each ZeRO
-        stage, with ratios over the model alone. On a GPU times are of the host alone, which is not
-        made to wait. Besides, the host's processor time for one call of FlexAttention.
+        Surroundings and, per n and number of layers, milliseconds of the host's processor time with
+        spread and operators of: the backbone with causal attention alone, forward and backward;
+        making the plans of FlexAttention; and a whole micro-step (forward, loss, backward,
+        optimizer) under each ZeRO stage, with ratios over the model alone. Besides, the same time
+        of one call of FlexAttention. The host is not made to wait for a GPU.
     """
     ranks = join_process_group("auto", timeout_minutes=5, cpu_threads=1)
     try:
@@ -93,25 +94,24 @@ def _measured(n: int, layers: int, rounds: int, ranks: Ranks) -> dict[str, Any]:
     }
     for stage in _STAGES:
         works[stage] = _micro_step(_engine(_model(n, layers), stage, ranks), batch)
-    device = torch.device("cpu")  # not synchronized: what the host takes
     turns = measure.in_rounds(
-        {name: _repeated(work) for name, work in works.items()}, rounds, device
+        {name: partial(_processor_ms, work, _REPEATS) for name, work in works.items()},
+        rounds,
+        torch.device("cpu"),  # not synchronized: what the host takes
     )
-    seconds = {name: [turn.seconds / _REPEATS for turn in mine] for name, mine in turns.items()}
+    milliseconds = {name: [turn.result for turn in mine] for name, mine in turns.items()}
     return {
         "windows": len(set(scheme.windows.body[:-1])) + len(set(scheme.windows.readout)),
-        "milliseconds": {
-            name: measure.spread([1e3 * took for took in mine]) for name, mine in seconds.items()
-        },
+        "milliseconds": {name: measure.spread(mine) for name, mine in milliseconds.items()},
         "over_model": {
-            name: measure.ratios(mine, seconds[MODEL]) for name, mine in seconds.items()
+            name: measure.ratios(mine, milliseconds[MODEL]) for name, mine in milliseconds.items()
         },
         "operators": {name: operators(work) for name, work in works.items()},
     }
 
 
 def _attention_call(rounds: int, device: torch.device) -> measure.Spread:
-    """Microseconds of processor time: no query sees a key, so there is nothing to compute.
+    """Microseconds: no query sees a key, so there is nothing to compute.
 
     With gradients on a GPU; FlexAttention has none on a CPU.
     """
@@ -119,16 +119,14 @@ def _attention_call(rounds: int, device: torch.device) -> measure.Spread:
     counts = {name: x for name, x in plan.blocks._asdict().items() if name.endswith("num_blocks")}
     nothing = plan.blocks._replace(**{name: x.zero_() for name, x in counts.items()})
     plan = replace(plan, blocks=nothing)
-    x = torch.zeros(1, 1, BLOCK, 16, device=device, requires_grad=device.type == "cuda")
+    q, k, v = (  # not one tensor: torch 2.11 refuses that
+        torch.zeros(1, 1, BLOCK, 16, device=device, requires_grad=device.type == "cuda")
+        for _ in range(3)
+    )
 
-    def microseconds() -> float:
-        began = time.process_time()
-        for _ in range(_CALLS):
-            flex_attention_call(x, x, x, plan, 1.0)
-        return 1e6 * (time.process_time() - began) / _CALLS
-
-    microseconds()  # compiles
-    return measure.spread([microseconds() for _ in range(rounds)])
+    call = partial(flex_attention_call, q, k, v, plan, 1.0)
+    call()  # compiles
+    return measure.spread([1e3 * _processor_ms(call, _CALLS) for _ in range(rounds)])
 
 
 def operators(work: Callable[[], Any]) -> int:
@@ -149,12 +147,13 @@ def _within_one(event: FunctionEvent) -> bool:
     return parent is not None
 
 
-def _repeated(work: Callable[[], Any]) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(_REPEATS):
-            work()
-
-    return run
+def _processor_ms(work: Callable[[], Any], times: int) -> float:
+    """Of one call, all threads together (on a GPU the backward pass has its own); other jobs on the
+    same cores hardly change it."""
+    began = time.process_time()
+    for _ in range(times):
+        work()
+    return 1e3 * (time.process_time() - began) / times
 
 
 def _batch(n: int, device: torch.device) -> Batch:

@@ -11,7 +11,7 @@ MANIFEST = Path(__file__).parents[2] / "launch" / "kubernetes" / "pytorchjob.yam
 
 def faults(value, kind: str, models, where: str = "") -> list[str]:
     """What of a manifest is not of the type that the operator's schema gives it."""
-    if match := re.fullmatch(r"(?:list\[(.+)\]|dict\(str, (.+)\))", kind):
+    if match := re.fullmatch(r"list\[(.+)\]|dict[(\[]str, (.+)[)\]]", kind):
         of_list, of_dict = match.groups()
         if not isinstance(value, list if of_list else dict):
             return [f"{where}: expected {kind}, found {value!r}"]
