@@ -94,8 +94,10 @@ def histogram(connection: duckdb.DuckDBPyConnection, logarithmic: bool) -> dict[
     targets = [0.0] * _HISTOGRAM_BINS
     for row in rows(
         connection,
-        f"SELECT least(floor(({value} - {least!r}) / {width!r}), {_HISTOGRAM_BINS - 1})::INTEGER "
-        "AS bin, sum(clicks + others)::BIGINT AS targets FROM curve GROUP BY bin",
+        # Clamped below too: rounded, the least value may lie under its own literal.
+        f"SELECT greatest(0, least({_HISTOGRAM_BINS - 1}, "
+        f"floor(({value} - {least!r}) / {width!r})))::INTEGER AS bin, "
+        "sum(clicks + others)::BIGINT AS targets FROM curve GROUP BY bin",
     ):
         targets[row["bin"]] = row["targets"]
     edges = np.linspace(least, most, _HISTOGRAM_BINS + 1)
