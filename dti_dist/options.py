@@ -53,22 +53,44 @@ EVALUATION_PER_USER = 20
 EVALUATION_MEMORY = "1GB"
 
 
-def _settings_stay(arguments: ArgumentCollection) -> None:
-    given = [argument.name for argument in arguments if argument.tokens]
-    others = [name for name in given if name != "--append"]
-    if "--append" in given and others:
-        raise UserError(
-            f"--append {others[0]}: expected the data set's own settings to stay; found "
-            f"{others[0]}. Leave it out, or prepare a new data set."
-        )
+def _alone(option: str, expected: str, remedy: str) -> Callable[[ArgumentCollection], None]:
+    """Refuses other options of a group beside this one."""
+
+    def check(arguments: ArgumentCollection) -> None:
+        given = [argument.name for argument in arguments if argument.tokens]
+        others = [name for name in given if name != option]
+        if option in given and others:
+            raise UserError(
+                f"{option} {others[0]}: expected {expected}; found {others[0]}. {remedy}"
+            )
+
+    return check
 
 
-DATA_SETTINGS = Group("Settings of the data set", show=False, validator=_settings_stay)
+DATA_SETTINGS = Group(
+    "Settings of the data set",
+    show=False,
+    validator=_alone(
+        "--append",
+        "the data set's own settings to stay",
+        "Leave it out, or prepare a new data set.",
+    ),
+)
 """Options that do not go with --append, and --append."""
+
+SPLITTING = Group(
+    "Ways to split",
+    show=False,
+    validator=_alone(
+        "--split-column", "the column alone to say which split", "Leave one of them out."
+    ),
+)
+"""Options that do not go with --split-column, and --split-column."""
 
 OUTPUT = Group("Output and split")
 _OUTPUT, _RESOURCES = Parameter(group=OUTPUT), Parameter(group=Group("Resources"))
 _SETTING, _N = Parameter(group=(OUTPUT, DATA_SETTINGS)), Parameter(metavar="N")
+_SPLIT = Parameter(group=(OUTPUT, DATA_SETTINGS, SPLITTING))
 
 
 def split_at_commas(text: str) -> list[str]:
@@ -138,15 +160,15 @@ class BuildOptions:
         force: Replace a data set that is there.
     """
 
-    split: Annotated[Literal["time", "leave-last"], _SETTING] = "time"
+    split: Annotated[Literal["time", "leave-last"], _SPLIT] = "time"
     fractions: Annotated[
         tuple[float, float, float],
-        _SETTING,
+        _SPLIT,
         Parameter(converter=_fractions, n_tokens=1, metavar="F,F,F", show_default="0.8,0.1,0.1"),
     ] = (0.8, 0.1, 0.1)
     split_times: Annotated[
         tuple[int, int] | None,
-        _SETTING,
+        _SPLIT,
         Parameter(converter=_moments, n_tokens=1, metavar="TIME,TIME"),
     ] = None
     min_interactions: Annotated[int, _SETTING, _N] = 2

@@ -138,11 +138,13 @@ class Counts(_Record):
 
 
 class SplitRule(_Record):
-    """``boundaries``: the first timestamp of valid and of test (rule ``time`` only)."""
+    """``boundaries``: the first timestamp of valid and of test (rule ``time`` only). ``column``: of
+    the events, which says the split of each (rule ``column`` only)."""
 
-    rule: Literal["time", "leave-last"]
+    rule: Literal["time", "leave-last", "column"]
     fractions: tuple[float, float, float] | None = None
     boundaries: dict[str, int] | None = None
+    column: str | None = None
 
 
 class FileEntry(_Record):

@@ -225,7 +225,7 @@ def test_unknown_items_leave_last_and_other_folders_are_refused(prepared, tmp_pa
     with pytest.raises(UserError, match=r"found no dataset\.json"):
         append(tmp_path, day, tmp_path / "nowhere")
     build_dataset(reader(tmp_path, half), str(tmp_path / "last"), BuildOptions(split="leave-last"))
-    with pytest.raises(UserError, match="expected a data set split by time; found leave-last"):
+    with pytest.raises(UserError, match="split by time or by a column; found leave-last"):
         append(tmp_path, day, tmp_path / "last")
 
 

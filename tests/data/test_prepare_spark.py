@@ -7,7 +7,9 @@ import random
 import re
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -127,6 +129,53 @@ def test_both_engines_write_the_same_bytes(spark, tmp_path, rule, kind, limits):
         "items",
         *SPLITS,
     }
+
+
+def say_splits(paths, rule):
+    """Give each file of events a column, fold, from each interaction's place in its history."""
+    files = sorted(Path(paths[0]).iterdir())
+    tables = [pq.read_table(file) for file in files]
+    rows = [row for table in tables for row in table.to_pylist()]
+    histories = {}
+    for number, row in enumerate(rows):
+        histories.setdefault(row["user"], []).append((row["time"], number))
+    for history in histories.values():
+        for place, (_, number) in enumerate(sorted(history)):
+            rows[number]["fold"] = rule(place, len(history))
+    start = 0
+    for file, table in zip(files, tables, strict=True):
+        folds = [row["fold"] for row in rows[start : start + len(table)]]
+        table = table.select(["user", "item", "time", "rating"])
+        pq.write_table(table.append_column("fold", pa.array(folds)), file)
+        start += len(table)
+
+
+@needs_java
+@pytest.mark.slow
+def test_both_engines_split_alike_by_a_column(spark, tmp_path):
+    paths, items = write_input(tmp_path, random_events(seed=3))
+    say_splits(paths, lambda place, length: SPLITS[min(3 * place // length, 2)])
+    columns = replace(COLUMNS, split="fold")
+    limits = {"context_limit": 6, "shard_interactions": 60, "row_group_interactions": 20}
+    duck, spark_made = both(tmp_path, paths, items, columns=columns, **limits)
+    assert spark_made.manifest == duck.manifest
+    assert duck.manifest.split == SplitRule(rule="column", column="fold")
+    targets = [duck.manifest.counts.splits[split].targets for split in SPLITS]
+    assert min(targets) > 100
+    for rule, message in [
+        (
+            lambda place, length: SPLITS[place % 3],
+            r"\d+ users have another order. User u\d+ has \w+ at",
+        ),
+        (lambda place, length: "Test" if place == 1 else "train", r"35 have something else"),
+        (lambda place, length: "train", "valid, test has none"),
+    ]:
+        say_splits(paths, rule)
+        shutil.rmtree(tmp_path / "duckdb", ignore_errors=True)
+        shutil.rmtree(tmp_path / "spark", ignore_errors=True)
+        duck, spark_made = both(tmp_path, paths, items, columns=columns)
+        assert spark_made == duck
+        assert re.search(message, duck)
 
 
 @needs_java

@@ -7,6 +7,8 @@ those that are there. ``append_to`` says where the new targets go:
 - ``roll``: they become test; what was test becomes valid, and what was valid joins train.
 - ``train``, ``valid``, ``test``: they join that split.
 
+Those of a data set that was split by a column have such a column too, which says where each goes.
+
 All new files have names of their own, and ``dataset.json``, which lists the files that count, is
 replaced last: a reader sees the data set before or after, and a killed append leaves files that
 nothing reads. Files that a roll has replaced stay for readers that are under way, until the next
@@ -20,9 +22,11 @@ import json
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +41,7 @@ from dti_dist.data.dataset import (
     FileEntry,
     Manifest,
     SplitCounts,
+    SplitRule,
     Statistics,
 )
 from dti_dist.data.prepare.build import (
@@ -51,20 +56,22 @@ from dti_dist.data.prepare.build import (
     load_items,
     workspace_beside,
 )
-from dti_dist.data.prepare.split import Histories, cut_sequences, positions
+from dti_dist.data.prepare.split import Histories, cut_sequences, positions, target_ranges
 from dti_dist.data.prepare.statistics import add_statistics
 from dti_dist.data.prepare.tables import (
     check_events,
+    check_split_order,
     count_days,
     count_users,
     date_and_time,
     read_statistics,
+    split_place,
 )
 from dti_dist.data.prepare.writer import DatasetWriter, add_counts, write_manifest
 from dti_dist.errors import UserError
 from dti_dist.files import flush_to_disk
 from dti_dist.options import AppendTo
-from dti_dist.sql import Workspace, parquet, sql_errors, stream
+from dti_dist.sql import Workspace, literal, parquet, sql_errors, stream
 
 _PART = re.compile(
     r"(items|train|valid|test)/\.?part-(\d+)(-[0-9a-f]+)?\.parquet(\.partial-[0-9a-f]+)?"
@@ -74,27 +81,26 @@ _PART = re.compile(
 def append_to_dataset(
     read_source: Callable[[Workspace], Source],
     uri: str,
-    append_to: AppendTo,
+    append_to: AppendTo | None,
     options: BuildOptions,
 ) -> Summary:
     """Append a source's interactions to the data set at ``uri``; context_limit and split are the
-    data set's.
+    data set's. ``append_to`` is by default roll, or what the column says where one split the data
+    set.
 
     Users with a single new interaction are kept: it may be context of a later one. Raises
     UserError, and changes nothing, for a data set split by ``leave-last``, for other text columns
-    than it has, for interactions that are not newer than all it has, and for what prepare refuses.
+    than it has, for another way to split, for interactions that are not newer than all it has, and
+    for what prepare refuses.
     """
     started = time.monotonic()
     dataset = Dataset.open(uri)
     before = storage.read_bytes(storage.join(uri, MANIFEST))
-    if dataset.manifest.split.rule != "time":
-        raise UserError(
-            f"{uri}: expected a data set split by time; found {dataset.manifest.split.rule}, where "
-            "newer interactions would change what is in each split. Prepare all of them again."
-        )
+    destination = _destination(dataset, append_to)
     with workspace_beside(uri, options) as workspace:
         source = read_source(workspace)
         _check_texts(dataset, source)
+        _check_column(dataset, source)
         source = replace(source, text_columns=dataset.manifest.item_text_columns)
         tables = DuckTables(workspace, source)
         old = _OldTables(tables, dataset)
@@ -105,10 +111,11 @@ def append_to_dataset(
         _check_newer(tables, dataset.manifest)
         users = count_users(tables, fewest=1)
         old.find_contexts()
+        if destination == "column":
+            check_split_order(tables, old.last_and_new())
         _remove_unlisted(dataset)
         tag = hashlib.sha256(before + json.dumps(source.description).encode()).hexdigest()[:8]
         numbers = _next_numbers(dataset.manifest)
-        split = "test" if append_to == "roll" else append_to
         say(f"sorting {users.interactions:,} interactions")
         with (
             DatasetWriter(
@@ -121,14 +128,14 @@ def append_to_dataset(
                 item_batches(tables, first=dataset.manifest.counts.items), source.text_columns
             )
             for histories, begin in old.histories():
-                ends = histories.lengths
-                writer.write_sequences(
-                    split,
-                    cut_sequences(histories, begin, ends, dataset.manifest.context_limit),
-                )
-                bar.advance(int((ends - begin).sum()))
+                for split, first, end in _new_targets(
+                    histories, begin, dataset.manifest.split, destination
+                ):
+                    limit = dataset.manifest.context_limit
+                    writer.write_sequences(split, cut_sequences(histories, first, end, limit))
+                bar.advance(int((histories.lengths - begin).sum()))
         new = writer.files
-        replaced = _copy_rolled(dataset, numbers, tag, new) if append_to == "roll" else set()
+        replaced = _copy_rolled(dataset, numbers, tag, new) if destination == "roll" else set()
         known_users = old.known_users()
         statistics = dataset.manifest.statistics
         if statistics is not None:
@@ -137,11 +144,11 @@ def append_to_dataset(
                 read_statistics(tables, users.per_user, days),
                 old.users_by_interactions(),
             )
-    added = writer.splits[split]
+    added = reduce(add_counts, writer.splits.values())
     assert added.first_timestamp is not None
     assert added.last_timestamp is not None
     record = AppendRecord(
-        append_to=append_to,
+        append_to=destination,
         interactions=added.targets,
         users=users.users,
         new_users=users.users - known_users,
@@ -151,7 +158,7 @@ def append_to_dataset(
         source=source.description,
     )
     old_files = {p: entry for p, entry in dataset.manifest.files.items() if p not in replaced}
-    manifest = _manifest(dataset.manifest, record, added, old_files | new, statistics)
+    manifest = _manifest(dataset.manifest, record, writer.splits, old_files | new, statistics)
     _check_written(uri, new)
     if storage.read_bytes(storage.join(uri, MANIFEST)) != before:
         raise UserError(
@@ -159,8 +166,42 @@ def append_to_dataset(
             "changed it since. Run this one again."
         )
     write_manifest(uri, manifest)
-    notes = _notes(source, dataset.manifest, record)
+    notes = _notes(source, dataset.manifest, record, writer.splits)
     return Summary(uri, manifest, notes, time.monotonic() - started, list(new))
+
+
+def _destination(dataset: Dataset, append_to: AppendTo | None) -> AppendTo | Literal["column"]:
+    rule = dataset.manifest.split
+    if rule.rule == "leave-last":
+        raise UserError(
+            f"{dataset.uri}: expected a data set split by time or by a column; found leave-last, "
+            "where newer interactions would change what is in each split. Prepare all of them "
+            "again."
+        )
+    if rule.rule == "time":
+        return append_to or "roll"
+    if append_to:
+        raise UserError(
+            f"--append-to {append_to}: expected a data set split by time; {dataset.uri} was split "
+            f"by the column {rule.column}, which also says where new interactions go. Leave it out."
+        )
+    return "column"
+
+
+def _check_column(dataset: Dataset, source: Source) -> None:
+    column = dataset.manifest.split.column
+    if column and not source.split_column:
+        raise UserError(
+            f"{dataset.uri}: expected --split-column, since the column {column} split the data "
+            f"set; found none. Add --split-column {column}: new interactions need such a column "
+            "too."
+        )
+    if source.split_column and not column:
+        raise UserError(
+            f"--split-column {source.split_column}: expected a data set split by a column; "
+            f"{dataset.uri} was split by time. Leave it out; --append-to says where new "
+            "interactions go."
+        )
 
 
 def _check_texts(dataset: Dataset, source: Source) -> None:
@@ -204,8 +245,8 @@ class _OldTables:
         )
         place = ", filename=true, file_row_number=true"
         self._sequences = " UNION ALL ".join(
-            "SELECT user_id, item_ids, labels, timestamps, target_start, filename, file_row_number "
-            f"FROM {read(split, place)}"
+            "SELECT user_id, item_ids, labels, timestamps, target_start, filename, "
+            f"file_row_number, {literal(split)} AS split FROM {read(split, place)}"
             for split in SPLITS
             if dataset.manifest.counts.splits[split].rows
         )
@@ -213,12 +254,14 @@ class _OldTables:
     def find_contexts(self) -> None:
         """Make ``old_users``, with each one's interactions and where the latest row lies, and
         ``contexts``: the last interactions of those who have new ones. A row holds a whole stretch
-        of its user's interactions, so the latest is enough."""
+        of its user's interactions, so the latest is enough: of equal times, that of the later
+        split."""
         doing = "reading the data set's sequences"
         self._tables.create(
             "old_users",
             "SELECT user_id, CAST(sum(len(item_ids) - target_start) AS BIGINT) AS interactions, "
-            "arg_max({'file': filename, 'row': file_row_number}, timestamps[-1]) AS place "
+            "arg_max({'file': filename, 'row': file_row_number}, {'time': timestamps[-1], 'split': "
+            f"{split_place('split')}}}) AS place "
             f"FROM ({self._sequences}) GROUP BY user_id",
             doing,
         )
@@ -228,10 +271,17 @@ class _OldTables:
         )
         self._tables.create(
             "contexts",
-            f"SELECT sequences.user_id, {lists} FROM ({self._sequences}) AS sequences JOIN "
+            f"SELECT sequences.user_id, split, {lists} FROM ({self._sequences}) AS sequences JOIN "
             "(SELECT place.file AS file, place.row AS row FROM old_users SEMI JOIN users USING "
             "(user_id)) AS latest ON filename = latest.file AND file_row_number = latest.row",
             doing,
+        )
+
+    def last_and_new(self) -> str:
+        """A FROM clause of new interactions, and before them their users' last old one."""
+        return (
+            "(SELECT user_id, time_us, timestamp, split, input_order FROM events UNION ALL "
+            "SELECT user_id, timestamps[-1] * 1000000, timestamps[-1], split, -1 FROM contexts)"
         )
 
     def known_users(self) -> int:
@@ -276,7 +326,21 @@ def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> 
         values[is_context] = context[column].combine_chunks().flatten().to_numpy()
         values[~is_context] = new.columns[name]
         columns[name] = values
+    if "split" in new.columns:
+        columns["split"] = np.zeros(len(is_context), dtype=np.int8)  # before any new one's
+        columns["split"][~is_context] = new.columns["split"]
     return Histories(new.user_ids, lengths, columns)
+
+
+def _new_targets(
+    histories: Histories, begin: np.ndarray, rule: SplitRule, destination: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """As `target_ranges`, of the interactions from [users] ``begin`` on."""
+    if destination == "column":
+        for split, first, end in target_ranges(histories, rule):
+            yield split, np.maximum(first, begin), end
+    else:
+        yield "test" if destination == "roll" else destination, begin, histories.lengths
 
 
 def _remove_unlisted(dataset: Dataset) -> None:
@@ -329,7 +393,7 @@ def _check_written(uri: str, new: dict[str, FileEntry]) -> None:
 def _manifest(
     old: Manifest,
     record: AppendRecord,
-    added: SplitCounts,
+    added: Mapping[str, SplitCounts],
     files: dict[str, FileEntry],
     statistics: Statistics | None,
 ) -> Manifest:
@@ -339,12 +403,12 @@ def _manifest(
         splits = {
             "train": add_counts(splits["train"], splits["valid"]),
             "valid": splits["test"],
-            "test": added,
+            "test": added["test"],
         }
         boundaries = {"valid": rule.boundaries["test"], "test": record.first_timestamp}
         rule = rule.model_copy(update={"boundaries": boundaries})
     else:
-        splits[record.append_to] = add_counts(splits[record.append_to], added)
+        splits = {split: add_counts(counts, added[split]) for split, counts in splits.items()}
     targets = sum(counts.targets for counts in splits.values())
     counts = {
         "interactions": targets,
@@ -366,7 +430,9 @@ def _manifest(
     )
 
 
-def _notes(source: Source, old: Manifest, record: AppendRecord) -> list[str]:
+def _notes(
+    source: Source, old: Manifest, record: AppendRecord, added: Mapping[str, SplitCounts]
+) -> list[str]:
     notes = [
         *source.notes,
         f"appended {record.interactions:,} interactions of {record.users:,} users, "
@@ -374,6 +440,9 @@ def _notes(source: Source, old: Manifest, record: AppendRecord) -> list[str]:
     ]
     if record.append_to == "roll":
         notes.append("the new interactions are test; test became valid, and valid joined train")
+    elif record.append_to == "column":
+        joined = ", ".join(f"{split} {counts.targets:,}" for split, counts in added.items())
+        notes.append(f"the new interactions joined the splits that the column says: {joined}")
     elif record.append_to != "test":
         notes.append(
             f"the new interactions joined {record.append_to}: it now holds interactions that are "

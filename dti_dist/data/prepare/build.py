@@ -41,6 +41,7 @@ from dti_dist.data.prepare.tables import (
     listed,
     read_statistics,
     refuse_empty_split,
+    split_place,
 )
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.errors import UserError
@@ -64,6 +65,8 @@ class Source:
         text_columns: their names.
         description: what ``dataset.json`` says under ``source``.
         notes: lines for the summary.
+        split_column: the column of the input that ``events`` gives as split, a string: which split
+            an interaction belongs to. None: ``events`` gives none, and the options say it.
         event_files, item_files: the same as ``events`` and ``items``, file by file: for engines
             that share them out, and to say where a row is.
     """
@@ -74,6 +77,7 @@ class Source:
     text_columns: list[str]
     description: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    split_column: str | None = None
     event_files: FileScan | None = None
     item_files: FileScan | None = None
 
@@ -219,6 +223,7 @@ class DuckTables:
     def __init__(self, workspace: Workspace, source: Source):
         self.connection = workspace.connection
         self.name, self.text_columns = source.name, source.text_columns
+        self.split_column = source.split_column
         self._event_files = source.event_files
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
@@ -323,10 +328,10 @@ def events_query(tables: DuckTables, source: Source, scan: str) -> str:
             f'{types["label"]}. Use a comparison, e.g. --label "rating >= 4" or '
             "\"event = 'click'\"."
         )
-    probability = ", probability" if "probability" in types else ""
+    known = "".join(f", {name}" for name in ("probability", "split") if name in types)
     return (
         "SELECT user_id, item_id, time_us, CAST(floor(time_us / 1000000) AS BIGINT) AS timestamp, "
-        f"CAST(label AS DOUBLE) AS label{probability} FROM ({scan})"
+        f"CAST(label AS DOUBLE) AS label{known} FROM ({scan})"
     )
 
 
@@ -352,9 +357,11 @@ def item_batches(tables: DuckTables, first: int = 0) -> Iterator[pa.RecordBatch]
 def histories(tables: DuckTables) -> Iterator[Histories]:
     """The histories of all ``users``, in the order of the MD5 of their id."""
     connection = tables.connection
-    probability = ""
+    known = ""
     if "probability" in connection.table("stored_events").columns:
-        probability = ", events.probability"
+        known += ", events.probability"
+    if tables.split_column:
+        known += f", ({split_place('events.split')})::TINYINT AS split"
     connection.execute(
         "CREATE TABLE ranks AS SELECT *, row_number() OVER (ORDER BY md5(user_id), user_id) AS "
         "rank FROM users"
@@ -363,7 +370,7 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
         stream(
             connection,
             "SELECT items.item_id::INTEGER AS item_id, events.label::TINYINT AS label, "
-            f"events.timestamp, events.input_order{probability} FROM events "
+            f"events.timestamp, events.input_order{known} FROM events "
             "JOIN ranks ON events.user_id = ranks.user_id "
             "JOIN items ON events.item_id = items.source_id "
             "ORDER BY ranks.rank, events.time_us, events.input_order",

@@ -105,6 +105,9 @@ def events(
     columns: Annotated[
         tuple[str, ...], Parameter(converter=_columns, n_tokens=1, metavar="COL,COL")
     ] = (),
+    split_column: Annotated[
+        str | None, Parameter(metavar="COL", group=(options.OUTPUT, options.SPLITTING))
+    ] = None,
     name: str = options.EVENTS_NAME,
     append: Annotated[bool, Parameter(group=(_APPENDING, options.DATA_SETTINGS))] = False,
     append_to: Annotated[AppendTo | None, Parameter(group=_APPENDING)] = None,
@@ -130,11 +133,14 @@ def events(
         time_unit: Unit of times that are numbers since 1970.
         time_format: How times are written, for DuckDB's strptime: %d/%m/%Y %H:%M, %Y%m%d.
         columns: Names of the columns of CSV files that have no header.
+        split_column: The column that says train, valid or test, instead of --split; a user's
+            interactions must be in this order.
         name: The data set's name.
         append: Add them to the data set at --out, whose files stay as they are; all must be newer
             than what it has, and --items need name new items alone.
         append_to: roll: the new interactions become test, test becomes valid and valid joins
-            train; train, valid, test: they join that split (default: roll).
+            train; train, valid, test: they join that split (default: roll; with --split-column
+            the column says it).
         engine: duckdb: this machine, out of core; spark: a cluster, the same files; needs Java and
             pip install 'dti-dist[spark]', there too.
         spark_master: Such as local[4] or spark://host:7077 (default: that of Spark's own
@@ -170,6 +176,7 @@ def events(
             text_cols,
             TimeRule(time_unit, time_format),
             columns,
+            split_column,
         ),
         label=label,
         name=name,
@@ -177,7 +184,7 @@ def events(
     if append:
         from dti_dist.data.prepare.append import append_to_dataset
 
-        print(append_to_dataset(read, out, append_to or "roll", build))
+        print(append_to_dataset(read, out, append_to, build))
     elif engine == "spark":
         from dti_dist.data.prepare.spark import build_with_spark
 

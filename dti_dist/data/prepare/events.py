@@ -29,7 +29,11 @@ from dti_dist.errors import UserError
 from dti_dist.sql import Workspace, quote
 
 _ANY_TIME = TimeRule()
-_USER, _ITEM = "\x01user", "\x01item"  # beside the names of the label's columns
+_USER, _ITEM, _SPLIT = (
+    "\x01user",
+    "\x01item",
+    "\x01split",
+)  # beside the names of the label's columns
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class EventColumns:
     Attributes:
         time_rule: how times are written.
         names: of the columns of CSV events without a header.
+        split: the column that says train, valid or test.
     """
 
     user: str
@@ -48,6 +53,7 @@ class EventColumns:
     texts: tuple[str, ...]
     time_rule: TimeRule = _ANY_TIME
     names: tuple[str, ...] = ()
+    split: str | None = None
 
 
 def read_events(
@@ -68,9 +74,12 @@ def read_events(
     connection = workspace.connection
     expression = LabelExpression(connection, label)
     ids = {"--user-col": columns.user, "--item-col": columns.item}
-    wanted = (*ids.values(), columns.time, *expression.names)
+    named = ids | {"--time-col": columns.time}
+    if columns.split is not None:
+        named["--split-column"] = columns.split
+    wanted = (*named.values(), *expression.names)
     events = InputTable.open(connection, "the events", paths, wanted, columns.names)
-    for option, column in {**ids, "--time-col": columns.time}.items():
+    for option, column in named.items():
         events.require(column, option)
     of_label = expression.columns(events.names)
     for column in of_label:
@@ -98,6 +107,9 @@ def read_events(
         f"SELECT {quote(_USER)} AS user_id, {quote(_ITEM)} AS item_id, {time_us} AS time_us, "
         f"{condition} AS label"
     )
+    if columns.split is not None:
+        values[_SPLIT] = (columns.split, _as_text)
+        select += f", {quote(_SPLIT)} AS split"
     table = _open_items(connection, items, columns.item_key, columns.texts)
     event_files, item_files = events.scan(select, values), table.scan()
     return Source(
@@ -107,6 +119,7 @@ def read_events(
         items=item_files.query(),
         item_files=item_files,
         text_columns=list(columns.texts),
+        split_column=columns.split,
         description={
             "kind": "events",
             "paths": list(paths),
@@ -116,6 +129,7 @@ def read_events(
                 "item": columns.item,
                 "time": columns.time,
                 "item_key": columns.item_key,
+                **({} if columns.split is None else {"split": columns.split}),
             },
             "label": label,
             "time_unit": unit,

@@ -58,7 +58,12 @@ from dti_dist.data.prepare.split import (
     sequence_starts,
     target_ranges,
 )
-from dti_dist.data.prepare.tables import UserCounts, item_sizes_select
+from dti_dist.data.prepare.tables import (
+    UserCounts,
+    before_split,
+    item_sizes_select,
+    split_place,
+)
 from dti_dist.data.prepare.writer import Cutter, DatasetWriter
 from dti_dist.errors import UserError
 from dti_dist.sql import SET_UTC, sql_errors, stream
@@ -187,13 +192,17 @@ class _SparkTables:
     def __init__(self, spark: Any, duck: DuckTables, source: Source, writer: DatasetWriter):
         self._spark = spark
         self.name, self.text_columns = source.name, source.text_columns
+        self.split_column = source.split_column
         self._persisted: list[Any] = []
         if source.event_files is None:
             raise UserError(f"{self.name}: --engine spark reads event files; use --engine duckdb.")
         self._event_files = [file for file, _ in source.event_files.files]
         query = events_query(duck, source, "{}")
         say(f"{self.name}: reading the interactions")
-        self._scan("events", source.event_files, query, _EVENT_SCHEMA)
+        schema = _EVENT_SCHEMA
+        if self.split_column:
+            schema = schema.append(pa.field("split", pa.string()))
+        self._scan("events", source.event_files, query, schema)
         parts = tuple(storage.join(writer.uri, path) for path in sorted(writer.files))
         sizes = FileScan.of_parquet(item_sizes_select(self.text_columns), parts)
         self._scan("item_sizes", sizes, "SELECT * FROM ({})", _ITEM_SCHEMA)
@@ -229,11 +238,12 @@ class _SparkTables:
     ) -> tuple[int, dict[str, float]]:
         limits = (options.shard_interactions, options.row_group_interactions)
         plan = self._plan_parts(users, rule, options.context_limit, limits)
+        split = f", CAST({split_place('split')} AS TINYINT) AS split" if self.split_column else ""
         interactions = self._spark.sql(
             "SELECT user_id, CAST(item_sizes.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
-            "label, timestamp, time_us, input_order FROM (SELECT events.user_id, events.item_id AS "
-            f"source_id, label, timestamp, time_us, input_order FROM {users.kept_events}) AS kept "
-            "JOIN item_sizes USING (source_id)"
+            f"label, timestamp, time_us, input_order{', split' if split else ''} FROM (SELECT "
+            "events.user_id, events.item_id AS source_id, label, timestamp, time_us, input_order"
+            f"{split} FROM {users.kept_events}) AS kept JOIN item_sizes USING (source_id)"
         )
         cut = partial(_cut, rule, options.context_limit, plan, _INTERACTIONS_AT_A_TIME)
         sequences = (
@@ -274,14 +284,14 @@ class _SparkTables:
         self, users: UserCounts, rule: SplitRule, context_limit: int, limits: tuple[int, int]
     ) -> dict[str, list[Key]]:
         """The key of the first row of each part, by split."""
-        if rule.boundaries is None:
+        if rule.rule == "leave-last":
             bounds = (
                 "SELECT user_id, interactions, interactions - 2 AS valid, interactions - 1 AS test "
                 "FROM users"
             )
         else:
             before = ", ".join(
-                f"count(CASE WHEN timestamp < {rule.boundaries[split]} THEN 1 END) AS {split}"
+                f"count(CASE WHEN {before_split(rule, split)} THEN 1 END) AS {split}"
                 for split in ("valid", "test")
             )
             bounds = (
@@ -414,7 +424,9 @@ def _sequences(
         user_ids=rows["user_id"].take(pa.array(starts)).combine_chunks(),
         lengths=np.diff([*starts, len(rows)]),
         columns={
-            name: rows[name].to_numpy() for name in ("item_id", "label", "timestamp", "input_order")
+            name: rows[name].to_numpy()
+            for name in ("item_id", "label", "timestamp", "input_order", "split")
+            if name in rows.column_names
         },
     )
     out_of_order = disorder(histories)

@@ -18,7 +18,8 @@ class Histories:
     Attributes:
         user_ids: [users]
         lengths: [users] interactions of each
-        columns: [interactions] item_id, label, timestamp, input_order (and probability)
+        columns: [interactions] item_id, label, timestamp, input_order (and probability; and, where
+            a column says it, split as its place in SPLITS, which never falls within a history)
     """
 
     user_ids: pa.Array
@@ -43,17 +44,23 @@ def target_ranges(
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Per split: [users] the place of its first target in the history, and of its end."""
     lengths = histories.lengths
-    if rule.boundaries is None:
+    if rule.rule == "leave-last":
         ends = [lengths - 2, lengths - 1]
     else:
         owner = np.repeat(np.arange(len(lengths)), lengths)
-        timestamps = histories.columns["timestamp"]
         ends = [
-            np.bincount(owner[timestamps < rule.boundaries[split]], minlength=len(lengths))
+            np.bincount(owner[_is_before(split, histories, rule)], minlength=len(lengths))
             for split in ("valid", "test")
         ]
     bounds = [np.zeros_like(lengths), *ends, lengths]
     yield from zip(SPLITS, bounds[:-1], bounds[1:], strict=True)
+
+
+def _is_before(split: str, histories: Histories, rule: SplitRule) -> np.ndarray:
+    """[interactions] whether each belongs to an earlier split."""
+    if rule.boundaries is None:
+        return histories.columns["split"] < SPLITS.index(split)
+    return histories.columns["timestamp"] < rule.boundaries[split]
 
 
 def inside(histories: Histories, begin: np.ndarray, end: np.ndarray) -> np.ndarray:

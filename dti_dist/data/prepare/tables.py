@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from dti_dist.data.dataset import SPLITS, DayCounts, SplitRule, Statistics
 from dti_dist.data.prepare.statistics import date_of_day, distribution, text_size
 from dti_dist.errors import UserError
-from dti_dist.sql import quote
+from dti_dist.sql import literal, quote
 
 _DAY = 86_400  # seconds
 
@@ -25,7 +25,8 @@ class Tables(Protocol):
 
     ::
 
-        events      user_id, item_id, time_us, timestamp (seconds), label (double), input_order
+        events      user_id, item_id, time_us, timestamp (seconds), label (double), input_order,
+                    and, where ``split_column`` names a column of the input, its text as split
         item_sizes  source_id, blank (whether it has no text), characters, words
 
     ``input_order`` grows in the order of the files and of the rows in each: equal times keep it.
@@ -33,6 +34,7 @@ class Tables(Protocol):
 
     name: str
     text_columns: list[str]
+    split_column: str | None
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
         """A small result. ``doing`` says in an error what failed, e.g. "ranking the users"."""
@@ -65,6 +67,8 @@ def check_events(tables: Tables) -> None:
         "label": "label IS NULL",
         "value": "label NOT IN (0, 1)",
     }
+    if tables.split_column:
+        wrong["split"] = f"coalesce(split, '') NOT IN ({', '.join(map(literal, SPLITS))})"
     columns = ", ".join(
         f"count(CASE WHEN {condition} THEN 1 END) AS {name}_count, "
         f"min(CASE WHEN {condition} THEN input_order END) AS {name}_first"
@@ -85,30 +89,37 @@ def check_events(tables: Tables) -> None:
         ("label", "a label", "null"),
     ]:
         if count := found[f"{column}_count"]:
-            place, _ = _place(tables, found[f"{column}_first"])
+            place, _ = _interaction(tables, found[f"{column}_first"])
             raise UserError(
                 f"{tables.name}: expected {what} in every interaction; {count:,} have none "
                 f"({none}). The first is {place}. Remove or fill these rows, or check which "
                 "column the command reads."
             )
     if count := found["value_count"]:
-        place, label = _place(tables, found["value_first"])
+        place, event = _interaction(tables, found["value_first"])
         raise UserError(
             f"{tables.name}: expected every label to be 0 or 1; {count:,} are not. The first is "
-            f"{repr(label).removesuffix('.0')} in {place}. Use an expression that is true for a "
-            'click, e.g. --label "rating >= 4".'
+            f"{repr(event['label']).removesuffix('.0')} in {place}. Use an expression that is true "
+            'for a click, e.g. --label "rating >= 4".'
+        )
+    if tables.split_column and (count := found["split_count"]):
+        place, event = _interaction(tables, found["split_first"])
+        value = "null" if event["split"] is None else repr(event["split"])
+        raise UserError(
+            f"--split-column {tables.split_column}: expected train, valid or test, in these "
+            f"letters, in every interaction; {count:,} have something else. The first is {value} "
+            f"in {place}. Rename the values, or remove these rows."
         )
     _check_items(tables)
 
 
-def _place(tables: Tables, input_order: int) -> tuple[str, float]:
-    """An interaction in words, and its label."""
+def _interaction(tables: Tables, input_order: int) -> tuple[str, dict[str, Any]]:
+    """An interaction in words, and its row of events."""
     (event,) = tables.rows(
-        f"SELECT user_id, item_id, label FROM events WHERE input_order = {input_order}",
-        "finding an interaction",
+        f"SELECT * FROM events WHERE input_order = {input_order}", "finding an interaction"
     )
     place = tables.place(input_order)
-    return f"{place} (user {event['user_id']}, item {event['item_id']})", event["label"]
+    return f"{place} (user {event['user_id']}, item {event['item_id']})", event
 
 
 def _check_items(tables: Tables) -> None:
@@ -227,7 +238,10 @@ def choose_split(
     times: tuple[int, int] | None = None,
 ) -> SplitRule:
     """Find the timestamps at which valid and test begin under the rule ``time``, or take those
-    that are given."""
+    that are given. Where a column says the splits, that is the rule, and the others are not."""
+    if tables.split_column:
+        check_split_order(tables, events)
+        return _column_split(tables, events, tables.split_column)
     if rule == "leave-last":
         return SplitRule(rule="leave-last")
     if times is not None:
@@ -239,6 +253,81 @@ def choose_split(
         for split, share in [("valid", train), ("test", train + valid)]
     }
     return SplitRule(rule="time", fractions=fractions, boundaries=boundaries)
+
+
+def check_split_order(tables: Tables, events: str) -> None:
+    """Refuse users whose interactions, in time order, are not first train, then valid, then test.
+
+    ``events`` is a FROM clause with user_id, time_us, timestamp, split and input_order, which is
+    negative for what is in a data set.
+    """
+    doing = "checking the order of the splits"
+
+    def times(aggregate: str, condition: str) -> str:
+        return f"{aggregate}(CASE WHEN split {condition} THEN time_us END)"
+
+    # Only users whose splits meet in time are sorted: few, as a rule.
+    tables.create(
+        "users_to_sort",
+        f"SELECT user_id FROM {events} GROUP BY user_id HAVING "
+        f"{times('max', '= ' + literal('train'))} >= {times('min', '<> ' + literal('train'))} OR "
+        f"{times('max', '<> ' + literal('test'))} >= {times('min', '= ' + literal('test'))}",
+        doing,
+    )
+    columns = ("split", "timestamp", "time_us", "input_order")
+    before = ", ".join(f"lag({name}) OVER in_order AS {name}_before" for name in columns)
+    tables.create(
+        "disordered",
+        f"SELECT * FROM (SELECT user_id, {', '.join(columns)}, {before} FROM {events} SEMI JOIN "
+        "users_to_sort USING (user_id) WINDOW in_order AS (PARTITION BY user_id ORDER BY time_us, "
+        f"input_order)) AS pairs WHERE {split_place('split')} < {split_place('split_before')}",
+        doing,
+    )
+    (found,) = tables.rows("SELECT count(DISTINCT user_id) AS users FROM disordered", doing)
+    if not found["users"]:
+        return
+    (first,) = tables.rows("SELECT * FROM disordered ORDER BY input_order LIMIT 1", doing)
+
+    def step(suffix: str) -> str:
+        order = first[f"input_order{suffix}"]
+        place = tables.place(order) if order >= 0 else "the data set"
+        return (
+            f"{first[f'split{suffix}']} at {date_and_time(first[f'timestamp{suffix}'])} ({place})"
+        )
+
+    remedy = "Correct the column or the times."
+    if first["time_us"] == first["time_us_before"]:
+        remedy = "Equal times keep the order of the input: put the rows, or the files, in order."
+    raise UserError(
+        f"--split-column {tables.split_column}: expected each user's interactions, in time order, "
+        "to be first train, then valid, then test, for a target may see only what came before it; "
+        f"{found['users']:,} users have another order. User {first['user_id']} has "
+        f"{step('_before')} before {step('')}. {remedy}"
+    )
+
+
+def split_place(column: str) -> str:
+    """SQL for the place in SPLITS of what a column says."""
+    cases = " ".join(f"WHEN {literal(split)} THEN {n}" for n, split in enumerate(SPLITS))
+    return f"CASE {column} {cases} END"
+
+
+def before_split(rule: SplitRule, split: str) -> str:
+    """SQL for whether an interaction belongs to an earlier split, other than by leave-last."""
+    if rule.boundaries is None:
+        return f"{split_place('split')} < {SPLITS.index(split)}"
+    return f"timestamp < {rule.boundaries[split]}"
+
+
+def _column_split(tables: Tables, events: str, column: str) -> SplitRule:
+    found = tables.rows(f"SELECT DISTINCT split FROM {events}", "counting the splits")
+    present = {row["split"] for row in found}
+    if empty := [split for split in SPLITS if split not in present]:
+        raise UserError(
+            f"--split-column {column}: expected interactions in every split; {', '.join(empty)} "
+            "has none. Give it some of another's, the last of each user's train for example."
+        )
+    return SplitRule(rule="column", column=column)
 
 
 def _given_split(tables: Tables, events: str, valid: int, test: int) -> SplitRule:
@@ -313,12 +402,12 @@ def read_statistics(
 
 def refuse_empty_split(rule: SplitRule, users: UserCounts, days: Mapping[int, Day]) -> None:
     """Raise UserError if a split has no targets, and say why."""
+    if rule.rule == "leave-last" and max(users.per_user) < 3:
+        raise UserError(
+            "the split train is empty: leave-last gives train all but a user's last two "
+            "interactions, and no user has three. Use --split time, or more data."
+        )
     if rule.boundaries is None:
-        if max(users.per_user) < 3:
-            raise UserError(
-                "the split train is empty: leave-last gives train all but a user's last two "
-                "interactions, and no user has three. Use --split time, or more data."
-            )
         return
     first = min(day.first_timestamp for day in days.values())
     last = max(day.last_timestamp for day in days.values())
