@@ -154,7 +154,7 @@ class Inputs:
             )
             for entry in index.left_out:
                 say(f"left out of {split}: {entry.reason}")
-        index = index.first_users(max_targets, sample.k)
+        index = index.first_users(max_targets)
         slots = config.pack.readout_slots if k is None else None
         shape = group.first_on_node(lambda: self._shape(split, index, settings, slots))
         order = Order(config.data.shuffle_interactions, config.seed, shuffle)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dti_dist.config import RunConfig, StorageConfig, load_config
 from dti_dist.data.dataset import Dataset, iter_sequences
+from dti_dist.data.index import needed_columns
 from dti_dist.data.layout import PackShape, build_pack
 from dti_dist.data.samples import SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
@@ -92,10 +93,10 @@ def read_prompts(
     with Inputs.open_for_reading(settings) as inputs:
         sample, tokens = settings.sample, inputs.tokens
         samples_of = SampleSettings(sample.context, k or sample.k, sample.min_context)
-        columns = ["item_ids", "labels", "target_start", *(["timestamps"] if tokens.gaps else [])]
+        columns = needed_columns(inputs.dataset, tokens)
         first_row = 0
         for batch in iter_sequences(inputs.dataset, split, columns):
-            block = SequenceBlock.from_arrow(batch.rows, first_row)
+            block = SequenceBlock.from_arrow(batch.rows, first_row, inputs.dataset.has_requests)
             first_row += batch.rows.num_rows
             samples = samples_of.cut(block)
             lengths = sample_lengths(samples, block, tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,17 +62,101 @@ def item_tokens(
 
 
 def users(
-    rng: np.random.Generator, lengths: list[int], items: int = 30, target_start: int = 0
+    rng: np.random.Generator,
+    lengths: list[int],
+    items: int = 30,
+    target_start: int = 0,
+    requests: bool = False,
 ) -> SequenceBlock:
+    """Random interactions; `requests` of 1 to 8, some of them no history and some no targets."""
     total = sum(lengths)
-    return SequenceBlock(
+    offsets = np.cumsum([0, *lengths])
+    steps = [10, 10_000, 200_000, 90_000_000] + ([0] * 6 if requests else [])
+    block = SequenceBlock(
         item_ids=rng.integers(0, items, total).astype(np.int32),
         labels=rng.integers(0, 2, total).astype(np.int8),
-        timestamps=np.cumsum(rng.choice([10, 10_000, 200_000, 90_000_000], total)),
-        offsets=np.cumsum([0, *lengths]),
+        timestamps=np.cumsum(rng.choice(steps, total)),
+        offsets=offsets,
         target_start=np.full(len(lengths), target_start),
         rows=np.arange(len(lengths)) + 100,
     )
+    if not requests:
+        return block
+    block = replace(
+        block,
+        by_request=True,
+        is_history=rng.random(total) < rng.choice([0.3, 0.7, 1.0]),
+        is_target=rng.random(total) < rng.choice([0.8, 1.0]),
+    )
+    starts = [
+        int(block.requests.start[first + target_start] - first) if target_start < length else length
+        for first, length in zip(offsets, lengths, strict=False)
+    ]
+    return replace(block, target_start=np.array(starts, dtype=np.int64))
+
+
+def as_one_request_each(block: SequenceBlock) -> SequenceBlock:
+    """The same interactions with requests of one, all of them history and targets."""
+    assert block.timestamps is not None
+    apart = np.arange(len(block.timestamps))
+    return replace(block, by_request=True, timestamps=block.timestamps * 4 + apart % 2)
+
+
+@dataclass(frozen=True)
+class PlainSample:
+    """A prompt as a plain loop finds it; positions in its user's row.
+
+    Attributes:
+        context: history before the first target's request.
+        requests: of each request from there on, its targets, and its history that later ones see.
+    """
+
+    row: int
+    context: list[int]
+    requests: list[tuple[list[int], list[int]]]
+
+    @property
+    def targets(self) -> list[int]:
+        return [target for targets, _ in self.requests for target in targets]
+
+
+def plain_samples(block: SequenceBlock, n: int, k: int, min_context: int) -> list[PlainSample]:
+    """What `SampleSettings.cut` finds, by plain loops."""
+    found = []
+    for row, (start, end) in enumerate(itertools.pairwise(block.offsets.tolist())):
+        positions = range(end - start)
+        times = [
+            int(block.timestamps[start + p]) if block.by_request else p  # type: ignore[index]
+            for p in positions
+        ]
+        is_history = [
+            block.is_history is None or bool(block.is_history[start + p]) for p in positions
+        ]
+        is_target = [block.is_target is None or bool(block.is_target[start + p]) for p in positions]
+        before: list[int] = []
+        open_sample: PlainSample | None = None
+        for _, group in itertools.groupby(positions, key=times.__getitem__):
+            request = list(group)
+            history = [p for p in request if is_history[p]]
+            targets = [
+                p
+                for p in request
+                if is_target[p] and p >= block.target_start[row] and len(before) >= min_context
+            ]
+            if targets and k == 1:
+                found += [PlainSample(row, before[-n:], [([t], [])]) for t in targets]
+            elif targets:
+                if open_sample is None or len(open_sample.targets) + len(targets) > k:
+                    open_sample = PlainSample(row, before[-n:], [])
+                    found.append(open_sample)
+                open_sample.requests.append((targets, history))
+            elif open_sample is not None:
+                open_sample.requests.append(([], history))
+            before += history
+        for sample in found:
+            while sample.requests and not sample.requests[-1][0]:
+                sample.requests.pop()  # what only later samples see
+    return found
 
 
 def sequences(offsets: np.ndarray, target_start: np.ndarray | int = 0) -> SequenceBlock:

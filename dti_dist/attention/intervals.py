@@ -49,8 +49,8 @@ Windows = int | Tensor  # how many interactions back; or several windows, [W, 1,
 def body_intervals(layout: PackLayout, w_body: Windows, prefix_visible: bool) -> VisibleIntervals:
     """What body tokens see among the L tokens of the samples; Tq = Tk = L.
 
-    A token of interaction t sees interactions t - w_body … t of its own sample up to itself, and
-    its sample's prefix if ``prefix_visible``. Padding sees itself alone.
+    A token of interaction t sees interactions t - w_body … t of its own sample up to itself, but
+    none of t's request, and its sample's prefix if ``prefix_visible``. Padding sees itself alone.
     """
     length = layout.length
     unit = layout.unit[:, :length]
@@ -83,8 +83,8 @@ def readout_intervals(
     """What [SUM] slots see among all T tokens of the pack; Tq = S, Tk = T.
 
     The slot of target t sees interactions t - w_readout … t of its own sample up to, and without,
-    the label of t; its sample's prefix if ``prefix_visible``; and itself. An unused slot sees
-    itself alone.
+    the label of t, but no other of t's request; its sample's prefix if ``prefix_visible``; and
+    itself. An unused slot sees itself alone.
     """
     length = layout.length
     unit = layout.unit[:, length:]
@@ -114,11 +114,12 @@ def _window_start(layout: PackLayout, unit: Tensor, window: Windows) -> Tensor:
 def _in_window(
     layout: PackLayout, unit: Tensor, start: Tensor, end: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """From the window's start to a query's end: one range, or two around other candidates."""
-    if layout.unit_place is None:
+    """From the window's start to a query's end: one range, or two around its own request."""
+    if layout.unit_context_end is None:
         return [(start, end)]
     own = torch.where(unit < 0, start, _of(layout.unit_start, unit))
-    context_end = torch.where(unit < 0, start, _of(layout.unit_start, layout.place_of(unit)))
+    request = _of(layout.unit_context_end, unit)
+    context_end = torch.where(unit < 0, start, _of(layout.unit_start, request))
     return [(start, context_end), (own, end)]
 
 

@@ -4,8 +4,9 @@ A batch has B packs of T = L + S tokens: the L tokens of its samples, then a rea
 slots. A pack is cut into *units*: an interaction (its text, then its label token) or the optional
 prefix of a sample. The units of a sample are contiguous and in order, the prefix first.
 
-When several candidates are scored after one context, each is a unit behind that context, and all of
-them take the same place in the sample: a candidate sees the context and itself, never another.
+Interactions that a user was shown at once are a *request*: none sees another of them. A target that
+no later one sees, or not as its first, is a candidate: a unit behind the sample's history, without
+a label. Candidates take the place of their request: each sees the context before it, and itself.
 
 The layers run on the L tokens, the body, or, where equal interactions are shared, on a shorter body
 of Lb tokens, whose keys and values are brought into the order of the samples for [SUM].
@@ -116,7 +117,9 @@ class PackLayout(Record):
         readout_end: [B, S] exclusive end of what a [SUM] slot may see: the end of its target's
             text. 0 for unused slots.
         unit_place: [B, U] the unit whose place in the sample a unit takes: of a candidate the first
-            one of its context, of any other itself. None: no candidates, each is itself.
+            one that is not before its request, of any other itself.
+        unit_context_end: [B, U] the unit before which a unit's context ends: the first one that is
+            not before its request. Both None: each interaction is alone in its request.
         shared: the body where equal interactions are shared; None where the L tokens are it.
     """
 
@@ -128,6 +131,7 @@ class PackLayout(Record):
     prefix_end: Tensor
     readout_end: Tensor
     unit_place: Tensor | None = None
+    unit_context_end: Tensor | None = None
     shared: SharedBody | None = None
 
     @property
@@ -144,7 +148,7 @@ class PackLayout(Record):
         """The same with so many units, and so many tokens of a shared body; of one pack."""
         names = ["unit_first", "prefix_start", "prefix_end"]
         if self.unit_place is not None:
-            names.append("unit_place")
+            names += ["unit_place", "unit_context_end"]
         return replace(
             self,
             unit_start=padded(self.unit_start, units + 1, fill=self.unit_start[-1]),

@@ -23,7 +23,7 @@ from dti_dist.model.ctr_model import cast_parameters
 from dti_dist.options import ROUNDS, SCORING_CANDIDATES, SCORING_REQUESTS
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import Pretrained
-from dti_dist.serving.requests import RawRequests, Requests, cut_requests
+from dti_dist.serving.requests import RawRequests, Requests
 from dti_dist.serving.scorer import Scorer
 
 BASELINE = "one prompt per candidate"
@@ -115,7 +115,6 @@ def _blocks(
     assert scorer.dataset is not None
     rng = np.random.default_rng(0)
     wanted = count * requests
-    gaps = bool(scorer.items.tokens.gaps)
     blocks, found = [], 0
     for batch in iter_sequences(scorer.dataset, "test"):
         blocks.append(SequenceBlock.from_arrow(batch.rows, found))
@@ -140,7 +139,7 @@ def _blocks(
             candidate_offsets=np.arange(requests + 1) * candidates,
             times=last + 1,
         )
-        cut = cut_requests(raw, scorer.n, gaps).requests
+        cut = scorer.cut(raw).requests
         made.append(cut if shared else _one_prompt_per_candidate(cut))
     return made
 
@@ -157,6 +156,7 @@ def _one_prompt_per_candidate(requests: Requests) -> Requests:
         history_items=requests.history_items[place],
         history_labels=requests.history_labels[place],
         history_gaps=requests.history_gaps[place],
+        history_place=requests.history_place[place],
         history_offsets=np.concatenate([[0], np.cumsum(lengths)]),
         candidate_gaps=requests.candidate_gaps[request],
         candidate_offsets=np.arange(len(request) + 1),

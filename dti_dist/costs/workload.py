@@ -17,7 +17,7 @@ from dti_dist.console import progress
 from dti_dist.data.epochs import EpochPlan
 from dti_dist.data.index import read_block
 from dti_dist.data.layout import PackShape
-from dti_dist.data.samples import interaction_lengths
+from dti_dist.data.samples import Units, interaction_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan
 from dti_dist.model.ctr_model import CTRModel
@@ -167,16 +167,15 @@ def _distinct_tokens(
         [read_block(plan.dataset, plan.index.row_groups[g], tokens) for g in row_groups]
     )
     samples = plan.samples.cut(block).take(chosen)
-    count = samples.end - samples.first
-    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    place = np.repeat(block.offsets[samples.row] + samples.first, count) + within
+    units = Units.of(samples, block)
+    place, labelled = units.source, units.labelled
     texts = block.item_ids[place].astype(np.int64)
     if tokens.gaps:
         texts += block.gap_buckets[place] * len(tokens.lengths)
     kinds = len(tokens.lengths) * max(len(tokens.gaps), 1)
-    text_in_pack = np.repeat(of_pack, count) * kinds + texts
+    text_in_pack = of_pack[units.sample] * kinds + texts
     _, first = np.unique(text_in_pack, return_index=True)
-    labels = len(np.unique(text_in_pack * 2 + block.labels[place]))
+    labels = len(np.unique((text_in_pack * 2 + block.labels[place])[labelled]))
     text_tokens = int((interaction_lengths(block, tokens)[place[first]] - 1).sum())
     return text_tokens + labels + len(tokens.prefix) * len(np.unique(of_pack))
 

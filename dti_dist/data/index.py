@@ -115,7 +115,7 @@ class SplitIndex:
     def samples_of(self, row_group: int) -> slice:
         return slice(*self.sample_offsets[row_group : row_group + 2].tolist())
 
-    def first_users(self, max_targets: int | None, k: int) -> SplitIndex:
+    def first_users(self, max_targets: int | None) -> SplitIndex:
         """The index of the first whole users that have `max_targets` together.
 
         Rows lie in the order of a hash of the user, so these are users drawn at random, the same
@@ -125,7 +125,8 @@ class SplitIndex:
             return self
         of_row = np.cumsum(self.row_targets, dtype=np.int64)
         rows = int(np.searchsorted(of_row, max_targets)) + 1
-        samples = int((-(-self.row_targets[:rows].astype(np.int64) // k)).sum())
+        of_sample = np.cumsum(self.targets, dtype=np.int64)
+        samples = int(np.searchsorted(of_sample, of_row[rows - 1])) + 1
         return self._first(samples, rows)
 
     def _first(self, samples: int, rows: int) -> SplitIndex:
@@ -151,10 +152,7 @@ def read_block(dataset: Dataset, row_group: RowGroup, tokens: ItemTokens) -> Seq
     """
     split = row_group.part.split("/")[0]
     place = [(row_group.part, row_group.number)]
-    columns = ["item_ids", "labels", "target_start"]
-    if tokens.gaps:  # timestamps are read only where time gaps are written
-        columns.append("timestamps")
-    (batch,) = iter_sequences(dataset, split, columns, place)
+    (batch,) = iter_sequences(dataset, split, needed_columns(dataset, tokens), place)
     fault = find_fault(batch.rows, items=len(tokens.lengths))
     if fault is not None:
         row, problem = fault
@@ -164,7 +162,15 @@ def read_block(dataset: Dataset, row_group: RowGroup, tokens: ItemTokens) -> Seq
             row_group.part,
             row_group.number,
         )
-    return SequenceBlock.from_arrow(batch.rows, row_group.first_row)
+    return SequenceBlock.from_arrow(batch.rows, row_group.first_row, dataset.has_requests)
+
+
+def needed_columns(dataset: Dataset, tokens: ItemTokens) -> list[str]:
+    """Of sequences, for prompts. Timestamps only where time gaps are written, or make requests."""
+    skipped = {"user_id"}
+    if not (tokens.gaps or dataset.has_requests):
+        skipped.add("timestamps")
+    return [name for name in dataset.sequence_columns if name not in skipped]
 
 
 def load_or_build(
@@ -229,6 +235,8 @@ def _fingerprint(dataset: Dataset, split: str, settings: SampleSettings, tokens:
     files = [(part.path, part.sha256) for part in dataset.parts(split)]
     n, k, min_context = settings.n, settings.k, settings.min_context
     parts = [_FORMAT, files, tokens.fingerprint, n, k, min_context]
+    if dataset.has_requests:
+        parts.append("requests")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dti_dist.attention.layout import PackLayout, Record, SharedBody
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.samples import IntArray, Samples
+from dti_dist.data.samples import IntArray, Samples, Units, labelled_units, ranges
 from dti_dist.data.sequences import SequenceBlock
 
 _UNIT_STRIDE = 64  # unit arrays grow in these strides, so that few sizes occur
@@ -69,8 +69,8 @@ class Pack(Record):
 class Prompts:
     """What goes into a pack: prompts end to end; I interactions.
 
-    The last interactions of a prompt may be candidates: each is a target behind the same context,
-    without a label token, and takes the place of the first of them.
+    The last interactions of a prompt may be candidates: each is a target behind the history before
+    its request, without a label token.
 
     Attributes:
         count: [prompts] interactions of each; prompt: [I] the prompt of each.
@@ -79,7 +79,9 @@ class Prompts:
         labels: [I] 0 or 1; a candidate's is not read.
         targets: [targets] which interactions get a [SUM] slot, in order.
         target_row, target_position: [targets] which interaction of the split, or of the requests.
-        candidates: [prompts] how many of its interactions are candidates; None: no prompt has any.
+        candidates: [prompts] how many of its interactions are candidates.
+        place: [I] how many interactions of its prompt lie before its request. Both are None where
+            each interaction is alone in its request, and none a candidate.
     """
 
     count: IntArray
@@ -91,14 +93,12 @@ class Prompts:
     target_row: IntArray
     target_position: IntArray
     candidates: IntArray | None = None
+    place: IntArray | None = None
 
     @property
-    def is_candidate(self) -> npt.NDArray[np.bool_]:
-        """[I]"""
-        if self.candidates is None:
-            return np.zeros(len(self.items), dtype=bool)
-        behind = self.count.cumsum().repeat(self.count) - np.arange(len(self.items))
-        return behind <= self.candidates.repeat(self.count)
+    def labelled(self) -> npt.NDArray[np.bool_]:
+        """[I] whether a label token follows: not behind candidates."""
+        return labelled_units(self.count, self.candidates)
 
     def text_lengths(self, tokens: ItemTokens) -> IntArray:
         """[I] tokens of each one's gap words and item text."""
@@ -107,9 +107,8 @@ class Prompts:
 
     def body_length(self, tokens: ItemTokens) -> int:
         """L at least."""
-        labels = len(self.items) - int(self.is_candidate.sum())
         prefixes = len(tokens.prefix) * len(self.count)
-        return int(self.text_lengths(tokens).sum()) + labels + prefixes
+        return int(self.text_lengths(tokens).sum() + self.labelled.sum()) + prefixes
 
     def units(self, tokens: ItemTokens) -> IntArray:
         """[I] the unit of each; with a prefix, one more before each prompt's."""
@@ -123,21 +122,19 @@ def build_pack(
     samples: Samples, block: SequenceBlock, tokens: ItemTokens, shape: PackShape
 ) -> Pack:
     """Lay samples end to end in a pack. No samples at all give a pack without targets."""
-    count = samples.end - samples.first
-    first_of_sample = count.cumsum() - count
-    sample = np.arange(len(samples)).repeat(count)
-    position_in_row = np.arange(len(sample)) + (samples.first - first_of_sample)[sample]
-    source = position_in_row + block.offsets[samples.row][sample]
-    (targets,) = (position_in_row >= samples.first_target[sample]).nonzero()
+    units = Units.of(samples, block)
+    row = samples.row[units.sample[units.targets]]
     prompts = Prompts(
-        count=count,
-        prompt=sample,
-        items=block.item_ids[source],
-        gaps=block.gap_buckets[source] if tokens.gaps else None,
-        labels=block.labels[source],
-        targets=targets,
-        target_row=block.rows[samples.row[sample[targets]]],
-        target_position=position_in_row[targets],
+        count=units.count,
+        prompt=units.sample,
+        items=block.item_ids[units.source],
+        gaps=block.gap_buckets[units.source] if tokens.gaps else None,
+        labels=block.labels[units.source],
+        targets=units.targets,
+        target_row=block.rows[row],
+        target_position=units.source[units.targets] - block.offsets[row],
+        candidates=units.candidates,
+        place=units.place,
     )
     return lay_out(prompts, tokens, shape)
 
@@ -158,7 +155,7 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     labelled: slice | npt.NDArray[np.bool_] = slice(None)
     lengths = text + 1
     if prompts.candidates is not None:
-        labelled = ~prompts.is_candidate
+        labelled = prompts.labelled
         lengths = text + labelled
     end = lengths.cumsum()
     if P:
@@ -221,19 +218,19 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     position[slots] = text_end[target] - prompt_start[prompt[target]]
     unit[slots] = unit_of[target]
 
-    unit_place = None
-    if prompts.candidates is not None:
-        first_candidate = end_of_prompt - prompts.candidates
-        (candidate,) = prompts.is_candidate.nonzero()
-        first = first_candidate[prompt[candidate]]
-        shift = start[candidate] - start[first]
+    unit_place = context_end = None
+    if prompts.place is not None:
+        begins = first_of_prompt[prompt] + prompts.place  # the first of its request or behind it
+        (candidate,) = (~prompts.labelled).nonzero()
+        shift = start[candidate] - start[begins[candidate]]
         position[ranges(start[candidate], text[candidate])] -= shift.repeat(text[candidate])
         behind = np.zeros(len(items), dtype=np.int64)
         behind[candidate] = shift
         position[slots] -= behind[target]
-        unit_place = np.zeros(room, dtype=np.int32)
-        unit_place[:units] = np.arange(units)
-        unit_place[unit_of[candidate]] = unit_of[first]
+        unit_place, context_end = np.zeros((2, room), dtype=np.int32)
+        unit_place[:units] = context_end[:units] = np.arange(units)
+        unit_place[unit_of[candidate]] = unit_of[begins[candidate]]
+        context_end[unit_of] = unit_of[begins]
 
     def tail(values: np.ndarray | int, unused: int, dtype: type) -> Tensor:
         array: np.ndarray = np.empty(shape.slots, dtype=dtype)
@@ -244,7 +241,9 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     shared = None
     if shape.body is not None:
         texts = items if gaps is None else gaps * len(tokens.lengths) + items
-        shared_ids, shared = _share(texts, labels, start, text, runs, prompt_start, P, ids[:L])
+        shared_ids, shared = _share(
+            texts, labels, prompts.labelled, start, text, runs, prompt_start, P, ids[:L]
+        )
         body_tokens = len(shared_ids)
         ids = np.concatenate([shared_ids, ids[L:]])
     return Pack(
@@ -258,6 +257,7 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
             prefix_end=torch.from_numpy(prefix_end),
             readout_end=tail(text_end[target], 0, np.int32),
             unit_place=None if unit_place is None else torch.from_numpy(unit_place),
+            unit_context_end=None if context_end is None else torch.from_numpy(context_end),
             shared=shared,
         ),
         labels=tail(labels[target], 0, np.float32),
@@ -271,6 +271,7 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
 def _share(
     texts: npt.NDArray[np.integer],
     labels: npt.NDArray[np.int8],
+    labelled: npt.NDArray[np.bool_],
     start: IntArray,
     lengths: IntArray,
     runs: IntArray,
@@ -282,7 +283,7 @@ def _share(
 
     Args:
         texts: [interactions] equal numbers mean equal texts (gap words and item).
-        labels: [interactions] 0 or 1.
+        labels: [interactions] 0 or 1; labelled: whether a token of it follows the text.
         start, lengths: [interactions] where each text lies in `body`, and its tokens.
         runs: [interactions] tokens from the start of each text to that of the next.
         prefix_at: [samples] where each sample's prefix lies in `body`.
@@ -290,7 +291,7 @@ def _share(
     """
     _, first, unit = np.unique(texts, return_index=True, return_inverse=True)
     occurs = np.zeros((len(first), 2), dtype=np.int64)
-    occurs[unit, labels] = 1
+    occurs[unit[labelled], labels[labelled]] = 1
     prefix = prefix_length if len(prefix_at) else 0
     unit_start, shared = distinct_texts(lengths[first], occurs.sum(axis=1), prefix)
     used = len(shared.position)
@@ -302,7 +303,8 @@ def _share(
         (unit_start[unit] - start).repeat(runs),
         out=source[prefix:end_of_samples],
     )
-    source[start + lengths] = unit_start[unit] + lengths + occurs[unit, 0] * labels
+    label_at = unit_start[unit] + lengths + occurs[unit, 0] * labels
+    source[(start + lengths)[labelled]] = label_at[labelled]
     if prefix:
         source[prefix_at[:, None] + np.arange(prefix)] = np.arange(prefix)
     tokens = np.empty(used, dtype=np.int64)
@@ -319,7 +321,7 @@ def distinct_texts(
 
     Args:
         text_lengths: [texts] tokens of each.
-        labels: [texts] how many label tokens lie behind each, 1 or 2.
+        labels: [texts] how many label tokens lie behind each, 0 to 2.
         prefix: tokens of the prefix.
 
     Returns:
@@ -344,10 +346,3 @@ def distinct_texts(
         end=torch.from_numpy(end_seen),
         source=torch.empty(0, dtype=torch.int64),
     )
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> IntArray:
-    """start, start + 1, …, start + length - 1 of each range, end to end."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,23 @@ def gap_bucket(seconds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
+class RequestBounds:
+    """Where the requests of a block begin, and its history.
+
+    Attributes:
+        start: [interactions] the first interaction of its request, counted in the block.
+        before: [interactions + 1] how much history of the block lies before it.
+        leads: [interactions] whether it is its request's first history.
+        history: [interactions]
+    """
+
+    start: npt.NDArray[np.int64]
+    before: npt.NDArray[np.int64]
+    leads: npt.NDArray[np.bool_]
+    history: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class SequenceBlock:
     """User sequences end to end.
 
@@ -26,8 +44,12 @@ class SequenceBlock:
         labels: [interactions] int8, 0 or 1.
         timestamps: [interactions] int64 seconds, or None where not read.
         offsets: [rows + 1] int64; row r is offsets[r] … offsets[r + 1].
-        target_start: [rows] int64.
+        target_start: [rows] int64; never inside of a request.
         rows: [rows] int64, row numbers in the whole split.
+        by_request: a row's interactions of one time are a request: none knows another's label.
+            Else each is a request of its own.
+        is_history: [interactions] whether later targets may see it; None: all.
+        is_target: [interactions] whether it may be a target; None: all.
     """
 
     item_ids: npt.NDArray[np.int32]
@@ -36,51 +58,95 @@ class SequenceBlock:
     offsets: npt.NDArray[np.int64]
     target_start: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
+    by_request: bool = False
+    is_history: npt.NDArray[np.bool_] | None = None
+    is_target: npt.NDArray[np.bool_] | None = None
+
+    @cached_property
+    def requests(self) -> RequestBounds:
+        """Where requests begin, and how much history lies before."""
+        total = len(self.item_ids)
+        place = np.arange(total)
+        history = np.ones(total, dtype=bool) if self.is_history is None else self.is_history
+        before = np.concatenate([[0], np.cumsum(history)])
+        if not self.by_request:
+            return RequestBounds(place, before, history, history)
+        assert self.timestamps is not None, "requests need the timestamps column"
+        opens = np.ones(total, dtype=bool)
+        opens[1:] = self.timestamps[1:] != self.timestamps[:-1]
+        opens[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
+        start = np.maximum.accumulate(np.where(opens, place, 0)) if total else place
+        leads = history & (before[:-1] == before[start])
+        return RequestBounds(start, before, leads, history)
 
     @cached_property
     def gap_buckets(self) -> npt.NDArray[np.int64]:
-        """[interactions] bucket of the time since the interaction before; 0 for a row's first."""
+        """[interactions] bucket of the time from the last history before its request to it; 0
+        where there is none."""
         assert self.timestamps is not None, "time gaps need the timestamps column"
-        gaps = np.diff(self.timestamps, prepend=self.timestamps[:1])
-        gaps[self.offsets[:-1][np.diff(self.offsets) > 0]] = 0
+        found = self.requests
+        before = found.before[found.start]
+        known = before > found.before[self.offsets[:-1].repeat(np.diff(self.offsets))]
+        gaps = np.zeros(len(self.item_ids), dtype=np.int64)
+        last = found.history.nonzero()[0][before[known] - 1]
+        gaps[known] = self.timestamps[known] - self.timestamps[last]
         return gap_bucket(gaps)
 
     @staticmethod
-    def empty() -> SequenceBlock:
+    def empty(by_request: bool = False) -> SequenceBlock:
         none = np.empty(0, dtype=np.int64)
         return SequenceBlock(
-            none.astype(np.int32), none.astype(np.int8), none, np.zeros(1, np.int64), none, none
+            none.astype(np.int32),
+            none.astype(np.int8),
+            none,
+            np.zeros(1, np.int64),
+            none,
+            none,
+            by_request,
         )
 
     @staticmethod
-    def from_arrow(rows: pa.RecordBatch, first_row: int) -> SequenceBlock:
+    def from_arrow(rows: pa.RecordBatch, first_row: int, by_request: bool = False) -> SequenceBlock:
         def flat(name: str) -> np.ndarray:
             return rows[name].flatten().to_numpy(zero_copy_only=False)
+
+        def flat_if_there(name: str) -> np.ndarray | None:
+            return flat(name) if name in rows.schema.names else None
 
         lengths = rows["item_ids"].value_lengths().to_numpy(zero_copy_only=False)
         return SequenceBlock(
             item_ids=flat("item_ids"),
             labels=flat("labels"),
-            timestamps=flat("timestamps") if "timestamps" in rows.schema.names else None,
+            timestamps=flat_if_there("timestamps"),
             offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
             target_start=rows["target_start"].to_numpy().astype(np.int64),
             rows=np.arange(first_row, first_row + rows.num_rows),
+            by_request=by_request,
+            is_history=flat_if_there("is_history"),
+            is_target=flat_if_there("is_target"),
         )
 
     @staticmethod
     def join(blocks: list[SequenceBlock]) -> SequenceBlock:
         """Several blocks as one, in the order given."""
         bases = np.cumsum([0] + [len(block.item_ids) for block in blocks])
-        timestamps = [block.timestamps for block in blocks if block.timestamps is not None]
+
+        def joined(arrays: Iterable[np.ndarray | None]) -> np.ndarray | None:
+            known = [array for array in arrays if array is not None]
+            return np.concatenate(known) if known else None
+
         return SequenceBlock(
             item_ids=np.concatenate([block.item_ids for block in blocks]),
             labels=np.concatenate([block.labels for block in blocks]),
-            timestamps=np.concatenate(timestamps) if timestamps else None,
+            timestamps=joined(block.timestamps for block in blocks),
             offsets=np.concatenate(
                 [[0]] + [b.offsets[1:] + base for b, base in zip(blocks, bases, strict=False)]
             ),
             target_start=np.concatenate([block.target_start for block in blocks]),
             rows=np.concatenate([block.rows for block in blocks]),
+            by_request=blocks[0].by_request,
+            is_history=joined(block.is_history for block in blocks),
+            is_target=joined(block.is_target for block in blocks),
         )
 
 
@@ -91,7 +157,7 @@ def find_fault(rows: pa.RecordBatch, items: int) -> tuple[int, str] | None:
         rows: some or all columns of SEQUENCE_SCHEMA.
         items: how many items there are.
     """
-    lists = [name for name in ("item_ids", "labels", "timestamps") if name in rows.schema.names]
+    lists = [name for name in rows.schema.names if pa.types.is_list(rows.schema.field(name).type)]
     for name in [*lists, "target_start"]:
         column = rows[name]
         if column.null_count:

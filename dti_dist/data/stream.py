@@ -194,7 +194,9 @@ class _OpenWindow:
     def __init__(self, plan: StreamPlan, window: Window, blocks: list[SequenceBlock | None]):
         self.plan, self.window = plan, window
         found = [block for block in blocks if block is not None]
-        self.block = SequenceBlock.join(found) if found else SequenceBlock.empty()
+        self.block = (
+            SequenceBlock.join(found) if found else SequenceBlock.empty(plan.dataset.has_requests)
+        )
         self.samples = plan.samples.cut(self.block)
         slices = [plan.index.samples_of(group) for group in window.row_groups]
         readable = np.repeat(
@@ -258,9 +260,8 @@ class _Windows:
             return None
 
     def _empty_pack(self) -> Pack:
-        none = np.empty(0, dtype=np.int64)
-        samples = Samples(none, none, none, none)
-        return build_pack(samples, SequenceBlock.empty(), self.plan.tokens, self.plan.shape)
+        block = SequenceBlock.empty(self.plan.dataset.has_requests)
+        return build_pack(Samples.none(), block, self.plan.tokens, self.plan.shape)
 
 
 def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:

@@ -230,6 +230,7 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
     """What a program needs beside the weights to build prompts and read predictions."""
     config = inputs.config
     why_not = why_not_plain(model, config.sample.context)
+    requests = inputs.dataset.manifest.requests
     return {
         "dti_dist_version": dti_dist.__version__,
         "base_model": sources.public_name(config.model.name),
@@ -237,6 +238,7 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
         "sample": config.sample.model_dump(mode="json"),
         "template": config.template.model_dump(mode="json"),
         "time_gaps": _time_gaps(config),
+        "requests": requests and requests.model_dump(mode="json"),
         "attention": config.attention.model_dump(mode="json", exclude={"backend"}),
         "sum_token": SUM_TOKEN,
         "sum_token_id": inputs.tokens.sum_id,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dti_dist import console
+from dti_dist.attention.layout import PackLayout
 from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.data.index import read_block
@@ -92,6 +93,7 @@ class _Subject:
     n: int
     exact: bool
     label_ids: tuple[int, int]
+    by_request: bool
     samples: Samples
     streaming: list[Batch]
     sliding: list[Batch]
@@ -157,6 +159,7 @@ class _Subject:
             n,
             exact,
             inputs.tokens.label_ids,
+            block.by_request,
             samples,
             packed(samples),
             packed(single),
@@ -166,7 +169,7 @@ class _Subject:
         )
 
     def checks(self) -> Iterator[Callable[[], Check]]:
-        yield self.own_label
+        yield self.own_request
         yield self.older_than_n
         yield self.other_samples
         yield self.sum_tokens
@@ -200,23 +203,38 @@ class _Subject:
                 for slot in np.linspace(0, used - 1, min(_EDITS_PER_PACK, used)).astype(int):
                     yield batch, before, b, int(slot)
 
-    def own_label(self) -> Check:
+    def own_request(self) -> Check:
+        """Change a target's label, and all of what was shown with it."""
         compared, largest, moved = 0, 0.0, 0
+        no, yes = self.label_ids
         for batch, before, b, slot in self.edits():
+            layout = batch.layout
+            unit = int(layout.unit[b, batch.length + slot])
+            at_once = _shown_at_once(layout, b, unit)
             tokens = batch.tokens.clone()
-            at = batch.layout.readout_end[b, slot]
-            no, yes = self.label_ids
-            tokens[b, at] = no if tokens[b, at] == yes else yes
+            for other in at_once - {unit}:
+                _scramble(tokens, layout, b, other)
+            at = int(layout.readout_end[b, slot])
+            if at < layout.unit_start[b, unit + 1]:
+                tokens[b, at] = no if tokens[b, at] == yes else yes
             after = self.logits([replace(batch, tokens=tokens)])
             row, position = self._key(batch, b, slot)
-            for key, value in before.items():
-                difference = abs(after[key] - value)
+            changed = {
+                self._key(batch, b, other)
+                for other in range(int(batch.used[b].sum()))
+                if int(layout.unit[b, batch.length + other]) in at_once - {unit}
+            }
+            for key in before.keys() - changed:
+                difference = abs(after[key] - before[key])
                 if key[0] == row and key[1] > position:
                     moved += difference > 0
                 else:
                     compared += 1
                     largest = max(largest, difference)
         claim = "a target's label reaches neither its own prediction nor an earlier one"
+        if self.by_request:
+            claim = "a target's label and what was shown with it reach neither its own prediction"
+            claim += " nor an earlier one"
         if not moved and any(size > 1 for size in self.samples.targets):
             claim += " (but no later one saw it either)"
             return Check(claim, compared, float("inf"), 0.0)
@@ -225,25 +243,29 @@ class _Subject:
     def older_than_n(self) -> Check:
         """Change the oldest context of every sample, then some targets; look more than n on."""
         compared, largest, moved = 0, 0.0, 0
-        # (row, position in it) of an interaction → where it lies.
-        changed: dict[tuple[int, int], tuple[Batch, Logits, int, int]] = {}
+        changed: dict[tuple[int, int, int], tuple[Batch, Logits]] = {}
         for batch, before, b, slot in self.edits():
-            unit = int(batch.layout.unit[b, batch.length + slot])
-            row, position = self._key(batch, b, slot)
-            for edited in (int(batch.layout.unit_first[b, unit]), unit):
-                changed[row, position - (unit - edited)] = (batch, before, b, edited)
-        for (row, position), (batch, before, b, unit) in changed.items():
-            start, end = (int(batch.layout.unit_start[b, u]) for u in (unit, unit + 1))
+            layout = batch.layout
+            unit = int(layout.unit[b, batch.length + slot])
+            changed[id(batch), b, int(layout.unit_first[b, unit])] = batch, before
+            if layout.readout_end[b, slot] < layout.unit_start[b, unit + 1]:  # it has a label
+                changed[id(batch), b, unit] = batch, before
+        for (_, b, edited), (batch, before) in changed.items():
+            layout = batch.layout
             tokens = batch.tokens.clone()
-            tokens[b, start:end] = tokens[b, start:end].flip(0)
-            tokens[b, end - 1] = tokens[b, start]
+            _scramble(tokens, layout, b, edited)
             after = self.logits([replace(batch, tokens=tokens)])
-            for key, value in before.items():
-                difference = abs(after[key] - value)
-                if key[0] == row and key[1] > position + self.n:
+            of_slots = layout.unit[:, batch.length :]
+            back = (layout.place_of(of_slots) - edited)[b]
+            first = layout.unit_first[b][of_slots[b].clamp(min=0).long()]
+            same = first == layout.unit_first[b, edited]
+            for slot in torch.nonzero(same & (batch.used[b] > 0) & (back > 0)).flatten().tolist():
+                key = self._key(batch, b, slot)
+                difference = abs(after[key] - before[key])
+                if back[slot] > self.n:
                     compared += 1
                     largest = max(largest, difference)
-                elif key[0] == row and key[1] >= position:
+                else:
                     moved += difference > 0
         claim = f"what lies more than n = {self.n} interactions back reaches no prediction"
         if compared and not moved:
@@ -326,6 +348,23 @@ class _Subject:
     @staticmethod
     def _key(batch: Batch, b: int, slot: int) -> tuple[int, int]:
         return int(batch.target_row[b, slot]), int(batch.target_position[b, slot])
+
+
+def _shown_at_once(layout: PackLayout, b: int, unit: int) -> set[int]:
+    """The units of a unit's request, itself among them."""
+    if layout.unit_context_end is None:
+        return {unit}
+    same = layout.unit_start[b].diff() > 0  # not padding
+    for about in (layout.unit_context_end, layout.unit_first):
+        same &= about[b] == about[b, unit]
+    return set(torch.nonzero(same).flatten().tolist())
+
+
+def _scramble(tokens: torch.Tensor, layout: PackLayout, b: int, unit: int) -> None:
+    """Change a unit's tokens, the last one for certain where it has several."""
+    start, end = (int(layout.unit_start[b, u]) for u in (unit, unit + 1))
+    tokens[b, start:end] = tokens[b, start:end].flip(0)
+    tokens[b, end - 1] = tokens[b, start]
 
 
 def _model(inputs: Inputs, run: RunFolder) -> CTRModel:

@@ -17,7 +17,6 @@ from dti_dist.serving.request_files import Lists, RequestRows
 from dti_dist.sql import Workspace, sql_errors
 
 _MORE_ROOM = "Free disk space in the folder that TMPDIR names, or use more ranks."
-_COLUMNS = ["user_id", "item_ids", "labels", "timestamps", "target_start"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,12 @@ class FoundHistories:
 class Histories:
     """Looks up users once for many requests: one pass over the data set, out of core.
 
-    Of each user the last `most` interactions before the request's time are found. An interaction
-    is taken from the row in which it is a target, so that the context that rows of valid and test
+    Of each user the last `most` interactions of history before the request's time are found. An
+    interaction is taken from the row whose context it is not, so that what rows of valid and test
     repeat is not counted twice.
 
     Args:
+        time_gaps: find too what the time gap of the oldest is counted from.
         wanted: requests; those that bring a history, or name no user, are passed over.
     """
 
@@ -52,13 +52,14 @@ class Histories:
         dataset: Dataset,
         wanted: Iterable[RequestRows],
         most: int,
+        time_gaps: bool = False,
         visible: bool = True,
     ):
         self._connection = workspace.connection
         with sql_errors("looking up users", _MORE_ROOM):
             self._gather(wanted)
             self._read(dataset, visible)
-            self._look_up(most)
+            self._look_up(most, time_gaps)
 
     def _gather(self, wanted: Iterable[RequestRows]) -> None:
         self._connection.execute("CREATE TABLE wanted (row BIGINT, user_id VARCHAR, time BIGINT)")
@@ -87,14 +88,17 @@ class Histories:
         (users,) = self._connection.execute("SELECT count(*) FROM users").fetchall()[0]
         total = sum(part.rows for split in SPLITS for part in dataset.parts(split)) if users else 0
         place = 0
+        columns = [name for name in dataset.sequence_columns if name != "is_target"]
+        own = [f"{name}[target_start + 1:]" for name in ("item_ids", "labels", "timestamps")]
+        if "is_history" in columns:
+            own = [f"list_where({name}, is_history[target_start + 1:])" for name in own]
         with progress("looking up users", total, "sequences", visible) as bar:
             for split in SPLITS if users else ():
-                for batch in iter_sequences(dataset, split, _COLUMNS):
+                for batch in iter_sequences(dataset, split, columns):
                     self._insert(
                         "rows",
-                        f"SELECT user_id, {place}, item_ids[target_start + 1:], "
-                        "labels[target_start + 1:], timestamps[target_start + 1:] "
-                        "FROM batch SEMI JOIN users USING (user_id) "
+                        f"SELECT user_id, {place}, {', '.join(own)} FROM batch "
+                        "SEMI JOIN users USING (user_id) "
                         "WHERE len(item_ids) > target_start",
                         pa.Table.from_batches([batch.rows]),
                     )
@@ -106,18 +110,19 @@ class Histories:
         self._connection.execute(f"INSERT INTO {table} {query}")
         self._connection.unregister("batch")
 
-    def _look_up(self, most: int) -> None:
+    def _look_up(self, most: int, time_gaps: bool) -> None:
         order = "ORDER BY timestamps[1], place"
         columns = ("items", "labels", "timestamps")
         joined = ", ".join(f"flatten(list({name} {order})) AS {name}" for name in columns)
-        slices = ", ".join(
-            f"{name}[greatest(past - {most} + 1, 1):past] AS {name}" for name in columns
-        )
+        oldest = f"greatest(past - {most} + 1, 1)"
+        if time_gaps:  # from the last interaction before what was shown with the oldest
+            oldest = f"greatest(1, len([t FOR t IN timestamps IF t < timestamps[{oldest}]]))"
+        slices = ", ".join(f"{name}[oldest:past] AS {name}" for name in columns)
         self._connection.execute(
-            f"CREATE TABLE found AS SELECT row, {slices} FROM ("
+            f"CREATE TABLE found AS SELECT row, {slices} FROM (SELECT *, {oldest} AS oldest FROM ("
             "SELECT row, history.*, len([t FOR t IN timestamps IF t < time]) AS past "
             f"FROM wanted JOIN (SELECT user_id, {joined} FROM rows GROUP BY user_id) AS history "
-            "USING (user_id)) ORDER BY row"
+            "USING (user_id))) ORDER BY row"
         )
         for table in ("rows", "users", "wanted"):
             self._connection.execute(f"DROP TABLE {table}")

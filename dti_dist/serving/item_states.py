@@ -71,7 +71,7 @@ class ItemStates:
         rows = np.zeros(built.shape.length, dtype=np.int64)
         rows[: unit_start[-1]] = ranges(first, np.diff(unit_start))
         # Behind a text are both labels: the one of 0, that of 1.
-        labelled = ~prompts.is_candidate
+        labelled = prompts.labelled
         rows[unit_start[unit[labelled] + 1] - 1] += prompts.labels[labelled]
         return KeptStates(self._layers, torch.from_numpy(rows)[None].to(self._device))
 

@@ -33,12 +33,14 @@ class Pretrained:
     Attributes:
         n: context interactions.
         dataset: whose items are the first rows of `items`; None without one.
+        by_request: interactions of one time were shown at once, and none sees another of them.
     """
 
     model: CTRModel
     items: ItemTexts
     n: int
     dataset: Dataset | None
+    by_request: bool = False
 
 
 def is_run(folder: str | Path) -> bool:
@@ -74,7 +76,8 @@ def load_run(
     template = Template.for_items(config.template, inputs.dataset.manifest.item_text_columns)
     items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
     model = trained_model(inputs, commit, Placement(dtype))
-    return Pretrained(model, items, config.sample.context, inputs.dataset)
+    dataset = inputs.dataset
+    return Pretrained(model, items, config.sample.context, dataset, dataset.has_requests)
 
 
 def load_exported(
@@ -137,7 +140,8 @@ def load_exported(
         longest_span=prefix + (sample.context + 1) * items.longest_interaction,
     )
     cast_parameters(model, dtype)
-    return Pretrained(model.eval(), items, sample.context, dataset)
+    by_request = settings.get("requests") is not None
+    return Pretrained(model.eval(), items, sample.context, dataset, by_request)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Requests: candidates to be scored after one history, and how they share packs.
 
 All candidates of a request lie behind one copy of its context, each with a [SUM] of its own, and
-take the same place in the prompt: `PackLayout.unit_place`. Each is scored as the target of a
-sliding-window prompt, at the cost of its own text.
+take the same place in the prompt, as those of training and evaluation do. Each is scored as the
+target of a sliding-window prompt, at the cost of its own text.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Requests:
         history_items: [H] rows of the item tokens, each request's at most n, oldest first.
         history_labels: [H] 0 or 1.
         history_gaps: [H] bucket of the time since the interaction before; all 0 without time gaps.
+        history_place: [H] how many of its request's history lie before what the user was shown
+            with it; all before itself, where each interaction was shown alone.
         history_offsets: [R + 1].
         candidate_items: [C].
         candidate_gaps: [R] bucket of the time since the last interaction of the history.
@@ -36,6 +38,7 @@ class Requests:
     history_items: IntArray
     history_labels: npt.NDArray[np.int8]
     history_gaps: IntArray
+    history_place: IntArray
     history_offsets: IntArray
     candidate_items: IntArray
     candidate_gaps: IntArray
@@ -88,11 +91,14 @@ class CutRequests:
     sorted: int
 
 
-def cut_requests(raw: RawRequests, n: int, time_gaps: bool) -> CutRequests:
+def cut_requests(raw: RawRequests, n: int, time_gaps: bool, by_request: bool) -> CutRequests:
     """Each request with the last n interactions before it, and its candidates that have a text.
 
     Time gaps are those of the whole history: an interaction that is left out for its age, and
     only such, still is the one before.
+
+    Args:
+        by_request: interactions of one time were shown at once, and none sees another of them.
     """
     R = len(raw.offsets) - 1
     request = np.arange(R).repeat(np.diff(raw.offsets))
@@ -108,17 +114,25 @@ def cut_requests(raw: RawRequests, n: int, time_gaps: bool) -> CutRequests:
         kept = order
     kept = kept[(known & past)[kept]]
     of = request[kept]
-    gaps, last_gaps = np.zeros(len(kept), dtype=np.int64), np.zeros(R, dtype=np.int64)
+    nth = np.arange(len(kept))
     ends = np.searchsorted(of, np.arange(R), side="right")
+    shown = nth  # the first of what was shown at once
+    if by_request and raw.timestamps is not None:
+        stamps = raw.timestamps[kept]
+        opens = (np.diff(of, prepend=-1) > 0) | (np.diff(stamps, prepend=0) != 0)
+        shown = np.maximum.accumulate(np.where(opens, nth, 0))
+    gaps, last_gaps = np.zeros(len(kept), dtype=np.int64), np.zeros(R, dtype=np.int64)
     if time_gaps and len(kept):
         assert raw.timestamps is not None, "time gaps need timestamps"
         stamps = raw.timestamps[kept]
-        gaps = np.where(np.diff(of, prepend=-1) > 0, 0, gap_bucket(np.diff(stamps, prepend=0)))
+        before = np.maximum(shown - 1, 0)
+        gaps = np.where(of[before] == of, gap_bucket(stamps - stamps[before]), 0)
         has_history = np.bincount(of, minlength=R) > 0
         last = stamps[np.maximum(ends - 1, 0)]
         last_gaps = np.where(has_history, gap_bucket(times - last), 0)
-    recent = np.arange(len(kept)) >= (ends - n)[of]
+    recent = nth >= (ends - n)[of]
     context = np.bincount(of[recent], minlength=R)
+    oldest = ends - context
     has_text = raw.candidates >= 0
     scored = np.flatnonzero(has_text)
     of_candidate = np.arange(R).repeat(np.diff(raw.candidate_offsets))
@@ -127,6 +141,7 @@ def cut_requests(raw: RawRequests, n: int, time_gaps: bool) -> CutRequests:
             history_items=raw.items[kept[recent]],
             history_labels=raw.labels[kept[recent]],
             history_gaps=gaps[recent],
+            history_place=np.maximum(shown - oldest[of], 0)[recent],
             history_offsets=np.concatenate([[0], np.cumsum(context)]),
             candidate_items=raw.candidates[scored],
             candidate_gaps=last_gaps,
@@ -261,4 +276,5 @@ def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
         target_row=request,
         target_position=from_candidates,
         candidates=candidates,
+        place=interactions(requests.history_place[from_history], history[piece[is_candidate]]),
     )

@@ -40,7 +40,7 @@ from dti_dist.serving.histories import Histories
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import is_run
 from dti_dist.serving.request_files import RequestFiles, RequestRows
-from dti_dist.serving.requests import CutRequests, RawRequests, cut_requests
+from dti_dist.serving.requests import CutRequests, RawRequests
 from dti_dist.serving.scorer import Scorer
 from dti_dist.sql import open_workspace
 
@@ -293,9 +293,8 @@ class _PartScorer:
         if files.names_users and dataset is not None:
             workspace = stack.enter_context(open_workspace())
             rows = _rows_of_parts(files, mine, options.part_requests)
-            # The time gap of the oldest interaction is counted from the one before it.
-            most = scorer.n + bool(scorer.items.tokens.gaps)
-            histories = Histories(workspace, dataset, rows, most, ranks.is_main)
+            time_gaps = bool(scorer.items.tokens.gaps)
+            histories = Histories(workspace, dataset, rows, scorer.n, time_gaps, ranks.is_main)
         elif files.names_users and not files.brings_histories:
             raise UserError(
                 f"{files.files[0].uri}: expected 'history_items' and 'history_labels', or a data "
@@ -309,7 +308,7 @@ class _PartScorer:
         """Scores of requests first … end - 1, what was counted, and ids without a text."""
         rows = self.files.read(first, end)
         raw, unknown = self._raw(rows)
-        cut = cut_requests(raw, self.scorer.n, bool(self.scorer.items.tokens.gaps))
+        cut = self.scorer.cut(raw)
         if self.scorer.states is not None:
             self.scorer.states.clear()  # so that a part does not depend on those before it
         scores = np.full(len(raw.candidates), np.nan, dtype=np.float32)

@@ -25,6 +25,7 @@ from dti_dist.serving.item_states import ItemStates
 from dti_dist.serving.item_texts import Item, ItemTexts
 from dti_dist.serving.pretrained import Pretrained, is_run, load_exported, load_run
 from dti_dist.serving.requests import (
+    CutRequests,
     RawRequests,
     RequestPack,
     Requests,
@@ -59,6 +60,7 @@ class Scorer:
         self.items: ItemTexts = pretrained.items
         self.dataset = pretrained.dataset
         self.n = pretrained.n
+        self.by_request = pretrained.by_request
         self.pack_tokens = pack_tokens or _PACK_TOKENS[self.device.type]
         self.states: ItemStates | None = None
         if self.model.scheme.isolated:
@@ -173,7 +175,7 @@ class Scorer:
     def score_batch(self, requests: Iterable[Request]) -> list[npt.NDArray[np.float32]]:
         """The scores of each request, as of `score`; requests share passes of the model."""
         raw = self._raw(read_requests(requests))
-        cut = cut_requests(raw, self.n, bool(self.items.tokens.gaps))
+        cut = self.cut(raw)
         if cut.future:
             warnings.warn(
                 f"{cut.future} interactions of histories are not before their request's timestamp "
@@ -182,6 +184,10 @@ class Scorer:
             )
         scores = self.score_requests(cut.requests)
         return [scores[first:end] for first, end in pairwise(raw.candidate_offsets)]
+
+    def cut(self, raw: RawRequests) -> CutRequests:
+        """Requests as the model reads them."""
+        return cut_requests(raw, self.n, bool(self.items.tokens.gaps), self.by_request)
 
     def score_requests(
         self, requests: Requests, on_scored: Callable[[int], None] = lambda requests: None

@@ -136,7 +136,7 @@ def test_first_users_are_whole_and_just_enough_and_the_same_for_any_k(
 ):
     cache = tmp_path_factory.getbasetemp() / "first-users"
     whole = load_or_build(dataset, "train", SampleSettings(N, k, 1), tokens, cache)
-    few = whole.first_users(max_targets, k)
+    few = whole.first_users(max_targets)
     rows = len(few.row_targets)
     assert few.row_targets.tolist() == whole.row_targets[:rows].tolist()
     assert few.total_targets == few.row_targets.sum()
@@ -147,12 +147,12 @@ def test_first_users_are_whole_and_just_enough_and_the_same_for_any_k(
     assert few.tokens.tolist() == whole.tokens[: len(few.tokens)].tolist()
     assert len(few.row_groups) == len(few.interactions) == len(few.sample_offsets) - 1
     of_one_k = load_or_build(dataset, "train", SampleSettings(N, 1, 1), tokens, cache)
-    assert len(of_one_k.first_users(max_targets, 1).row_targets) == rows
+    assert len(of_one_k.first_users(max_targets).row_targets) == rows
 
 
 def test_no_limit_gives_all_users(dataset, tokens, tmp_path):
     whole = load_or_build(dataset, "train", SAMPLE, tokens, tmp_path)
-    assert whole.first_users(None, K) is whole
+    assert whole.first_users(None) is whole
 
 
 # --- the cache -------------------------------------------------------------------------------

@@ -155,7 +155,12 @@ def test_a_pack_is_what_laying_it_out_token_by_token_gives(
     pack = build_pack(samples, block, tokens, SHAPE)
     expected = plain_pack(samples, block, tokens, SHAPE)
     found = vars(pack) | vars(pack.layout)
-    assert found.keys() - expected.keys() == {"layout", "shared", "unit_place"}
+    assert found.keys() - expected.keys() == {
+        "layout",
+        "shared",
+        "unit_place",
+        "unit_context_end",
+    }
     assert pack.layout.shared is None
     for name, values in expected.items():
         array = found[name]
@@ -215,8 +220,7 @@ def test_a_shared_body_holds_each_distinct_interaction_once(
 def test_a_pack_without_samples_is_padding_of_zero_weight(prefix, time_gaps):
     rng = np.random.default_rng(0)
     tokens = item_tokens(rng, prefix=prefix, time_gaps=time_gaps)
-    none = np.empty(0, dtype=np.int64)
-    pack = build_pack(Samples(none, none, none, none), users(rng, [3]), tokens, SHAPE)
+    pack = build_pack(Samples.none(), users(rng, [3]), tokens, SHAPE)
     assert pack.targets == pack.body_tokens == 0
     assert (pack.layout.unit == -1).all()
     assert (pack.target_row == -1).all()

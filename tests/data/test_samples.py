@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dti_dist.data.layout import PackShape, build_pack
-from dti_dist.data.samples import SampleSettings, interaction_lengths, sample_lengths
-from tests.tiny import item_tokens, sequences, users
+from dti_dist.data.samples import SampleSettings, Units, interaction_lengths, sample_lengths
+from tests.tiny import as_one_request_each, item_tokens, plain_samples, same, sequences, users
 
 ROOM = PackShape(length=1024, slots=128)  # more than any sample here needs
 
@@ -73,18 +75,75 @@ def test_a_sample_has_at_most_k_targets_and_all_available_context_up_to_n(rows, 
     assert (available >= min_context).all()
 
 
-@given(
-    seed=st.integers(0, 99),
-    lengths=st.lists(st.integers(0, 15), min_size=1, max_size=4),
-    prefix=st.sampled_from([0, 3]),
-    time_gaps=st.booleans(),
-    **numbers,
-)
-def test_the_length_of_a_sample_is_that_of_its_pack(
+some_users = {
+    "seed": st.integers(0, 2**32 - 1),
+    "lengths": st.lists(st.integers(0, 25), min_size=1, max_size=4),
+}
+
+
+@given(**some_users, target_start=st.integers(0, 9), **numbers)
+def test_samples_of_requests_are_those_of_a_plain_loop(
+    seed, lengths, target_start, n, k, min_context
+):
+    rng = np.random.default_rng(seed)
+    block = users(rng, lengths, target_start=target_start, requests=True)
+    samples = SampleSettings(n, k, min_context).cut(block)
+    units = Units.of(samples, block)
+    position = units.source - block.offsets[samples.row[units.sample]]
+    bounds = np.cumsum([0, *samples.targets])
+    assert bounds[-1] == len(units.targets)
+    expected = plain_samples(block, n, k, min_context)
+    assert samples.row.tolist() == [sample.row for sample in expected]
+    for number, sample in enumerate(expected):
+        mine = units.targets[bounds[number] : bounds[number + 1]]
+        assert (units.sample[mine] == number).all()
+        assert position[mine].tolist() == sample.targets
+        # What each target sees of its sample, and the place of its request.
+        history = (units.sample == number) & units.labelled
+        before = sample.context
+        seen_of = {}
+        for targets, of_request in sample.requests:
+            seen_of |= dict.fromkeys(targets, before)
+            before = before + of_request
+        for unit in mine:
+            first = int(np.flatnonzero(units.sample == number)[0])
+            seen = position[first : first + units.place[unit]]
+            assert seen.tolist() == seen_of[position[unit]]
+            assert history[first : first + units.place[unit]].all()
+
+
+@given(**some_users, prefix=st.sampled_from([0, 3]), time_gaps=st.booleans(), **numbers)
+def test_requests_of_one_give_the_samples_and_packs_that_there_are_without_requests(
     seed, lengths, prefix, time_gaps, n, k, min_context
 ):
     rng = np.random.default_rng(seed)
-    tokens, block = item_tokens(rng, prefix=prefix, time_gaps=time_gaps), users(rng, lengths)
+    tokens = item_tokens(rng, prefix=prefix, time_gaps=time_gaps)
+    alone = as_one_request_each(users(rng, lengths))
+    without = replace(alone, by_request=False)
+    samples, expected = (SampleSettings(n, k, min_context).cut(b) for b in (alone, without))
+    assert as_tuples(samples) == as_tuples(expected)
+    lengths_of = sample_lengths(samples, alone, tokens)
+    assert lengths_of.tolist() == sample_lengths(expected, without, tokens).tolist()
+    for at in range(len(samples)):
+        one = samples.take(np.array([at]))
+        pack, plain = (build_pack(one, block, tokens, ROOM) for block in (alone, without))
+        layout = replace(pack.layout, unit_place=None, unit_context_end=None)
+        assert same(replace(pack, layout=layout), plain)
+
+
+@given(
+    **some_users,
+    prefix=st.sampled_from([0, 3]),
+    time_gaps=st.booleans(),
+    requests=st.booleans(),
+    **numbers,
+)
+def test_the_length_of_a_sample_is_that_of_its_pack(
+    seed, lengths, prefix, time_gaps, requests, n, k, min_context
+):
+    rng = np.random.default_rng(seed)
+    tokens = item_tokens(rng, prefix=prefix, time_gaps=time_gaps)
+    block = users(rng, lengths, requests=requests)
     samples = SampleSettings(n, k, min_context).cut(block)
     found = [
         build_pack(samples.take(np.array([at])), block, tokens, ROOM).body_tokens

@@ -384,7 +384,7 @@ def test_the_first_users_stream_is_those_users_targets(
         k=k,
         shuffle=False,
         window_interactions=window_interactions,
-        change=lambda index: index.first_users(max_targets, k),
+        change=lambda index: index.first_users(max_targets),
     )
     users = len(made.index.row_targets)
     expected = [target for target in all_targets(dataset) if target[0] < users]

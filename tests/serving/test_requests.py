@@ -47,7 +47,7 @@ def requests_of(block, tokens, candidates=()):
         candidate_offsets=np.cumsum([0, *(len(c) for *_, c in parts)]),
         times=np.array([block.timestamps[h.stop] for _, _, h, _ in parts]),
     )
-    cut = cut_requests(raw, N, bool(tokens.gaps))
+    cut = cut_requests(raw, N, bool(tokens.gaps), by_request=False)
     keys = [(int(block.rows[row]), position) for row, position, _, _ in parts]
     return cut.requests, keys
 
@@ -163,6 +163,7 @@ def test_a_score_is_the_same_alone_among_999_others_and_in_any_order(policy):
                 history_items=np.array([5, 7, 9, 11]),
                 history_labels=np.array([1, 0, 0, 1], dtype=np.int8),
                 history_gaps=np.zeros(4, dtype=np.int64),
+                history_place=np.arange(4),
                 history_offsets=np.array([0, 4]),
                 candidate_items=np.asarray(items),
                 candidate_gaps=np.zeros(1, dtype=np.int64),
@@ -201,6 +202,7 @@ def test_packing_takes_each_candidate_once_in_order_with_its_context(shapes, roo
         history_items=rng.integers(0, 30, history.sum()),
         history_labels=rng.integers(0, 2, history.sum()).astype(np.int8),
         history_gaps=np.zeros(history.sum(), dtype=np.int64),
+        history_place=np.concatenate([np.arange(count) for count in history]),
         history_offsets=np.concatenate([[0], history.cumsum()]),
         candidate_items=rng.integers(0, 30, candidates.sum()),
         candidate_gaps=np.zeros(len(shapes), dtype=np.int64),
@@ -238,7 +240,7 @@ def test_histories_are_sorted_and_cut_to_what_is_before_the_request():
         candidate_offsets=np.array([0, 2, 4, 4]),
         times=np.array([60, 6, 0]),
     )
-    cut = cut_requests(raw, n=2, time_gaps=False)
+    cut = cut_requests(raw, n=2, time_gaps=False, by_request=False)
     assert cut.requests.history_items.tolist() == [12, 10, 21, 22]
     assert cut.requests.history_labels.tolist() == [1, 0, 0, 1]
     assert cut.requests.history_offsets.tolist() == [0, 2, 4, 4]
