@@ -258,7 +258,7 @@ def test_the_digest_is_of_samples_as_they_were_before_packing(share, prefix):
 
     samples = SampleSettings(n, k, 1).cut(block)
     expected, total = 0, 0
-    for row, first, first_target, end in zip(*vars(samples).values(), strict=True):
+    for row, first, first_target, end, _ in zip(*vars(samples).values(), strict=True):
         ids = list(tokens.prefix)
         for position in range(first, end):
             at = block.offsets[row] + position
