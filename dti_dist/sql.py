@@ -71,12 +71,12 @@ def _limit_memory(connection: duckdb.DuckDBPyConnection) -> None:
 
     Its own limit is 80 % of that; percentages are known to its newer releases only.
     """
-    mebibytes = min(_bytes(connection) * 7 // 8, _MOST_MEMORY) >> 20
+    mebibytes = min(memory_bytes(connection) * 7 // 8, _MOST_MEMORY) >> 20
     connection.execute(f"SET memory_limit = '{mebibytes}MiB'")
 
 
-def _bytes(connection: duckdb.DuckDBPyConnection) -> int:
-    """DuckDB's limit, which it writes as "6.0 GiB"."""
+def memory_bytes(connection: duckdb.DuckDBPyConnection) -> int:
+    """Bytes, which DuckDB writes as "6.0 GiB"."""
     setting = connection.sql("SELECT current_setting('memory_limit')").fetchall()[0][0]
     number, unit = setting.split()
     return round(float(number) * 1024 ** ("bytes", "KiB", "MiB", "GiB", "TiB").index(unit))

@@ -22,7 +22,7 @@ from dti_dist.data.dataset import SPLITS, Dataset, iter_sequences
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.errors import UserError
-from dti_dist.sql import open_workspace
+from dti_dist.sql import open_workspace, stream
 
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title",))
 START = 1_700_000_000
@@ -220,6 +220,31 @@ def test_parts_and_row_groups_are_bounded_and_lose_nothing(tmp_path):
         assert sum(lengths) <= 500
     for split in SPLITS:
         assert sequences(tmp_path / "out", split) == sequences(tmp_path / "one", split)
+
+
+@pytest.mark.parametrize("sorted_at_once", [1, 40, 100, 1_000])
+def test_users_sorted_part_by_part_give_the_same_files(tmp_path, monkeypatch, sorted_at_once):
+    longest = [("longest", "i2", START + n, 4) for n in range(50)]
+    events = random_events(users=30, length=12) + longest
+    whole = build(tmp_path, events, out=tmp_path / "whole")
+    queries = []
+
+    def noted(connection, query, rows):
+        queries.append(query)
+        return stream(connection, query, rows)
+
+    monkeypatch.setattr("dti_dist.data.prepare.build.stream", noted)
+    monkeypatch.setattr("dti_dist.data.prepare.build._SORTED_BYTES", (1 << 30) // sorted_at_once)
+    monkeypatch.setattr("dti_dist.data.prepare.build._SORTING_SHARE", 1)
+    parts = build(tmp_path, events, out=tmp_path / "parts", memory_limit="1GiB")
+    assert parts.manifest.files == whole.manifest.files
+    users = sorted(
+        {event[0] for event in events}, key=lambda user: hashlib.md5(user.encode()).hexdigest()
+    )
+    lengths = [50 if user == "longest" else 12 for user in users]
+    befores = [sum(lengths[:number]) for number in range(len(users))]
+    sorts = sum("ORDER BY rank, time_us" in query for query in queries)
+    assert sorts == len({before // sorted_at_once for before in befores})
 
 
 def test_same_input_gives_the_same_files(tmp_path):

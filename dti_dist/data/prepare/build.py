@@ -1,15 +1,16 @@
 """Group, sort and split interactions into user sequences with DuckDB: one machine, out of core.
 
-DuckDB reads, checks, joins and sorts, and spills to disk what its memory limit does not hold. The
-sorted interactions flow once through Python, a bounded number of users at a time, where whole
-histories are cut into the splits' sequences with numpy and written.
+DuckDB reads, checks and joins, and spills to disk what its memory limit does not hold. It sorts as
+many users at a time as fit into memory. The sorted interactions flow once through Python, a bounded
+number of users at a time, where whole histories are cut into the splits' sequences with numpy and
+written.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -46,10 +47,13 @@ from dti_dist.data.prepare.tables import (
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.errors import UserError
 from dti_dist.options import BuildOptions
-from dti_dist.sql import Workspace, open_workspace, quote, sql_errors, stream
+from dti_dist.sql import Workspace, memory_bytes, open_workspace, quote, sql_errors, stream
 
 # About 30 bytes each in Python: enough to make numpy's overhead vanish, little to hold in memory.
 _INTERACTIONS_AT_A_TIME = 1 << 20
+# Of an interaction while DuckDB sorts it. What does not fit would be spilled, at 31 bytes each.
+_SORTED_BYTES = 48
+_SORTING_SHARE = 0.75  # of DuckDB's memory
 
 
 @dataclass(frozen=True)
@@ -357,26 +361,11 @@ def item_batches(tables: DuckTables, first: int = 0) -> Iterator[pa.RecordBatch]
 def histories(tables: DuckTables) -> Iterator[Histories]:
     """The histories of all ``users``, in the order of the MD5 of their id."""
     connection = tables.connection
-    known = ""
-    if "probability" in connection.table("stored_events").columns:
-        known += ", events.probability"
-    if tables.split_column:
-        known += f", ({split_place('events.split')})::TINYINT AS split"
     connection.execute(
         "CREATE TABLE ranks AS SELECT *, row_number() OVER (ORDER BY md5(user_id), user_id) AS "
         "rank FROM users"
     )
-    interactions = RowStream(
-        stream(
-            connection,
-            "SELECT items.item_id::INTEGER AS item_id, events.label::TINYINT AS label, "
-            f"events.timestamp, events.input_order{known} FROM events "
-            "JOIN ranks ON events.user_id = ranks.user_id "
-            "JOIN items ON events.item_id = items.source_id "
-            "ORDER BY ranks.rank, events.time_us, events.input_order",
-            100_000,
-        )
-    )
+    interactions = RowStream(_sorted_interactions(tables))
     users = stream(connection, "SELECT user_id, interactions FROM ranks ORDER BY rank", 10_000)
     for batch in users:
         lengths = np.asarray(batch["interactions"])
@@ -393,20 +382,62 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
             start = end
 
 
+def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
+    """The interactions of all ``ranks`` by rank, time and input order.
+
+    Where they do not fit into memory at once, the users are sorted part by part: interactions as
+    they are stored take a third of the disk that their sort would spill to.
+    """
+    connection = tables.connection
+    columns = {
+        "item_id": "items.item_id::INTEGER",
+        "label": "events.label::TINYINT",
+        "timestamp": "events.timestamp",
+        "input_order": "events.input_order",
+    }
+    if "probability" in connection.table("stored_events").columns:
+        columns["probability"] = "events.probability"
+    if tables.split_column:
+        columns["split"] = f"({split_place('events.split')})::TINYINT"
+    values = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
+    ranked = (
+        f"SELECT ranks.rank, events.time_us, {values} FROM events "
+        "JOIN ranks ON events.user_id = ranks.user_id "
+        "JOIN items ON events.item_id = items.source_id"
+    )
+    most = max(int(memory_bytes(connection) * _SORTING_SHARE / _SORTED_BYTES), 1)
+    parts = connection.sql(
+        "SELECT min(rank), max(rank) FROM (SELECT rank, (sum(interactions) OVER (ORDER BY rank) - "
+        f"interactions) // {most} AS part FROM ranks) GROUP BY part ORDER BY 1"
+    ).fetchall()
+    if len(parts) > 1:
+        connection.execute(f"CREATE TABLE ranked AS {ranked}")
+        ranked = "FROM ranked"
+
+    def part(first: int, last: int) -> pa.RecordBatchReader:
+        query = (
+            f"SELECT {', '.join(columns)} FROM ({ranked}) WHERE rank BETWEEN {first} AND {last} "
+            "ORDER BY rank, time_us, input_order"
+        )
+        return stream(connection, query, 100_000)
+
+    return (batch for bounds in parts for batch in part(*bounds))
+
+
 class RowStream:
     """Takes any number of rows from a stream of record batches."""
 
-    def __init__(self, reader: pa.RecordBatchReader):
-        self._reader = reader
-        self._held = reader.schema.empty_table()
+    def __init__(self, batches: Iterable[pa.RecordBatch]):
+        self._batches = iter(batches)
+        self._held: list[pa.RecordBatch] = []
 
     def take(self, count: int) -> pa.Table:
-        tables = [self._held]
-        missing = count - len(self._held)
+        """The next rows, ``count`` of them: one or more."""
+        taken = self._held
+        missing = count - sum(map(len, taken))
         while missing > 0:
-            batch = self._reader.read_next_batch()
-            tables.append(pa.Table.from_batches([batch]))
-            missing -= len(batch)
-        rows = pa.concat_tables(tables)
-        self._held = rows.slice(count)
+            taken.append(next(self._batches))
+            missing -= len(taken[-1])
+        rows = pa.Table.from_batches(taken)
+        self._held = rows.slice(count).to_batches()
         return rows.slice(0, count)

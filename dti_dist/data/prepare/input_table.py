@@ -30,8 +30,9 @@ _WHOLE = r"\s*[+-]?(0|[1-9][0-9]{0,17})\s*"
 _NUMBER = r"\s*[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*"
 _TRUTH = r"(?i)true|false"
 _OF_TEXT = {
-    what: "regexp_full_match({}, " + literal(pattern).replace("{", "{{").replace("}", "}}") + ")"
-    for what, pattern in (("integer", _WHOLE), ("number", _NUMBER), ("bool", _TRUTH))
+    "integer": "{} = 'integer'",
+    "number": "{} IN ('integer', 'number')",
+    "bool": "{} = 'bool'",
 }
 _OF_JSON = {  # a number may be whole
     "bool": "{} = 'BOOLEAN'",
@@ -134,6 +135,16 @@ def as_type(kind: str) -> Callable[[Column], str]:
     if kind == NULL:
         return lambda column: NULL
     return lambda column: column.sql if column.type == kind else f"CAST({column.sql} AS {kind})"
+
+
+def _text_type(column: Column) -> str:
+    """What a text is written as, or text; each condition is tried where none before it holds."""
+    kinds = {"integer": _WHOLE, "number": _NUMBER, "bool": _TRUTH}
+    tried = " ".join(
+        f"WHEN regexp_full_match({column.sql}, {literal(pattern)}) THEN {literal(kind)}"
+        for kind, pattern in kinds.items()
+    )
+    return f"CASE {tried} WHEN {column.sql} IS NOT NULL THEN 'text' END"
 
 
 def _json_type(column: Column) -> str:
@@ -331,7 +342,7 @@ class Typing:
         self.counts: dict[str, str] = {}
         for number, column in enumerate(self._columns):
             name = f"typed {number}"
-            self.values[name] = (column, _json_type if table.is_json else as_it_is)
+            self.values[name] = (column, _json_type if table.is_json else _text_type)
             conditions = _OF_JSON if table.is_json else _OF_TEXT
             self.counts[f"{number} all"] = f"count({quote(name)})"
             for what, condition in conditions.items():

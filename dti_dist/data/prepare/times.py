@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dti_dist.data.prepare.input_table import NULL, InputTable, as_it_is, as_type, family
+from dti_dist.data.prepare.input_table import (
+    NULL,
+    Column,
+    InputTable,
+    Value,
+    as_it_is,
+    as_type,
+    family,
+)
 from dti_dist.errors import UserError
 from dti_dist.options import TimeUnit
 from dti_dist.sql import literal, quote
@@ -33,7 +41,8 @@ _DATES = {
 }
 _ISO = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}([.,]\d+)?)?\s?(Z|UTC|[+-]\d{2}(:?\d{2})?)?)?"
 _NUMBER = r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?\s*"
-_TIME = "\x01time"  # beside the names of other columns
+_WHOLE = r"\s*[+-]?\d+\s*"
+_TIME, _WRITTEN = "\x01time", "\x01written"  # beside the names of other columns
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,20 @@ class TimeColumn:
         self._kind = kind
 
     @property
-    def values(self) -> dict[str, Any]:
-        return {_TIME: self.value}
+    def values(self) -> dict[str, Value]:
+        written: dict[str, Value] = {_WRITTEN: (self._column, self._written)}
+        return {_TIME: self.value} | (written if self._kind == "text" else {})
+
+    def _written(self, column: Column) -> str:
+        """What a text is written as; each condition is tried where none before it holds."""
+        _, as_value = self.value
+        value = as_value(column)
+        return (
+            f"CASE WHEN regexp_full_match({value}, {literal(_WHOLE)}) THEN 'whole' "
+            f"WHEN regexp_full_match({value}, {literal(_NUMBER)}) THEN 'number' "
+            f"WHEN regexp_full_match({value}, {literal(_ISO)}) AND "
+            f"TRY_CAST({value} AS TIMESTAMPTZ) IS NOT NULL THEN 'iso' END"
+        )
 
     @property
     def _number(self) -> str:
@@ -99,16 +120,14 @@ class TimeColumn:
         if self._kind == "time":
             outside = f"epoch({name}) NOT BETWEEN {_FIRST} AND {_END}"
             return {"infinite": f"NOT isfinite({name})", "outside": outside}
-        written = (
-            f"regexp_full_match({name}, {literal(_NUMBER)})" if self._kind == "text" else "true"
-        )
-        written = f"({written} AND isfinite({number}))"
-        found = {"number": written}
+        found = {"number": f"isfinite({number})"}
         if self._kind == "text":
-            found["iso"] = (
-                f"(regexp_full_match({name}, {literal(_ISO)}) AND "
-                f"TRY_CAST({name} AS TIMESTAMPTZ) IS NOT NULL)"
-            )
+            written = quote(_WRITTEN)
+            found = {
+                "whole": f"{written} = 'whole'",
+                "number": f"({written} IN ('whole', 'number') AND isfinite({number}))",
+                "iso": f"{written} = 'iso'",
+            }
         for unit, of_second in _UNITS.items():
             found[unit] = f"{number} >= {_FIRST * of_second} AND {number} < {_END * of_second}"
             found[f"{unit} readable"] = f"abs({number}) < {_LATEST * of_second}"
@@ -157,7 +176,8 @@ class TimeColumn:
                 f"{outside:,} of {total:,} times in {self._column}, read as {_WORDS[unit]}, lie "
                 f"outside the years {_YEARS}; the first is {value} in {place}"
             )
-        return self._to_us(unit), _WORDS[unit], notes
+        whole = self._kind == "integer" or counts.get("whole") == total
+        return self._to_us(unit, whole), _WORDS[unit], notes
 
     def _unit(self, counts: Mapping[str, int]) -> TimeUnit:
         """The one unit in which all numbers are plausible."""
@@ -195,17 +215,17 @@ class TimeColumn:
             f"Fix or remove these rows, or say the unit with --time-unit, such as {most}.",
         )
 
-    def _to_us(self, unit: TimeUnit) -> str:
+    def _to_us(self, unit: TimeUnit, whole_numbers: bool) -> str:
         """Rounded down, and exact: text and integers never become doubles."""
         of_second, name = _UNITS[unit], self._name
         number = f"CAST({name} AS DECIMAL(28, 9))" if self._kind == "text" else name
         if of_second > 10**6:
             whole, by = f"CAST(floor({number}) AS HUGEINT)", of_second // 10**6
-            if self._kind == "integer":
+            if whole_numbers:
                 whole = f"CAST({name} AS HUGEINT)"
             return f"CAST(({whole} - (({whole} % {by}) + {by}) % {by}) // {by} AS BIGINT)"
         times = 10**6 // of_second
-        if self._kind == "integer":
+        if whole_numbers:  # of text too: decimals take five times as long
             return f"CAST(CAST({name} AS HUGEINT) * {times} AS BIGINT)"
         if self._kind == "text":
             return f"CAST(floor({number} * {times}) AS BIGINT)"
