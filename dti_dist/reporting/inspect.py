@@ -50,6 +50,7 @@ class Line:
         tokens: the text's tokens, without the label; none where interactions are left out.
         label: the label word; "" where there is none.
         stands: how often the text stands in the pack.
+        before: interactions of the sample before it; for a target, before its request.
     """
 
     first: int
@@ -60,6 +61,7 @@ class Line:
     tokens: tuple[str, ...] = ()
     label: str = ""
     stands: int = 1
+    before: int = 0
 
     @property
     def name(self) -> str:
@@ -132,7 +134,10 @@ class PackView:
         sample_interactions, sample_targets, sample_tokens: [samples].
         interaction_tokens: [interactions] tokens of each, its label included.
         sample: which of the pack's samples is shown; row: its sequence in the train split.
-        position: place in that sequence of the sample's first interaction, from 1.
+        position: place in that sequence of the sample's first interaction, from 1; None where
+            interactions are left out, as with requests.
+        context: interactions of the sample before its first target's request.
+        shown: numbers in the sample of the first and the last target that are shown.
         lines: of the prompt, down to the last shown target.
         cells: of the masks: the lines from top to bottom, then a [SUM] of each shown target.
         groups: layers with the same windows, the first layer's first.
@@ -165,7 +170,9 @@ class PackView:
     interaction_tokens: npt.NDArray[np.int64]
     sample: int
     row: int
-    position: int
+    position: int | None
+    context: int
+    shown: tuple[int, int]
     lines: tuple[Line, ...]
     cells: tuple[Cell, ...]
     groups: tuple[LayerGroup, ...]
@@ -208,12 +215,12 @@ class PackView:
     def about_sample(self) -> str:
         at = self.sample - 1
         targets = int(self.sample_targets[at])
-        before_first = int(self.sample_interactions[at]) - targets
-        first, last = (line.last - before_first for line in (self.targets[0], self.targets[-1]))
+        first, last = self.shown
+        where = "" if self.position is None else f"from interaction {self.position} "
         which = f"target {first}" if first == last else f"targets {first} to {last}"
         return (
-            f"sample {self.sample} of {len(self.sample_targets)}, from interaction {self.position} "
-            f"of row {self.row} of train: {before_first} context interactions, "
+            f"sample {self.sample} of {len(self.sample_targets)}, {where}"
+            f"of row {self.row} of train: {self.context} context interactions, "
             f"{plural(targets, 'target')}; shown: {which} with what lies before"
         )
 
@@ -225,8 +232,8 @@ class PackView:
             return f"BROKEN: {self.outside:,} pairs of tokens see what lies outside the picture."
         targets = range(len(self.targets))
         lines = [line for line in self.lines if line.role in ("older", "context", "target")]
-        last = self.targets[-1].last
-        if not any(last - line.last > self.n for line in lines):
+        last = max(line.before for line in self.targets)
+        if not any(last + 1 - line.last > self.n for line in lines):
             return f"No interaction before these targets is older than n = {self.n}."
         leaking = [self.targets[t].name for t in targets if self.leaks[t].any()]
         if leaking:
@@ -333,8 +340,11 @@ class _OpenedPack:
             )
         slots = np.flatnonzero(of_sample == chosen)
         begin = max(min(target, len(slots) - targets + 1), 1) - 1
+        context = self._places(slots[:1])[0] - int(starts[chosen])
         slots = slots[begin : begin + targets]
-        lines = self._lines(int(starts[chosen]), slot_unit[slots])
+        shown = begin + 1, begin + len(slots)
+        slots = slots[np.argsort(slot_unit[slots], kind="stable")]  # as they lie in the pack
+        lines = self._lines(int(starts[chosen]), slots)
         cells = self._cells(lines, slots)
         sample_start = starts - (len(self.inputs.tokens.prefix) > 0)
         ends = np.append(sample_start[1:], self.units)
@@ -359,7 +369,11 @@ class _OpenedPack:
             interaction_tokens=(self.unit_start[interactions + 1] - self.unit_start[interactions]),
             sample=chosen + 1,
             row=int(self.batch.target_row[0, slots[0]]),
-            position=int(self.batch.target_position[0, slots[0]]) - first_in_sample + 1,
+            position=None
+            if self.layout.unit_place is not None
+            else int(self.batch.target_position[0, slots[0]]) - first_in_sample + 1,
+            context=context,
+            shown=shown,
             lines=lines,
             cells=cells,
             notes=self._notes(model.num_attention_heads),
@@ -367,17 +381,29 @@ class _OpenedPack:
             **self._masks(lines, cells, slots, model.num_hidden_layers),
         )
 
-    def _lines(self, start: int, target_units: npt.NDArray[np.int64]) -> tuple[Line, ...]:
-        """The sample from its prefix to the last of the targets; what is too much is left out."""
+    def _lines(self, start: int, slots: npt.NDArray[np.int64]) -> tuple[Line, ...]:
+        """The sample from its prefix to the last of the targets; what is too much is left out.
+
+        Args:
+            start: the sample's first interaction; slots: of the targets.
+        """
         n = self.inputs.config.sample.context
-        first_target = int(target_units[0]) - start + 1
-        last_target = int(target_units[-1]) - start + 1
-        oldest = max(first_target - n, 1)
+        units = self.unit[self.length + slots]
+        targets = set((units - start + 1).tolist())
+        # Units before the first target's request, and before the last one's.
+        places = self._places(slots) - start
+        before_of = dict(zip(units.tolist(), places.tolist(), strict=True))
+        before, until = int(places.min()), int(places.max())
+        oldest = max(before + 1 - n, 1)
         spans = [
             *_spans(1, oldest, "older", _MOST_OLDER, 0, 2),
-            *_spans(oldest, first_target, "context", _MOST_CONTEXT, len(target_units) + 1, 8),
-            *((number, number, "target") for number in range(first_target, last_target + 1)),
+            *_spans(oldest, before + 1, "context", _MOST_CONTEXT, len(slots) + 1, 8),
+            *(
+                (number, number, "target" if number in targets else "context")
+                for number in sorted({*range(before + 1, until + 1), *targets})
+            ),
         ]
+        ends = dict(zip(units.tolist(), self.layout.readout_end[0, slots].tolist(), strict=True))
         lines = []
         if len(self.inputs.tokens.prefix):
             begin, end = self.unit_start[start - 1 : start + 1].tolist()
@@ -387,14 +413,20 @@ class _OpenedPack:
             begin, end = int(self.unit_start[unit]), int(self.unit_start[start + last])
             line = Line(first, last, role, begin, end)
             if first == last:
+                text_end = ends.get(unit, end - 1)  # a candidate has no label
                 line = replace(
                     line,
-                    tokens=self._decoded(begin, end - 1),
-                    label=self._decoded(end - 1, end)[0],
+                    tokens=self._decoded(begin, text_end),
+                    label="".join(self._decoded(text_end, end)),
                     stands=int(self.stands[unit]),
                 )
-            lines.append(line)
+            lines.append(replace(line, before=before_of.get(unit, first - 1)))
         return tuple(lines)
+
+    def _places(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[slots] the unit whose place the target of each takes."""
+        units = torch.from_numpy(self.unit[self.length + slots])
+        return self.layout.place_of(units[None])[0].numpy()
 
     def _decoded(self, start: int, end: int) -> tuple[str, ...]:
         tokenizer = self.inputs.tokenizer
@@ -414,16 +446,17 @@ class _OpenedPack:
                 cells.append(Cell(number, "whole", line.start, line.end))
                 continue
             width = 1 if by_token <= _MOST_TOKEN_CELLS else len(line.tokens)
-            text_end = line.end - 1
+            text_end = line.end - bool(line.label)
             cells += [
                 Cell(number, "text", place, place + width)
                 for place in range(line.start, text_end, width)
             ]
-            cells.append(Cell(number, "label", text_end, line.end))
-        first_target = len(lines) - len(slots)
-        for nth, slot in enumerate(slots.tolist()):
+            if line.label:
+                cells.append(Cell(number, "label", text_end, line.end))
+        targets = [number for number, line in enumerate(lines) if line.role == "target"]
+        for number, slot in zip(targets, slots.tolist(), strict=True):
             place = self.length + slot
-            cells.append(Cell(first_target + nth, "sum", place, place + 1))
+            cells.append(Cell(number, "sum", place, place + 1))
         return tuple(cells)
 
     def _masks(
@@ -435,7 +468,7 @@ class _OpenedPack:
     ) -> dict[str, Any]:
         """The fields of PackView that come from the masks."""
         n = self.inputs.config.sample.context
-        body_places = torch.arange(lines[0].start, lines[-1].end)
+        body_places = torch.cat([torch.arange(line.start, line.end) for line in lines])
         shown = torch.cat([body_places, self.length + torch.from_numpy(slots)])
         column = torch.full((self.layout.unit.shape[1],), -1)
         column[shown] = torch.arange(len(shown))
@@ -468,7 +501,8 @@ class _OpenedPack:
         sums = of_cell[-len(slots) :]
         read = torch.stack([through_layers(sums, [mask]) for mask in mask_of.values()]).any(dim=0)
         apart = _apart([lines[cell.line] for cell in cells])
-        between = _apart([*lines, *lines[-len(slots) :]])[-len(slots) :, : len(lines)]
+        targets = [line for line in lines if line.role == "target"]
+        between = _apart([*lines, *targets])[-len(slots) :, : len(lines)]
         weights = np.ones(between.shape)
         if scheme.forgetting is not None:
             alpha = scheme.forgetting.numpy()
@@ -607,9 +641,10 @@ def _shares(seen: Tensor, parts: Tensor) -> Shares:
 def _apart(lines: Sequence[Line]) -> npt.NDArray[np.int64]:
     """[lines, lines] interactions that even the nearest of two lines lie apart; prefix: -1."""
     first = np.array([line.first for line in lines])
+    place = np.array([line.before + 1 for line in lines])
     last = np.array([line.last for line in lines])
     prefix = (first == 0)[:, None] | (first == 0)
-    return np.where(prefix, -1, first[:, None] - last)
+    return np.where(prefix, -1, place[:, None] - last)
 
 
 def _ranges_of(numbers: Sequence[int]) -> str:
