@@ -5,7 +5,6 @@ Real clients of a hub on the loopback (tests/hub_server.py), which counts who as
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,11 +19,10 @@ from dti_dist.errors import UserError
 from dti_dist.model import sources
 from tests.base_models import save_base_model
 from tests.hub_server import running_hub
-from tests.launching import losses, run, write_config
+from tests.launching import job, losses, run, write_config
 
 MODEL = "lab/tiny"
-TWO_NODES = str(Path(__file__).parents[1] / "two_nodes.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+TWO_NODES = Path(__file__).parents[1] / "two_nodes.py"
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +171,8 @@ def test_one_rank_of_each_node_asks_the_hub(hub, synthetic, tmp_path):
     run_dir = Path(yaml.safe_load(config.read_text())["run_dir"])
 
     def on_two_nodes(module, *arguments, expect=0):
-        program = [TWO_NODES, str(tmp_path), hub.endpoint(""), module, *map(str, arguments)]
-        return run([*TORCHRUN, *program], tmp_path / "log", expect)
+        ranks = job(4, tmp_path, hub.endpoint(""), module, *arguments, script=TWO_NODES)
+        return run(ranks, tmp_path / "log", expect)
 
     on_two_nodes("dti_dist.training", config)
     assert len(losses(run_dir)) == 2
@@ -201,6 +199,6 @@ def test_one_rank_of_each_node_asks_the_hub(hub, synthetic, tmp_path):
     moved = [f"run_dir={tmp_path / 'other'}", "model.revision=main"]
     for node in (0, 1):
         (tmp_path / f"node-{node}").rename(tmp_path / f"was-{node}")
-    printed = on_two_nodes("dti_dist.training", config, *moved, expect=1)
+    printed = on_two_nodes("dti_dist.training", config, *moved, expect=2)
     assert len(re.findall(r"Access to model lab/tiny is restricted", printed)) == 1
     assert set(hub.askers()) == {"rank-0"}

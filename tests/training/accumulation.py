@@ -1,12 +1,13 @@
-"""Prints how far a step's gradient is from that of float32: accumulation.py ZERO_STAGE [DTYPE].
+"""Prints how far a step's gradient is from that of float32: accumulation.py ZERO_STAGE DTYPE ….
 
-DTYPE is what gradients of micro-steps are added up in; by default what the package chooses.
+DTYPE is what gradients of micro-steps are added up in; "default" is what the package chooses.
 """
 
 import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -35,22 +36,23 @@ def gradient(ranks, name: str, precision: str) -> torch.Tensor:
     return torch.cat([safe_get_full_grad(part).float().flatten() for part in parameters])
 
 
-def main(stage: int, dtype: str | None = None) -> None:
+def main(stage: int, dtypes: list[str]) -> None:
     ranks = join_process_group("cpu", 5, 1)
-    config = {
+    config: dict[str, Any] = {
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if dtype:
-        config["data_types"] = {"grad_accum_dtype": dtype}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deepspeed.json"
-        path.write_text(json.dumps(config))
-        exact = gradient(ranks, str(path), "fp32")
-        found = gradient(ranks, str(path), "bf16")
-    print(f"relative error {float((found - exact).norm() / exact.norm()):.5f}")
+        for dtype in dtypes:
+            config["data_types"] = {} if dtype == "default" else {"grad_accum_dtype": dtype}
+            path.write_text(json.dumps(config))
+            exact = gradient(ranks, str(path), "fp32")
+            found = gradient(ranks, str(path), "bf16")
+            error = float((found - exact).norm() / exact.norm())
+            print(f"{dtype}: relative error {error:.5f}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2:])

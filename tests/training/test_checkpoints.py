@@ -18,7 +18,6 @@ from dti_dist.runs import commits
 from tests.launching import (
     SECONDS,
     assert_same_losses,
-    command,
     job,
     job_with,
     kill,
@@ -338,7 +337,7 @@ def test_bf16_with_gradients_summed_in_float32_goes_on_with_another_number_of_ra
     assert "was written by 2 rank(s), and this job has 1: converting" in train(config)
     again = losses(run_dir(config))
     assert max(abs(straight[step] - again[step]) for step in straight) < 1e-3  # bf16's own noise
-    run([*command(1, "dti_dist"), "evaluate", str(run_dir(config))], tmp_path / "evaluated")
+    run(job(1, "evaluate", run_dir(config), module="dti_dist"), tmp_path / "evaluated")
 
 
 def damaged_copies(source: Path) -> dict[str, str]:

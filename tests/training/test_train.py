@@ -68,12 +68,11 @@ def test_losses_do_not_depend_on_how_the_work_is_shared_out(
     [
         {"policy": "windowed", "positions": "alibi"},
         {"policy": "reset", "positions": "alibi"},
-        {"policy": "budget", "positions": "rope"},
         {"policy": "isolated", "positions": "rope"},
     ],
     ids=lambda attention: "-".join(attention.values()),
 )
-def test_every_policy_trains_the_same_on_one_rank_and_on_two_of_zero_3(
+def test_the_other_policies_train_the_same_on_one_rank_and_on_two_of_zero_3(
     synthetic, tmp_path, attention
 ):
     found = []
@@ -82,11 +81,15 @@ def test_every_policy_trains_the_same_on_one_rank_and_on_two_of_zero_3(
             tmp_path / f"{ranks}" / "config.yaml",
             synthetic,
             attention=attention,
-            training={"micro_batch_packs": packs, "activation_checkpointing": recompute},
+            training={
+                "max_steps": 10,
+                "micro_batch_packs": packs,
+                "activation_checkpointing": recompute,
+            },
         )
         train(config, ranks=ranks)
         found.append(losses(run_dir(config)))
-    assert_same_losses(*found)
+    assert_same_losses(*found, steps=10)
 
 
 def test_a_signal_makes_a_checkpoint_and_an_exit_code_of_its_own(
@@ -147,12 +150,11 @@ def test_bf16_trains_and_rotary_frequencies_stay_float32(uninterrupted, syntheti
 def test_gradients_of_micro_steps_are_summed_in_float32_under_bf16(tmp_path, stage):
     """What is left of the error is of bf16 in forward and backward."""
     script = Path(__file__).with_name("accumulation.py")
-
-    def error(*dtype: str) -> float:
-        printed = run([*command(1, script=script), stage, *dtype], tmp_path / "log")
-        return float(re.findall(r"relative error (\S+)", printed)[-1])
-
-    assert error() == error("fp32") < 0.6 * error("bf16")
+    dtypes = ("default", "fp32", "bf16")
+    printed = run(job(1, stage, *dtypes, script=script), tmp_path / "log")
+    error = {name: float(of) for name, of in re.findall(r"(\w+): relative error (\S+)", printed)}
+    assert set(error) == set(dtypes)
+    assert error["default"] == error["fp32"] < 0.6 * error["bf16"]
 
 
 def test_a_start_far_above_the_labels_entropy_is_said_with_what_helps():
