@@ -175,7 +175,7 @@ def _fork(what: Job, log: Path, environ: dict[str, str]) -> Ranks:
     for rank in range(what.ranks):
         if what.ranks > 1:
             environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-        arguments = (what.program, what.arguments, environ, log)
+        arguments = (what.program, what.arguments, environ, log, os.getcwd())
         processes.append(forks.Process(target=warm.become, args=arguments))
         processes[-1].start()
     return Ranks(processes)

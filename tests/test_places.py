@@ -11,7 +11,7 @@ from dti_dist.config import validate_config
 from dti_dist.errors import UserError
 from dti_dist.runs.folder import RunFolder, going_on
 from dti_dist.runs.places import DATA, DEEPSPEED, MODEL, absolute
-from tests.launching import command, run, write_config
+from tests.launching import job, run, write_config
 
 KEYS = ("data.cache_dir", "checkpoints.copy_to", DATA, MODEL, DEEPSPEED)
 
@@ -180,15 +180,13 @@ def test_a_run_with_relative_paths_is_evaluated_exported_and_goes_on_from_anywhe
         project / "config.yaml", "data", run_dir="runs/a", training={"max_steps": 2}
     )
     monkeypatch.chdir(project)
-    run([*command(1), "config.yaml"], tmp_path / "log")
+    run(job(1, "config.yaml"), tmp_path / "log")
     monkeypatch.chdir(elsewhere)
     few = ["--max-targets", "50", "--bootstrap", "0", "--no-pictures"]
     assert main(["evaluate", str(project / "runs/a"), *few]) == 0
     assert main(["report", str(project / "runs/a")]) == 0
     here = ["run_dir=../project/runs/a", "data.path=../project/data"]
-    assert "resuming from step-00000002" in run(
-        [*command(1), str(settings), *here], tmp_path / "again"
-    )
+    assert "resuming from step-00000002" in run(job(1, settings, *here), tmp_path / "again")
     shutil.move(project, tmp_path / "moved")
     moved = tmp_path / "moved/runs/a"
     assert main(["evaluate", str(moved), *few]) == 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
 
 from dti_dist import ranks
-from tests.launching import run, write_config
+from tests.launching import job, run, write_config
 
 
 @pytest.mark.parametrize(
@@ -77,4 +76,6 @@ def test_a_process_can_train_twice(synthetic, tmp_path):
         f'assert main(["train", {str(config)!r}, "run_dir={tmp_path / name}"]) == 0'
         for name in ("first", "second")
     )
-    run([sys.executable, "-c", f"from dti_dist.cli import main\n{lines}"], tmp_path / "log")
+    script = tmp_path / "twice.py"
+    script.write_text(f"from dti_dist.cli import main\n{lines}\n")
+    run(job(1, script=script), tmp_path / "log")

@@ -23,10 +23,14 @@ IMPORTS = [
 """What takes a rank of the training job the longest, for the process that ranks are forked from."""
 
 
-def become(program: str, arguments: list[str], environ: dict[str, str], log: Path) -> None:
-    """Go on in a fork as ``python -m PROGRAM`` or ``python PROGRAM`` would, printing to the log."""
+def become(
+    program: str, arguments: list[str], environ: dict[str, str], log: Path, folder: str
+) -> None:
+    """Go on in a fork as ``python -m PROGRAM`` or ``python PROGRAM`` would in a folder, printing to
+    the log."""
     gc.freeze()  # collections need not walk all that was imported
     os.setsid()
+    os.chdir(folder)
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)

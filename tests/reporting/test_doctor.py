@@ -12,7 +12,7 @@ from dti_dist import cli
 from dti_dist.config import load_config
 from dti_dist.reporting import doctor
 from dti_dist.reporting.doctor import examine, table
-from tests.launching import command, run, write_config
+from tests.launching import job, run, write_config
 
 
 def by_name(findings):
@@ -120,8 +120,7 @@ def test_a_slurm_whose_controller_does_not_answer_is_a_warning(monkeypatch, tmp_
 
 @pytest.mark.slow
 def test_ranks_compare_their_clocks(tmp_path):
-    doctor_of_two = [*command(2, module="dti_dist"), "doctor"]
-    printed = run(doctor_of_two, tmp_path / "log")
+    printed = run(job(2, "doctor", module="dti_dist"), tmp_path / "log")
     assert printed.count("clocks: ") == 1
     assert "on 2 ranks of 1 machine(s)" in printed
 

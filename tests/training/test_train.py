@@ -16,7 +16,6 @@ from dti_dist.training.loop import of_bad_start
 from tests.launching import (
     SECONDS,
     assert_same_losses,
-    command,
     job,
     job_with,
     kill,
@@ -124,7 +123,7 @@ def test_a_signal_while_a_job_starts_is_not_lost(synthetic, tmp_path):
         "cli._config = signalled\n"
         "cli.run(['train', *sys.argv[1:]])\n"
     )
-    printed = run([*command(1, script=early), str(config)], tmp_path / "log", expect=75)
+    printed = run(job(1, config, script=early), tmp_path / "log", expect=75)
     assert "stopped by a signal after step 1; its checkpoint is complete" in printed
 
 
@@ -133,8 +132,8 @@ def test_a_job_compiles_no_extension(synthetic, tmp_path):
     config = write_config(tmp_path / "config.yaml", synthetic)
     extensions = tmp_path / "extensions"
     extensions.mkdir()
-    arguments = [*command(1), str(config), "training.max_steps=1"]
-    run(arguments, tmp_path / "log", TORCH_EXTENSIONS_DIR=str(extensions))
+    one_step = job(1, config, "training.max_steps=1")
+    run(one_step, tmp_path / "log", TORCH_EXTENSIONS_DIR=str(extensions))
     assert list(extensions.iterdir()) == []
 
 
