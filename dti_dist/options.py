@@ -31,6 +31,7 @@ VERIFY_SAMPLES = 2
 MFU = 0.4
 MOVIELENS_LABEL = "rating >= 4"
 EVENTS_NAME = "events"
+MOVIELENS_REQUESTS: Literal["time", "none"] = "none"
 
 ROUNDS = 3
 PARADIGM_TARGETS = 20_000
@@ -204,6 +205,41 @@ class BuildOptions:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+
+
+_OF_REQUESTS = Parameter(group=Group("Requests: what was shown at once"))
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Which interactions of a user are one request, so that none knows the others' labels.
+
+    Attributes:
+        requests: time: those with equal times, in seconds; none: each one alone (default: time, or
+            with --append as in the data set).
+        request_col: Column with the request's id, instead; its time is that of its first row.
+        history: SQL condition on an interaction, such as "label = 1"; later targets see those where
+            it holds (default: all).
+        context_only: SQL condition; interactions where it holds are never targets.
+    """
+
+    requests: Annotated[Literal["time", "none"] | None, _OF_REQUESTS] = None
+    request_col: Annotated[str | None, _OF_REQUESTS, Parameter(metavar="COL")] = None
+    history: Annotated[str | None, _OF_REQUESTS, Parameter(metavar="EXPR")] = None
+    context_only: Annotated[str | None, _OF_REQUESTS, Parameter(metavar="EXPR")] = None
+
+    def __post_init__(self) -> None:
+        if self.requests and self.request_col:
+            raise UserError(
+                f"--requests {self.requests} --request-col {self.request_col}: expected one of "
+                "them; found both. Leave one of them out."
+            )
+        for option, given in {"history": self.history, "context-only": self.context_only}.items():
+            if given and self.requests == "none":
+                raise UserError(
+                    f"--{option}: expected requests with it; found --requests none, where each "
+                    "interaction is history and a target. Leave one of them out."
+                )
 
 
 @dataclass(frozen=True)

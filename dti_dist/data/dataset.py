@@ -127,7 +127,7 @@ class SplitCounts(_Record):
 
 
 class Counts(_Record):
-    """Of the whole data set: ``interactions`` counts each one once, as the target it is."""
+    """Of the whole data set: ``interactions`` counts each one once, however often it is context."""
 
     interactions: int
     users: int
@@ -164,8 +164,8 @@ class Distribution(_Record):
     max: int
 
 
-class TextSize(Distribution):
-    """``histogram``: interactions by size; sizes above 100 are rounded to two digits."""
+class Sizes(Distribution):
+    """``histogram``: how many have each size; sizes above 100 are rounded to two digits."""
 
     histogram: dict[int, int]
 
@@ -175,14 +175,32 @@ class DayCounts(_Record):
     clicks: int
 
 
+class RequestStatistics(_Record):
+    """Of the requests that have targets.
+
+    Attributes:
+        targets_per_request, clicks_per_request: over these requests.
+        history_targets: targets that are history for later ones.
+        targets_without_history: those with no history before their request.
+    """
+
+    requests: int
+    targets_per_request: Sizes
+    clicks_per_request: Sizes
+    history_targets: int
+    targets_without_history: int
+
+
 class Statistics(_Record):
     """What the interactions are like. Text is that of an interaction's item, over all the text
-    columns, counted before any template or tokenizer. ``days``: by date in UTC."""
+    columns, counted before any template or tokenizer. ``days``: targets by date in UTC.
+    ``requests``: None where each interaction is one."""
 
     interactions_per_user: Distribution
-    characters_per_interaction: TextSize
-    words_per_interaction: TextSize
+    characters_per_interaction: Sizes
+    words_per_interaction: Sizes
     days: dict[str, DayCounts]
+    requests: RequestStatistics | None = None
 
 
 class AppendRecord(_Record):

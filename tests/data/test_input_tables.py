@@ -22,6 +22,7 @@ from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events, read_item_table
 from dti_dist.data.prepare.times import TimeRule
 from dti_dist.errors import UserError
+from dti_dist.options import RequestOptions
 
 START = 1_700_000_000
 ROWS = 40
@@ -87,6 +88,7 @@ def prepared(tmp_path):
             items=[str(tmp_path / "items")],
             columns=columns,
             label=label,
+            requests=RequestOptions(requests="none"),  # so that each row can be found again
         )
         options = {"fractions": (0.5, 0.25, 0.25), "context_limit": 10**6, **options}
         out = str(tmp_path / "out")
@@ -415,7 +417,7 @@ def test_users_with_few_interactions_are_left_out_or_kept(prepared):
     once = events(user=["once", *USERS[1:]])
     summary = prepared({"a.parquet": once}, min_interactions=1)
     assert summary.manifest.counts.users == 6
-    assert "targets without any interaction before them, each user's first: 6" in str(summary)
+    assert "targets without history before their request: 6 of 40" in str(summary)
     assert prepared({"a.parquet": once}).manifest.counts.users == 5
     assert prepared({"a.parquet": once}, min_interactions=8).manifest.counts.users == 4
 

@@ -22,6 +22,7 @@ from dti_dist.data.dataset import SPLITS, Dataset, iter_sequences
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.errors import UserError
+from dti_dist.options import RequestOptions
 from dti_dist.sql import open_workspace, stream
 
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title",))
@@ -54,12 +55,28 @@ def write_items(path: Path, names=None, titles=None) -> str:
     return str(path)
 
 
-def build(tmp_path, events, out=None, items=None, label="rating >= 4", columns=COLUMNS, **options):
+def build(
+    tmp_path,
+    events,
+    out=None,
+    items=None,
+    label="rating >= 4",
+    columns=COLUMNS,
+    requests="time",
+    **options,
+):
     """Build from event tuples, or from the paths of files."""
     if not isinstance(events[0], str):
         events = [write_events(tmp_path / "events.parquet", events)]
     items = items or write_items(tmp_path / "items.parquet")
-    read = partial(read_events, paths=events, items=[items], columns=columns, label=label)
+    read = partial(
+        read_events,
+        paths=events,
+        items=[items],
+        columns=columns,
+        label=label,
+        requests=RequestOptions(requests=requests),
+    )
     return build_dataset(read, str(out or tmp_path / "out"), BuildOptions(**options))
 
 
@@ -134,6 +151,7 @@ def test_sequences_equal_those_of_a_plain_python_oracle(
 ):
     expected = expected_sequences(events, rule, fractions, context_limit)
     options = {"split": rule, "fractions": fractions, "context_limit": context_limit}
+    options |= {"requests": "none"}
     if not all(expected[split] for split in SPLITS):
         with pytest.raises(UserError, match=r"is empty|at least 2 interactions"):
             build(tmp_path, events, force=True, shard_interactions=shard, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -22,11 +23,14 @@ from pyspark.sql import SparkSession
 from dti_dist.data.dataset import SPLITS, Dataset, SplitRule
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
+from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.spark import _cut, build_with_spark
 from dti_dist.errors import UserError
+from dti_dist.options import RequestOptions
 
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title", "kind"))
 START = 1_700_000_000
+ALONE = RequestOptions(requests="none")
 needs_java = pytest.mark.skipif(not shutil.which("java"), reason="Spark needs Java")
 
 
@@ -84,12 +88,27 @@ def random_events(seed, users=40, seconds=50, step=1):
     return events
 
 
-def both(tmp_path, paths, items, label="rating >= 4", columns=COLUMNS, **options):
+def both(
+    tmp_path,
+    paths,
+    items,
+    label="rating >= 4",
+    columns=COLUMNS,
+    requests=ALONE,
+    **options,
+):
     """What each engine built, or the error that it raised."""
     results = []
     for engine, build in [("duckdb", build_dataset), ("spark", build_with_spark)]:
         out = tmp_path / engine
-        read = partial(read_events, paths=paths, items=items, columns=columns, label=label)
+        read = partial(
+            read_events,
+            paths=paths,
+            items=items,
+            columns=columns,
+            label=label,
+            requests=requests,
+        )
         try:
             results.append(build(read, str(out), BuildOptions(**options)))
         except UserError as error:
@@ -180,6 +199,37 @@ def test_both_engines_split_alike_by_a_column(spark, tmp_path):
 
 @needs_java
 @pytest.mark.slow
+@pytest.mark.parametrize("rule", ["time", "leave-last"])
+@pytest.mark.parametrize(
+    "requests",
+    [
+        RequestOptions(requests="time"),
+        RequestOptions(request_col="request", history="label = 1", context_only="item = '00'"),
+    ],
+    ids=["time", "column"],
+)
+def test_both_engines_form_the_same_requests(spark, tmp_path, rule, requests):
+    events = random_events(seed=3)
+    names = [f"r{time // 4}" for _, _, time, _ in events]
+    paths, items = write_input(tmp_path, events, request=names)
+    duck, spark_made = both(
+        tmp_path,
+        paths,
+        items,
+        requests=requests,
+        split=rule,
+        context_limit=3,
+        shard_interactions=60,
+        row_group_interactions=20,
+    )
+    assert spark_made.manifest == duck.manifest
+    assert spark_made.notes == duck.notes
+    assert any("rows joined" in note for note in duck.notes)
+    assert ("is_target" in duck.manifest.columns["sequences"]) == bool(requests.context_only)
+
+
+@needs_java
+@pytest.mark.slow
 def test_both_engines_refuse_alike(spark, tmp_path):
     paths, items = write_input(tmp_path, random_events(seed=7))
     pq.write_table(pq.read_table(items[0]).slice(2), tmp_path / "few.parquet")
@@ -220,14 +270,15 @@ def test_histories_that_reach_over_batches_are_cut_as_one(at_a_time):
 
     def cut(rows_of_a_batch, at_a_time):
         batches = rows.to_batches(max_chunksize=rows_of_a_batch)
-        found = pa.Table.from_batches(_cut(rule, 4, plan, at_a_time, batches))
-        disorder = sum(found["out_of_order"].to_pylist())
-        return disorder, found.drop(["out_of_order"]).sort_by(
+        found = pa.Table.from_batches(_cut(rule, None, 4, plan, at_a_time, batches))
+        findings = map(json.loads, found["findings"].drop_null().to_pylist())
+        summed = sum(map(Findings.from_json, findings), Findings())
+        return summed, found.drop(["findings"]).sort_by(
             [("split", "ascending"), ("user_id", "ascending")]
         )
 
     whole = cut(60, 60)
-    assert whole[0] == 9
+    assert (whole[0].out_of_order, whole[0].interactions) == (9, 60)
     for rows_of_a_batch in (1, 4, 60):
         assert cut(rows_of_a_batch, at_a_time) == whole
 

@@ -20,10 +20,13 @@ from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.data.stream import PackStream, Share, batches
 from dti_dist.errors import UserError
+from dti_dist.options import RequestOptions
 from tests.data.shards import all_targets, stream_plan, tokenise
 from tests.data.test_prepare_append import check_counts, content, targets
 from tests.data.test_prepare_events import START, sequences, write_events, write_items
 
+# Interactions of one second may be in two splits.
+ALONE = RequestOptions(requests="none")
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title",), split="fold")
 LIMIT = 5
 
@@ -64,7 +67,8 @@ def reader(tmp_path, events, columns=COLUMNS, name="events.parquet"):
     )
     items = write_items(tmp_path / "items.parquet")
     label = "rating >= 4"
-    return partial(read_events, paths=[path], items=[items], columns=columns, label=label)
+    read = partial(read_events, paths=[path], items=[items], columns=columns, label=label)
+    return partial(read, requests=ALONE)
 
 
 def build(tmp_path, events, out="out", **options):
@@ -227,6 +231,7 @@ def test_any_text_format_may_say_the_splits(tmp_path):
             items=items,
             columns=COLUMNS,
             label="rating >= 4",
+            requests=ALONE,
         )
         options = BuildOptions(context_limit=LIMIT, force=True)
         assert build_dataset(read, str(tmp_path / "other"), options).manifest.files == files
@@ -307,6 +312,7 @@ def command(tmp_path, *extra, name="events.parquet"):
     arguments = ["prepare", "events", str(tmp_path / name), "--items"]
     arguments += [str(tmp_path / "items.parquet"), "--user-col", "user", "--item-col", "item"]
     arguments += ["--time-col", "time", "--label", "rating >= 4", "--text-cols", "title"]
+    arguments += ["--requests", "none"]
     return main([*arguments, "--out", str(tmp_path / "out"), *extra])
 
 

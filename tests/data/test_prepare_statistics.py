@@ -12,19 +12,19 @@ from sklearn.metrics import roc_auc_score
 from dti_dist.data.dataset import Dataset, DayCounts
 from dti_dist.data.prepare.statistics import (
     Ceiling,
-    add_text_sizes,
+    add_sizes,
     date_of_day,
     distribution,
     label_rates,
-    text_size,
+    sizes,
 )
 from dti_dist.data.prepare.writer import Cutter
 from tests.data.test_prepare_events import START, build, random_events, sequences, write_items
 
-sizes = st.lists(st.integers(0, 5000), min_size=1, max_size=50)
+lists = st.lists(st.integers(0, 5000), min_size=1, max_size=50)
 
 
-@given(values=sizes)
+@given(values=lists)
 def test_quantiles_are_the_least_values_that_so_many_do_not_exceed(values):
     found = distribution(Counter(values))
     ordered = sorted(values)
@@ -34,10 +34,10 @@ def test_quantiles_are_the_least_values_that_so_many_do_not_exceed(values):
     assert found.mean == pytest.approx(np.mean(values))
 
 
-@given(one=sizes, other=sizes)
+@given(one=lists, other=lists)
 def test_sizes_of_two_parts_add_up_to_those_of_the_whole(one, other):
-    joined = add_text_sizes(text_size(Counter(one)), text_size(Counter(other)))
-    whole = text_size(Counter(one + other))
+    joined = add_sizes(sizes(Counter(one)), sizes(Counter(other)))
+    whole = sizes(Counter(one + other))
     assert joined.histogram == whole.histogram
     assert (joined.min, joined.max) == (whole.min, whole.max)
     assert joined.mean == pytest.approx(whole.mean)
@@ -53,7 +53,7 @@ def test_statistics_are_those_of_the_interactions(tmp_path):
     assert found == summary.manifest.statistics
     texts = [titles[int(item[1:])] for _, item, _, _ in events]
     assert found.characters_per_interaction.mean == pytest.approx(np.mean([*map(len, texts)]))
-    assert found.words_per_interaction == text_size(Counter(len(text.split()) for text in texts))
+    assert found.words_per_interaction == sizes(Counter(len(text.split()) for text in texts))
     assert found.interactions_per_user.median == 12
     days = Counter(date_of_day(time // 86_400) for _, _, time, _ in events)
     assert {day: counts.interactions for day, counts in found.days.items()} == days

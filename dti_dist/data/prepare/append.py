@@ -21,6 +21,7 @@ import hashlib
 import json
 import posixpath
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -40,6 +41,7 @@ from dti_dist.data.dataset import (
     Dataset,
     FileEntry,
     Manifest,
+    RequestRule,
     SplitCounts,
     SplitRule,
     Statistics,
@@ -56,7 +58,15 @@ from dti_dist.data.prepare.build import (
     load_items,
     workspace_beside,
 )
-from dti_dist.data.prepare.split import Histories, cut_sequences, positions, target_ranges
+from dti_dist.data.prepare.findings import Findings
+from dti_dist.data.prepare.requests import flags, form_requests
+from dti_dist.data.prepare.split import (
+    Histories,
+    cut_sequences,
+    listed_column,
+    positions,
+    target_ranges,
+)
 from dti_dist.data.prepare.statistics import add_statistics
 from dti_dist.data.prepare.tables import (
     check_events,
@@ -66,12 +76,13 @@ from dti_dist.data.prepare.tables import (
     date_and_time,
     read_statistics,
     split_place,
+    targets_of,
 )
 from dti_dist.data.prepare.writer import DatasetWriter, add_counts, write_manifest
 from dti_dist.errors import UserError
 from dti_dist.files import flush_to_disk
 from dti_dist.options import AppendTo
-from dti_dist.sql import Workspace, literal, parquet, sql_errors, stream
+from dti_dist.sql import literal, parquet, sql_errors, stream
 
 _PART = re.compile(
     r"(items|train|valid|test)/\.?part-(\d+)(-[0-9a-f]+)?\.parquet(\.partial-[0-9a-f]+)?"
@@ -79,7 +90,7 @@ _PART = re.compile(
 
 
 def append_to_dataset(
-    read_source: Callable[[Workspace], Source],
+    read_source: Callable[..., Source],
     uri: str,
     append_to: AppendTo | None,
     options: BuildOptions,
@@ -88,26 +99,30 @@ def append_to_dataset(
     data set's. ``append_to`` is by default roll, or what the column says where one split the data
     set.
 
-    Users with a single new interaction are kept: it may be context of a later one. Raises
-    UserError, and changes nothing, for a data set split by ``leave-last``, for other text columns
-    than it has, for another way to split, for interactions that are not newer than all it has, and
-    for what prepare refuses.
+    ``read_source`` also takes ``default_requests``, see ``read_events``. Users with a single new
+    interaction are kept: it may be context of a later one. Raises UserError, and changes nothing,
+    for a data set split by ``leave-last``, for other text columns, another way to split or another
+    rule for requests than it has, for interactions that are not newer than all it has, and for what
+    prepare refuses.
     """
     started = time.monotonic()
     dataset = Dataset.open(uri)
     before = storage.read_bytes(storage.join(uri, MANIFEST))
     destination = _destination(dataset, append_to)
     with workspace_beside(uri, options) as workspace:
-        source = read_source(workspace)
+        requests = dataset.manifest.requests
+        source = read_source(workspace, default_requests="time" if requests else "none")
         _check_texts(dataset, source)
         _check_column(dataset, source)
+        _check_requests(dataset, source)
         source = replace(source, text_columns=dataset.manifest.item_text_columns)
         tables = DuckTables(workspace, source)
         old = _OldTables(tables, dataset)
         load_items(tables, source, known="known_items")
         load_events(tables, source)
         check_events(tables)
-        days = count_days(tables, "events")
+        of_requests = form_requests(tables)
+        days = count_days(tables, targets_of(tables, "interactions"))
         _check_newer(tables, dataset.manifest)
         users = count_users(tables, fewest=1)
         old.find_contexts()
@@ -117,6 +132,7 @@ def append_to_dataset(
         tag = hashlib.sha256(before + json.dumps(source.description).encode()).hexdigest()[:8]
         numbers = _next_numbers(dataset.manifest)
         say(f"sorting {users.interactions:,} interactions")
+        found = Findings()
         with (
             DatasetWriter(
                 uri, options.shard_interactions, options.row_group_interactions, numbers, f"-{tag}"
@@ -128,6 +144,7 @@ def append_to_dataset(
                 item_batches(tables, first=dataset.manifest.counts.items), source.text_columns
             )
             for histories, begin in old.histories():
+                found += Findings.of(histories, begin)
                 for split, first, end in _new_targets(
                     histories, begin, dataset.manifest.split, destination
                 ):
@@ -141,7 +158,7 @@ def append_to_dataset(
         if statistics is not None:
             statistics = add_statistics(
                 statistics,
-                read_statistics(tables, users.per_user, days),
+                read_statistics(tables, users.per_user, days, found.requests()),
                 old.users_by_interactions(),
             )
     added = reduce(add_counts, writer.splits.values())
@@ -149,7 +166,7 @@ def append_to_dataset(
     assert added.last_timestamp is not None
     record = AppendRecord(
         append_to=destination,
-        interactions=added.targets,
+        interactions=users.interactions,
         users=users.users,
         new_users=users.users - known_users,
         new_items=writer.items,
@@ -166,7 +183,7 @@ def append_to_dataset(
             "changed it since. Run this one again."
         )
     write_manifest(uri, manifest)
-    notes = _notes(source, dataset.manifest, record, writer.splits)
+    notes = [*_notes(source, dataset.manifest, record, writer.splits), *of_requests]
     return Summary(uri, manifest, notes, time.monotonic() - started, list(new))
 
 
@@ -213,6 +230,26 @@ def _check_texts(dataset: Dataset, source: Source) -> None:
         )
 
 
+def _check_requests(dataset: Dataset, source: Source) -> None:
+    wanted, found = (_in_words(rule) for rule in (dataset.manifest.requests, source.requests))
+    if wanted != found:
+        raise UserError(
+            f"{dataset.uri}: expected requests as the data set has them; found {found}. Give "
+            f"{wanted}."
+        )
+
+
+def _in_words(rule: RequestRule | None) -> str:
+    """The options of prepare that say the same."""
+    if rule is None:
+        return "--requests none"
+    options = ["--requests time" if rule.by == "time" else f"--request-col {rule.column}"]
+    for option, expression in [("history", rule.history), ("context-only", rule.context_only)]:
+        if expression:
+            options.append(f"--{option} {shlex.quote(expression)}")
+    return " ".join(options)
+
+
 def _check_newer(tables: DuckTables, manifest: Manifest) -> None:
     last = max(counts.last_timestamp or 0 for counts in manifest.counts.splits.values())
     (found,) = tables.rows(
@@ -234,6 +271,7 @@ class _OldTables:
 
     def __init__(self, tables: DuckTables, dataset: Dataset):
         self._tables, self._limit = tables, dataset.manifest.context_limit
+        self._columns = ["item_ids", "labels", "timestamps", *flags(dataset.manifest.requests)]
         storage.register(tables.connection, dataset.uri)
 
         def read(folder: str, options: str = "") -> str:
@@ -245,7 +283,7 @@ class _OldTables:
         )
         place = ", filename=true, file_row_number=true"
         self._sequences = " UNION ALL ".join(
-            "SELECT user_id, item_ids, labels, timestamps, target_start, filename, "
+            f"SELECT user_id, {', '.join(self._columns)}, target_start, filename, "
             f"file_row_number, {literal(split)} AS split FROM {read(split, place)}"
             for split in SPLITS
             if dataset.manifest.counts.splits[split].rows
@@ -253,9 +291,9 @@ class _OldTables:
 
     def find_contexts(self) -> None:
         """Make ``old_users``, with each one's interactions and where the latest row lies, and
-        ``contexts``: the last interactions of those who have new ones. A row holds a whole stretch
-        of its user's interactions, so the latest is enough: of equal times, that of the later
-        split."""
+        ``contexts``: the last history of those who have new interactions. A row holds a whole
+        stretch of its user's interactions, so the latest is enough: of equal times, that of the
+        later split."""
         doing = "reading the data set's sequences"
         self._tables.create(
             "old_users",
@@ -265,13 +303,18 @@ class _OldTables:
             f"FROM ({self._sequences}) GROUP BY user_id",
             doing,
         )
+        history = "{}"
+        if "is_history" in self._columns:
+            history = "list_where({}, is_history)"
         lists = ", ".join(
-            f"{name}[-least(len({name}), {self._limit}):] AS {name}"
-            for name in ("item_ids", "labels", "timestamps")
+            f"{kept}[-least(len({kept}), {self._limit}):] AS {name}"
+            for name in self._columns
+            for kept in [history.format(name)]
         )
         self._tables.create(
             "contexts",
-            f"SELECT sequences.user_id, split, {lists} FROM ({self._sequences}) AS sequences JOIN "
+            f"SELECT sequences.user_id, split, timestamps[-1] AS last_time, {lists} "
+            f"FROM ({self._sequences}) AS sequences JOIN "
             "(SELECT place.file AS file, place.row AS row FROM old_users SEMI JOIN users USING "
             "(user_id)) AS latest ON filename = latest.file AND file_row_number = latest.row",
             doing,
@@ -280,8 +323,8 @@ class _OldTables:
     def last_and_new(self) -> str:
         """A FROM clause of new interactions, and before them their users' last old one."""
         return (
-            "(SELECT user_id, time_us, timestamp, split, input_order FROM events UNION ALL "
-            "SELECT user_id, timestamps[-1] * 1000000, timestamps[-1], split, -1 FROM contexts)"
+            "(SELECT user_id, time_us, timestamp, split, input_order FROM interactions UNION ALL "
+            "SELECT user_id, last_time * 1000000, last_time, split, -1 FROM contexts)"
         )
 
     def known_users(self) -> int:
@@ -306,7 +349,7 @@ class _OldTables:
             contexts = contexts or RowStream(
                 stream(
                     self._tables.connection,
-                    "SELECT item_ids, labels, timestamps FROM ranks LEFT JOIN contexts USING "
+                    f"SELECT {', '.join(self._columns)} FROM ranks LEFT JOIN contexts USING "
                     "(user_id) ORDER BY rank",
                     1_000,
                 )
@@ -321,15 +364,16 @@ def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> 
     lengths = before + new.lengths
     is_context = positions(lengths) < np.repeat(before, lengths)
     columns = {}
-    for name, column in [("item_id", "item_ids"), ("label", "labels"), ("timestamp", "timestamps")]:
-        values = np.empty(len(is_context), dtype=np.int64)
-        values[is_context] = context[column].combine_chunks().flatten().to_numpy()
-        values[~is_context] = new.columns[name]
-        columns[name] = values
+    for name in context.column_names:
+        old = context[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        column = listed_column(name)
+        values = np.empty(len(is_context), old.dtype if len(old) else new.columns[column].dtype)
+        values[is_context], values[~is_context] = old, new.columns[column]
+        columns[column] = values
     if "split" in new.columns:
         columns["split"] = np.zeros(len(is_context), dtype=np.int8)  # before any new one's
         columns["split"][~is_context] = new.columns["split"]
-    return Histories(new.user_ids, lengths, columns)
+    return Histories(new.user_ids, lengths, columns, new.requests)
 
 
 def _new_targets(
@@ -411,7 +455,7 @@ def _manifest(
         splits = {split: add_counts(counts, added[split]) for split, counts in splits.items()}
     targets = sum(counts.targets for counts in splits.values())
     counts = {
-        "interactions": targets,
+        "interactions": old.counts.interactions + record.interactions,
         "users": old.counts.users + record.new_users,
         "items": old.counts.items + record.new_items,
         "splits": splits,

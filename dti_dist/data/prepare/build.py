@@ -20,16 +20,12 @@ import pyarrow as pa
 
 from dti_dist.console import progress, say
 from dti_dist.data import storage
-from dti_dist.data.dataset import Manifest, SplitRule, item_schema
+from dti_dist.data.dataset import Manifest, RequestRule, SplitRule, item_schema
 from dti_dist.data.prepare import statistics
+from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan, naming_the_file
-from dti_dist.data.prepare.split import (
-    Histories,
-    cut_sequences,
-    disorder,
-    inside,
-    target_ranges,
-)
+from dti_dist.data.prepare.requests import flags, form_requests
+from dti_dist.data.prepare.split import Histories, cut_sequences, inside, target_ranges
 from dti_dist.data.prepare.tables import (
     Tables,
     UserCounts,
@@ -42,13 +38,17 @@ from dti_dist.data.prepare.tables import (
     listed,
     read_statistics,
     refuse_empty_split,
+    refuse_split_without_targets,
     split_place,
+    targets_of,
 )
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.errors import UserError
 from dti_dist.options import BuildOptions
 from dti_dist.sql import Workspace, memory_bytes, open_workspace, quote, sql_errors, stream
 
+# The share of interactions that have another's time from which on they look like requests.
+_MANY = 0.1
 # About 30 bytes each in Python: enough to make numpy's overhead vanish, little to hold in memory.
 _INTERACTIONS_AT_A_TIME = 1 << 20
 # Of an interaction while DuckDB sorts it. What does not fit would be spilled, at 31 bytes each.
@@ -63,10 +63,12 @@ class Source:
     Attributes:
         name: of the data set, for people.
         events: a SELECT that gives, in input order, user_id, item_id (strings), time_us
-            (microseconds since epoch), label (boolean or number) and, where it is known, the
-            click's true probability.
+            (microseconds since epoch), label (boolean or number), where it is known the click's
+            true probability, and what ``requests`` asks for: request (string), is_history and
+            is_target (boolean).
         items: a SELECT that gives source_id and the text columns, all strings.
         text_columns: their names.
+        requests: which interactions form a request; None: each one alone.
         description: what ``dataset.json`` says under ``source``.
         notes: lines for the summary.
         split_column: the column of the input that ``events`` gives as split, a string: which split
@@ -79,6 +81,7 @@ class Source:
     events: str
     items: str
     text_columns: list[str]
+    requests: RequestRule | None = None
     description: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     split_column: str | None = None
@@ -127,11 +130,11 @@ class Engine(Tables, Protocol):
 
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
-    ) -> tuple[int, dict[str, float]]:
+    ) -> tuple[Findings, dict[str, float]]:
         """Cut every history into the splits' sequences and write them.
 
-        Gives the number of interactions that are out of time order in the input, and the AUC of
-        the true click probabilities on valid and test where they are known.
+        Gives what was found on the way, and the AUC of the true click probabilities on valid and
+        test where they are known.
         """
 
 
@@ -165,8 +168,9 @@ def build_dataset(
             load_events(duck, source)
         tables = engine(duck, source, writer) if engine else duck
         check_events(tables)
+        of_requests = form_requests(tables)
         users = count_users(tables, options.min_interactions)
-        days = count_days(tables, users.kept_events)
+        days = count_days(tables, targets_of(tables, users.kept_events))
         rule = choose_split(
             tables,
             options.split,
@@ -177,39 +181,63 @@ def build_dataset(
         )
         refuse_empty_split(rule, users, days)
         say(f"sorting {users.interactions:,} interactions")
-        out_of_order, ceiling = tables.write_sequences(writer, users, rule, options)
+        found, ceiling = tables.write_sequences(writer, users, rule, options)
+        refuse_split_without_targets(writer.splits)
         manifest = writer.finish(
             name=source.name,
+            interactions=users.interactions,
             users=users.users,
             users_left_out=users.users_left_out,
             interactions_left_out=users.interactions_left_out,
             context_limit=options.context_limit,
             split=rule,
+            requests=source.requests,
             item_text_columns=source.text_columns,
             source=source.description | ({"ceiling": ceiling} if ceiling else {}),
-            statistics=read_statistics(tables, users.per_user, days),
+            statistics=read_statistics(tables, users.per_user, days, found.requests()),
         )
-    notes = list(source.notes)
+    notes = [*source.notes, *of_requests]
     if manifest.label_rate in (0, 1):
         notes.append(
             f"WARNING: all labels are {manifest.label_rate:g}, so there is nothing to learn. Check "
             "the label's expression: texts are compared letter by letter"
         )
-    if out_of_order:
-        notes.append(f"interactions out of time order in the input, now sorted: {out_of_order:,}")
+    if found.out_of_order:
+        notes.append(
+            f"interactions out of time order in the input, now sorted: {found.out_of_order:,}"
+        )
+    if note := _shared_times(found):
+        notes.append(note)
     if users.users_left_out:
         notes.append(
             f"users left out, for they have fewer than {options.min_interactions} interactions: "
             f"{users.users_left_out:,}"
         )
     notes.append(
-        f"targets without any interaction before them, each user's first: {users.users:,}; "
-        "training and evaluation leave them out unless sample.min_context is 0"
+        f"targets without history before their request: {found.targets_without_history:,} of "
+        f"{found.targets:,}; training and evaluation leave them out unless sample.min_context is 0"
     )
     if ceiling:
         known = ", ".join(f"{split} {auc:.4f}" for split, auc in ceiling.items())
         notes.append(f"AUC of the true click probabilities, which no model can beat: {known}")
     return Summary(out_uri, manifest, notes, time.monotonic() - started)
+
+
+def _shared_times(found: Findings) -> str | None:
+    """What to say where requests are off."""
+    if not found.at_shared_times:
+        return None
+    share = found.at_shared_times / found.interactions
+    said = (
+        f"{found.at_shared_times:,} interactions ({share:.1%}) have the second of another of their "
+        "user, and each counts as a request of its own: a target sees the labels of those before it"
+    )
+    if share < _MANY:
+        return said
+    return (
+        f"WARNING: {said}. Where they were shown together, serving can't know these: use "
+        "--requests time or --request-col"
+    )
 
 
 def workspace_beside(out_uri: str, options: BuildOptions) -> AbstractContextManager[Workspace]:
@@ -228,6 +256,7 @@ class DuckTables:
         self.connection = workspace.connection
         self.name, self.text_columns = source.name, source.text_columns
         self.split_column = source.split_column
+        self.requests = source.requests
         self._event_files = source.event_files
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
@@ -241,6 +270,9 @@ class DuckTables:
         with naming_the_file(self.connection, doing, files) if files else sql_errors(doing):
             self.connection.execute(f"CREATE TABLE {table} AS {query}")
 
+    def define(self, table: str, query: str) -> None:
+        self.connection.execute(f"CREATE VIEW {table} AS {query}")
+
     def place(self, input_order: int) -> str:
         row = input_order
         for file, scan in self._event_files.one_by_one() if self._event_files else []:
@@ -252,15 +284,15 @@ class DuckTables:
 
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
-    ) -> tuple[int, dict[str, float]]:
-        out_of_order = 0
+    ) -> tuple[Findings, dict[str, float]]:
+        findings = Findings()
         ceilings = {split: statistics.Ceiling() for split in ("valid", "test")}
         with (
             sql_errors("sorting the interactions"),
             progress("writing", users.interactions, "interactions") as bar,
         ):
             for some in histories(self):
-                out_of_order += disorder(some)
+                findings += Findings.of(some)
                 for split, begin, end in target_ranges(some, rule):
                     batch = cut_sequences(some, begin, end, options.context_limit)
                     writer.write_sequences(split, batch)
@@ -271,7 +303,7 @@ class DuckTables:
                         )
                 bar.advance(int(some.lengths.sum()))
         found = {split: ceiling.auc() for split, ceiling in ceilings.items()}
-        return out_of_order, {split: auc for split, auc in found.items() if auc is not None}
+        return findings, {split: auc for split, auc in found.items() if auc is not None}
 
 
 def load_items(tables: DuckTables, source: Source, known: str | None = None) -> None:
@@ -332,7 +364,17 @@ def events_query(tables: DuckTables, source: Source, scan: str) -> str:
             f'{types["label"]}. Use a comparison, e.g. --label "rating >= 4" or '
             "\"event = 'click'\"."
         )
-    known = "".join(f", {name}" for name in ("probability", "split") if name in types)
+    for flag, option in [("is_history", "--history"), ("is_target", "--context-only")]:
+        if types.get(flag, "BOOLEAN") != "BOOLEAN":
+            raise UserError(
+                f"{source.name}: expected {option} to be a condition; found {types[flag]}. Use a "
+                f'comparison, e.g. {option} "label = 1".'
+            )
+    known = "".join(
+        f", {name}"
+        for name in ("probability", "split", "request", "is_history", "is_target")
+        if name in types
+    )
     return (
         "SELECT user_id, item_id, time_us, CAST(floor(time_us / 1000000) AS BIGINT) AS timestamp, "
         f"CAST(label AS DOUBLE) AS label{known} FROM ({scan})"
@@ -378,7 +420,7 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
             taken = interactions.take(int(ends[end - 1] - before))
             columns = {name: taken[name].to_numpy() for name in taken.column_names}
             user_ids = batch["user_id"].slice(start, end - start)
-            yield Histories(user_ids, lengths[start:end], columns)
+            yield Histories(user_ids, lengths[start:end], columns, tables.requests)
             start = end
 
 
@@ -391,19 +433,20 @@ def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
     connection = tables.connection
     columns = {
         "item_id": "items.item_id::INTEGER",
-        "label": "events.label::TINYINT",
-        "timestamp": "events.timestamp",
-        "input_order": "events.input_order",
+        "label": "interactions.label::TINYINT",
+        "timestamp": "interactions.timestamp",
+        "input_order": "interactions.input_order",
     }
-    if "probability" in connection.table("stored_events").columns:
-        columns["probability"] = "events.probability"
+    if "probability" in connection.table("interactions").columns:
+        columns["probability"] = "interactions.probability"
     if tables.split_column:
-        columns["split"] = f"({split_place('events.split')})::TINYINT"
+        columns["split"] = f"({split_place('interactions.split')})::TINYINT"
+    columns |= {flag: f"interactions.{flag}" for flag in flags(tables.requests)}
     values = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
     ranked = (
-        f"SELECT ranks.rank, events.time_us, {values} FROM events "
-        "JOIN ranks ON events.user_id = ranks.user_id "
-        "JOIN items ON events.item_id = items.source_id"
+        f"SELECT ranks.rank, interactions.time_us, {values} FROM interactions "
+        "JOIN ranks ON interactions.user_id = ranks.user_id "
+        "JOIN items ON interactions.item_id = items.source_id"
     )
     most = max(int(memory_bytes(connection) * _SORTING_SHARE / _SORTED_BYTES), 1)
     parts = connection.sql(

@@ -12,7 +12,14 @@ from cyclopts import App, Group, Parameter
 
 from dti_dist import options
 from dti_dist.errors import UserError
-from dti_dist.options import AppendTo, BuildOptions, MovieLens, SyntheticOptions, split_at_commas
+from dti_dist.options import (
+    AppendTo,
+    BuildOptions,
+    MovieLens,
+    RequestOptions,
+    SyntheticOptions,
+    split_at_commas,
+)
 
 prepare = App(
     name="prepare",
@@ -29,7 +36,7 @@ Out = Annotated[
 ]
 Build = Annotated[BuildOptions, Parameter(name="*")]
 Column = Annotated[str, Parameter(metavar="COL")]
-_DEFAULTS, _GENERATED = BuildOptions(), SyntheticOptions()
+_DEFAULTS, _GENERATED, _REQUESTS = BuildOptions(), SyntheticOptions(), RequestOptions()
 
 
 def _columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
@@ -44,6 +51,7 @@ def movielens(
     download: MovieLens | None = None,
     cache_dir: Annotated[str | None, options.LOCAL, Parameter(metavar="DIR")] = None,
     label: Annotated[str, Parameter(metavar="EXPR")] = options.MOVIELENS_LABEL,
+    requests: Literal["time", "none"] = options.MOVIELENS_REQUESTS,
     out: Out,
     build: Build = _DEFAULTS,
 ) -> None:
@@ -54,6 +62,8 @@ def movielens(
         download: Fetch it from grouplens.org into the cache, and check its MD5.
         cache_dir: Where downloads are kept (default: dti-dist in $XDG_CACHE_HOME or ~/.cache).
         label: SQL expression over rating, timestamp, user_id, item_id.
+        requests: time: a user's ratings in one second are one request; none: each is one, in the
+            order of the file, as published protocols have it.
     """
     if (path is None) == (download is None):
         raise UserError(
@@ -66,7 +76,7 @@ def movielens(
 
     if download:
         path = str(movielens.download(download, Path(cache_dir or movielens.default_cache())))
-    read = partial(movielens.read_movielens, path=str(path), label=label)
+    read = partial(movielens.read_movielens, path=str(path), label=label, requests=requests)
     print(build_dataset(read, out, build))
 
 
@@ -108,6 +118,7 @@ def events(
     split_column: Annotated[
         str | None, Parameter(metavar="COL", group=(options.OUTPUT, options.SPLITTING))
     ] = None,
+    requests: Annotated[RequestOptions, Parameter(name="*")] = _REQUESTS,
     name: str = options.EVENTS_NAME,
     append: Annotated[bool, Parameter(group=(_APPENDING, options.DATA_SETTINGS))] = False,
     append_to: Annotated[AppendTo | None, Parameter(group=_APPENDING)] = None,
@@ -179,6 +190,7 @@ def events(
             split_column,
         ),
         label=label,
+        requests=requests,
         name=name,
     )
     if append:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dti_dist.data.dataset import RequestRule
 from dti_dist.data.prepare.build import Source
 from dti_dist.data.prepare.input_table import (
     Column,
@@ -23,17 +25,16 @@ from dti_dist.data.prepare.input_table import (
     naming_the_file,
     survey_with_duckdb,
 )
-from dti_dist.data.prepare.label import LabelExpression
+from dti_dist.data.prepare.label import Expression
 from dti_dist.data.prepare.times import TimeColumn, TimeRule
 from dti_dist.errors import UserError
+from dti_dist.options import RequestOptions
 from dti_dist.sql import Workspace, quote
 
-_ANY_TIME = TimeRule()
-_USER, _ITEM, _SPLIT = (
-    "\x01user",
-    "\x01item",
-    "\x01split",
-)  # beside the names of the label's columns
+_ANY_TIME, _ANY_REQUESTS = TimeRule(), RequestOptions()
+# Beside the names of columns in expressions.
+_USER, _ITEM, _SPLIT, _REQUEST = "\x01user", "\x01item", "\x01split", "\x01request"
+_LABEL = "label"
 
 
 @dataclass(frozen=True)
@@ -64,38 +65,50 @@ def read_events(
     label: str,
     name: str = "events",
     survey: Survey | None = None,
+    requests: RequestOptions = _ANY_REQUESTS,
+    default_requests: Literal["time", "none"] = "time",
 ) -> Source:
     """Event files and an item table as a Source.
 
     ``paths`` and ``items`` are files, folders, globs or fsspec URLs, of Parquet, CSV or JSON lines.
     Timestamps without a zone count as UTC. ``survey`` runs aggregates over the files, by default
-    with DuckDB. Raises UserError naming the option that is at fault.
+    with DuckDB; ``default_requests`` counts where ``requests`` does not say. Raises UserError
+    naming the option that is at fault.
     """
     connection = workspace.connection
-    expression = LabelExpression(connection, label)
+    rule = _rule(requests, default_requests)
+    expression = Expression(connection, label)
+    conditions = _conditions(connection, rule)
     ids = {"--user-col": columns.user, "--item-col": columns.item}
+    if rule and rule.column:
+        ids["--request-col"] = rule.column
     named = ids | {"--time-col": columns.time}
     if columns.split is not None:
         named["--split-column"] = columns.split
-    wanted = (*named.values(), *expression.names)
+    of_conditions = [name for condition in conditions.values() for name in condition.names]
+    wanted = (*named.values(), *expression.names, *of_conditions)
     events = InputTable.open(connection, "the events", paths, wanted, columns.names)
     for option, column in named.items():
         events.require(column, option)
-    of_label = expression.columns(events.names)
-    for column in of_label:
-        events.require(column, expression.option)
+    using = dict.fromkeys(expression.columns(events.names), expression.option)
+    has_label = any(column.lower() == _LABEL for column in events.names)
+    for condition in conditions.values():
+        known = events.names if has_label else [*events.names, _LABEL]
+        for column in condition.columns(known):
+            if has_label or column != _LABEL:
+                using.setdefault(column, condition.option)
+    for column, option in using.items():
+        events.require(column, option)
     time = TimeColumn(events, columns.time, columns.time_rule)
-    typing = Typing(events, [*of_label, *(ids.values() if events.is_json else ())])
+    typing = Typing(events, [*using, *(ids.values() if events.is_json else ())])
     found = events.survey(
         survey or partial(survey_with_duckdb, connection),
         typing.counts | time.counts,
         typing.values | time.values,
     )
     options = {column: option for option, column in ids.items()}
-    options |= dict.fromkeys(of_label, expression.option)
-    typed = typing.types(found, options)
-    types = {c: typed.get(c) or events.one_type(c, expression.option) for c in of_label}
-    condition = expression.sql(types)
+    typed = typing.types(found, options | using)
+    types = {c: typed.get(c) or events.one_type(c, option) for c, option in using.items()}
     time_us, unit, notes = time.read(found)
     values: dict[str, Value] = {
         _USER: _id(events, columns.user, "--user-col", typed),
@@ -105,11 +118,19 @@ def read_events(
     }
     select = (
         f"SELECT {quote(_USER)} AS user_id, {quote(_ITEM)} AS item_id, {time_us} AS time_us, "
-        f"{condition} AS label"
+        f"{expression.sql(types)} AS {_LABEL}"
     )
     if columns.split is not None:
         values[_SPLIT] = (columns.split, _as_text)
         select += f", {quote(_SPLIT)} AS split"
+    if rule and rule.column:
+        values[_REQUEST] = _id(events, rule.column, "--request-col", typed)
+        select += f", {quote(_REQUEST)} AS request"
+    # An expression of a SELECT may name an earlier one; a column of that name comes before it.
+    known_types = types if has_label else types | {_LABEL: expression.type(types)}
+    for flag, condition in conditions.items():
+        holds = condition.sql(known_types)
+        select += f", {holds if flag == 'is_history' else f'NOT {holds}'} AS {flag}"
     table = _open_items(connection, items, columns.item_key, columns.texts)
     event_files, item_files = events.scan(select, values), table.scan()
     return Source(
@@ -120,6 +141,7 @@ def read_events(
         item_files=item_files,
         text_columns=list(columns.texts),
         split_column=columns.split,
+        requests=rule,
         description={
             "kind": "events",
             "paths": list(paths),
@@ -141,6 +163,31 @@ def read_events(
             *table.table.notes,
         ],
     )
+
+
+def _rule(options: RequestOptions, default: Literal["time", "none"]) -> RequestRule | None:
+    by = "column" if options.request_col else options.requests or default
+    if by == "none":
+        return None
+    return RequestRule(
+        by=by,
+        column=options.request_col,
+        history=options.history,
+        context_only=options.context_only,
+    )
+
+
+def _conditions(
+    connection: duckdb.DuckDBPyConnection, rule: RequestRule | None
+) -> dict[str, Expression]:
+    """By the flag of interactions that each gives: is_target is where --context-only fails."""
+    given = {
+        "is_history": ("--history", rule and rule.history),
+        "is_target": ("--context-only", rule and rule.context_only),
+    }
+    return {
+        flag: Expression(connection, text, option) for flag, (option, text) in given.items() if text
+    }
 
 
 def read_item_table(

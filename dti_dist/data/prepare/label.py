@@ -1,4 +1,4 @@
-"""The label expression: the one place where a user's SQL is run."""
+"""The label and other expressions: the one place where a user's SQL is run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dti_dist.sql import quote
 _OPENING = "SELECT ("
 
 
-class LabelExpression:
+class Expression:
     """One scalar SQL expression over the columns of an interaction.
 
     Attributes:
@@ -25,10 +25,10 @@ class LabelExpression:
         option: for messages.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, text: str):
+    def __init__(self, connection: duckdb.DuckDBPyConnection, text: str, option: str = "--label"):
         """Raises UserError for text that does not parse, that is more than one expression
         (statements, clauses), or that holds a subquery, ``*`` or a window."""
-        self._connection, self._text, self.option = connection, text, f"--label {text!r}"
+        self._connection, self._text, self.option = connection, text, f"{option} {text!r}"
         parsed = _parse(connection, text)
         if parsed["error"]:
             position = int(parsed.get("position") or 0) - len(_OPENING) + 1
@@ -41,10 +41,10 @@ class LabelExpression:
         for node in self._nodes:
             kind = node.get("class")
             if kind in ("SUBQUERY", "STAR", "WINDOW"):
-                raise self._refused(f"a label may not hold a {kind.lower()}.")
+                raise self._refused(f"it may not hold a {kind.lower()}.")
             if kind == "FUNCTION" and _is_aggregate(connection, node["function_name"]):
                 raise self._refused(
-                    f"{node['function_name']}() is over many interactions; a label is of one."
+                    f"{node['function_name']}() is over many interactions; this is of one."
                 )
         columns = (node for node in self._nodes if node.get("class") == "COLUMN_REF")
         self.names = list(dict.fromkeys(node["column_names"][0] for node in columns))
@@ -77,10 +77,7 @@ class LabelExpression:
         Raises:
             UserError: it compares text with numbers, which SQL does by rounding: '3.5' = 4.
         """
-        nulls = ", ".join(
-            f"{NULL if kind == NULL else f'NULL::{kind}'} AS {quote(name)}"
-            for name, kind in types.items()
-        )
+        nulls = _nulls(types)
         for node in self._nodes:
             kinds = [(part, self._family(part, nulls)) for part in _compared(node)]
             numbers = any(kind in ("integer", "number") for _, kind in kinds)
@@ -92,10 +89,18 @@ class LabelExpression:
                     )
         return f"({self._text}\n)"
 
+    def type(self, types: Mapping[str, str]) -> str:
+        """DuckDB's of its values, for columns of these types; NULL where DuckDB refuses it."""
+        return self._type(f"({self._text}\n)", _nulls(types)) or NULL
+
     def _family(self, node: dict[str, Any], columns: str) -> Family | None:
-        query = f"SELECT {self._sql_of(node)}" + (f" FROM (SELECT {columns})" if columns else "")
+        found = self._type(self._sql_of(node), columns)
+        return family(found) if found else None
+
+    def _type(self, expression: str, columns: str) -> str | None:
+        query = f"SELECT {expression}" + (f" FROM (SELECT {columns})" if columns else "")
         try:
-            return family(str(self._connection.sql(query).types[0]))
+            return str(self._connection.sql(query).types[0])
         except duckdb.Error:  # DuckDB says what is wrong where it runs the whole
             return None
 
@@ -111,6 +116,14 @@ class LabelExpression:
             f"{self.option}: {problem} Expected one SQL expression over the columns of an "
             'interaction, e.g. "rating >= 4" or "event = \'click\'".'
         )
+
+
+def _nulls(types: Mapping[str, str]) -> str:
+    """A select list of columns of these types."""
+    return ", ".join(
+        f"{NULL if kind == NULL else f'NULL::{kind}'} AS {quote(name)}"
+        for name, kind in types.items()
+    )
 
 
 def _compared(node: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,16 +14,17 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import pyarrow as pa
 
 from dti_dist.console import progress, say
+from dti_dist.data.dataset import RequestRule
 from dti_dist.data.prepare.build import Source
-from dti_dist.data.prepare.label import LabelExpression
+from dti_dist.data.prepare.label import Expression
 from dti_dist.errors import UserError
 from dti_dist.files import replacing
-from dti_dist.options import MOVIELENS_LABEL, MovieLens
+from dti_dist.options import MOVIELENS_LABEL, MOVIELENS_REQUESTS, MovieLens
 from dti_dist.sql import Workspace, paths
 
 DOWNLOADS = {name: f"ml-{name}.zip" for name in get_args(MovieLens)}
@@ -93,7 +94,12 @@ _FORMATS = (
 )
 
 
-def read_movielens(workspace: Workspace, path: str, label: str = MOVIELENS_LABEL) -> Source:
+def read_movielens(
+    workspace: Workspace,
+    path: str,
+    label: str = MOVIELENS_LABEL,
+    requests: Literal["time", "none"] = MOVIELENS_REQUESTS,
+) -> Source:
     """A MovieLens folder or zip as a Source with the item texts title and genres.
 
     ``label`` is an SQL expression over user_id, item_id, rating and timestamp. Raises UserError for
@@ -102,7 +108,7 @@ def read_movielens(workspace: Workspace, path: str, label: str = MOVIELENS_LABEL
     origin = Path(path)
     folder, found = _locate(origin, workspace.folder)
     connection = workspace.connection
-    expression = LabelExpression(connection, label)
+    expression = Expression(connection, label)
     types = {column: _RATINGS[column] for column in expression.columns(list(_RATINGS))}
     condition = expression.sql(types)
     with open(folder / found.items, encoding=found.encoding, newline="") as lines:
@@ -130,6 +136,7 @@ def read_movielens(workspace: Workspace, path: str, label: str = MOVIELENS_LABEL
         ),
         items="SELECT * FROM movielens_items",
         text_columns=["title", "genres"],
+        requests=RequestRule(by="time") if requests == "time" else None,
         description={"kind": "movielens", "path": str(path), "label": label},
     )
 

@@ -41,7 +41,14 @@ import pyarrow.compute as pc
 
 from dti_dist.console import say
 from dti_dist.data import storage
-from dti_dist.data.dataset import SPLITS, FileEntry, SplitCounts, SplitRule, sequence_schema
+from dti_dist.data.dataset import (
+    SPLITS,
+    FileEntry,
+    RequestRule,
+    SplitCounts,
+    SplitRule,
+    sequence_schema,
+)
 from dti_dist.data.prepare.build import (
     BuildOptions,
     DuckTables,
@@ -50,12 +57,13 @@ from dti_dist.data.prepare.build import (
     build_dataset,
     events_query,
 )
+from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan
+from dti_dist.data.prepare.requests import flags
 from dti_dist.data.prepare.split import (
     Histories,
+    context_lengths,
     cut_sequences,
-    disorder,
-    sequence_starts,
     target_ranges,
 )
 from dti_dist.data.prepare.tables import (
@@ -89,15 +97,6 @@ _ITEM_SCHEMA = pa.schema(
         ("blank", pa.bool_()),
         ("characters", pa.int64()),
         ("words", pa.int64()),
-    ]
-)
-# A sequence, the part it belongs to, and what its task found out of order.
-_PLACED_SCHEMA = pa.schema(
-    [
-        ("split", pa.string()),
-        ("part", pa.int32()),
-        ("out_of_order", pa.int64()),
-        *sequence_schema(),
     ]
 )
 Key = tuple[str, str]  # MD5 of the user's id, and the id: the order of rows
@@ -193,16 +192,14 @@ class _SparkTables:
         self._spark = spark
         self.name, self.text_columns = source.name, source.text_columns
         self.split_column = source.split_column
+        self.requests = source.requests
         self._persisted: list[Any] = []
         if source.event_files is None:
             raise UserError(f"{self.name}: --engine spark reads event files; use --engine duckdb.")
         self._event_files = [file for file, _ in source.event_files.files]
         query = events_query(duck, source, "{}")
         say(f"{self.name}: reading the interactions")
-        schema = _EVENT_SCHEMA
-        if self.split_column:
-            schema = schema.append(pa.field("split", pa.string()))
-        self._scan("events", source.event_files, query, schema)
+        self._scan("events", source.event_files, query, _event_schema(self))
         parts = tuple(storage.join(writer.uri, path) for path in sorted(writer.files))
         sizes = FileScan.of_parquet(item_sizes_select(self.text_columns), parts)
         self._scan("item_sizes", sizes, "SELECT * FROM ({})", _ITEM_SCHEMA)
@@ -217,6 +214,9 @@ class _SparkTables:
 
     def create(self, table: str, query: str, doing: str) -> None:
         self._persist(table, self._spark.sql(query))
+
+    def define(self, table: str, query: str) -> None:
+        self._spark.sql(query).createOrReplaceTempView(table)
 
     def place(self, input_order: int) -> str:
         number, row = divmod(input_order, 1 << _ROW_BITS)
@@ -235,21 +235,24 @@ class _SparkTables:
 
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
-    ) -> tuple[int, dict[str, float]]:
+    ) -> tuple[Findings, dict[str, float]]:
         limits = (options.shard_interactions, options.row_group_interactions)
         plan = self._plan_parts(users, rule, options.context_limit, limits)
+        columns = ", ".join(["timestamp", "time_us", "input_order", *flags(self.requests)])
         split = f", CAST({split_place('split')} AS TINYINT) AS split" if self.split_column else ""
         interactions = self._spark.sql(
             "SELECT user_id, CAST(item_sizes.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
-            f"label, timestamp, time_us, input_order{', split' if split else ''} FROM (SELECT "
-            "events.user_id, events.item_id AS source_id, label, timestamp, time_us, input_order"
-            f"{split} FROM {users.kept_events}) AS kept JOIN item_sizes USING (source_id)"
+            f"label, {columns}{', split' if split else ''} FROM (SELECT interactions.user_id, "
+            f"interactions.item_id AS source_id, label, {columns}{split} FROM {users.kept_events}) "
+            "AS kept JOIN item_sizes USING (source_id)"
         )
-        cut = partial(_cut, rule, options.context_limit, plan, _INTERACTIONS_AT_A_TIME)
+        cut = partial(
+            _cut, rule, self.requests, options.context_limit, plan, _INTERACTIONS_AT_A_TIME
+        )
         sequences = (
             interactions.repartition("user_id")
             .sortWithinPartitions("user_id", "time_us", "input_order")
-            .mapInArrow(cut, _spark_schema(_PLACED_SCHEMA))
+            .mapInArrow(cut, _spark_schema(_placed_schema(self.requests)))
         )
         parts = sum(map(len, plan.values()))
         written = (
@@ -257,7 +260,7 @@ class _SparkTables:
             .repartition(parts, "split", "part")
             .sortWithinPartitions("split", "part", "md5", "user_id")
             .drop("md5")
-            .mapInArrow(partial(_write, writer.uri, limits), "report string")
+            .mapInArrow(partial(_write, writer.uri, self.requests, limits), "report string")
         )
         with _task_errors():
             reports = [json.loads(row.report) for row in written.collect()]
@@ -278,36 +281,92 @@ class _SparkTables:
             raise RuntimeError(
                 f"expected {parts} parts, found {len(reports)}: {sorted(writer.files)}"
             )
-        return sum(report["out_of_order"] for report in reports), {}
+        findings = (Findings.from_json(report["findings"]) for report in reports)
+        return sum(findings, Findings()), {}
 
     def _plan_parts(
         self, users: UserCounts, rule: SplitRule, context_limit: int, limits: tuple[int, int]
     ) -> dict[str, list[Key]]:
         """The key of the first row of each part, by split."""
-        if rule.rule == "leave-last":
-            bounds = (
-                "SELECT user_id, interactions, interactions - 2 AS valid, interactions - 1 AS test "
-                "FROM users"
-            )
-        else:
-            before = ", ".join(
-                f"count(CASE WHEN {before_split(rule, split)} THEN 1 END) AS {split}"
-                for split in ("valid", "test")
-            )
-            bounds = (
-                f"SELECT user_id, count(*) AS interactions, {before} FROM {users.kept_events} "
-                "GROUP BY user_id"
-            )
-        ordered = self._spark.sql(f"SELECT * FROM ({bounds}) ORDER BY md5(user_id), user_id")
+        ordered = self._spark.sql(
+            f"SELECT * FROM ({self._bounds(users, rule)}) ORDER BY md5(user_id), user_id"
+        )
         planners = {split: _Planner(Cutter(*limits)) for split in SPLITS}
         for row in ordered.mapInArrow(_serialise, "rows binary").toLocalIterator():
             batch = pa.ipc.open_stream(row.rows).read_all()
             ends = [np.asarray(batch[name]) for name in ("valid", "test", "interactions")]
-            begins = [np.zeros_like(ends[0]), *ends[:-1]]
-            for split, begin, end in zip(SPLITS, begins, ends, strict=True):
-                weights = end - sequence_starts(begin, end, context_limit)
+            zeros = np.zeros_like(ends[0])
+            begins = [zeros, *ends[:-1]]
+            histories = [
+                zeros,
+                *(np.asarray(batch[f"history_{split}"]) for split in ("valid", "test")),
+            ]
+            for split, begin, end, history in zip(SPLITS, begins, ends, histories, strict=True):
+                weights = end - begin + context_lengths(begin, end, history, context_limit)
                 planners[split].feed(batch["user_id"].combine_chunks(), weights)
         return {split: planner.finish() for split, planner in planners.items()}
+
+    def _bounds(self, users: UserCounts, rule: SplitRule) -> str:
+        """A SELECT of each user's interactions: all, those before valid and test, and those of
+        them that are history."""
+        if rule.rule == "leave-last" and self.requests is None:
+            valid, test = (f"greatest(interactions - {last}, 0)" for last in (2, 1))
+            return (
+                f"SELECT user_id, interactions, {valid} AS valid, {test} AS test, "
+                f"{valid} AS history_valid, {test} AS history_test FROM users"
+            )
+        interactions = users.kept_events
+        if rule.rule == "leave-last":
+            is_target = "is_target" if "is_target" in flags(self.requests) else "true"
+            # A user's last request with targets, and the one before: those before both are train's.
+            last = (
+                f"SELECT user_id, max(timestamp) AS test FROM {interactions} WHERE {is_target} "
+                "GROUP BY user_id"
+            )
+            one_before = (
+                f"SELECT user_id, max(timestamp) AS valid FROM {interactions} JOIN ({last}) AS "
+                f"last USING (user_id) WHERE {is_target} AND timestamp < test GROUP BY user_id"
+            )
+            interactions = (
+                f"{interactions} LEFT JOIN ({last}) AS last USING (user_id) LEFT JOIN "
+                f"({one_before}) AS one_before USING (user_id)"
+            )
+            never = np.iinfo(np.int64).max
+            before = {
+                "valid": f"timestamp < coalesce(valid, test, {never})",
+                "test": f"timestamp < coalesce(test, {never})",
+            }
+        else:
+            before = {split: before_split(rule, split) for split in ("valid", "test")}
+        is_history = "is_history" if "is_history" in flags(self.requests) else "true"
+        counts = ", ".join(
+            f"count(CASE WHEN {before[split]} AND {condition} THEN 1 END) AS {name}"
+            for split in ("valid", "test")
+            for name, condition in [(split, "true"), (f"history_{split}", is_history)]
+        )
+        return (
+            f"SELECT user_id, count(*) AS interactions, {counts} FROM {interactions} "
+            "GROUP BY user_id"
+        )
+
+
+def _event_schema(tables: _SparkTables) -> pa.Schema:
+    """Of ``events``; see Tables."""
+    rule = tables.requests
+    texts = {"split": tables.split_column, "request": rule and rule.column}
+    return pa.schema(
+        [
+            *_EVENT_SCHEMA,
+            *((name, pa.string()) for name, column in texts.items() if column),
+            *((flag, pa.bool_()) for flag in flags(rule)),
+        ]
+    )
+
+
+def _placed_schema(rule: RequestRule | None) -> pa.Schema:
+    """Of a sequence, the part it belongs to, and what its task found (JSON, or nothing)."""
+    place = [("split", pa.string()), ("part", pa.int32()), ("findings", pa.string())]
+    return pa.schema([*place, *sequence_schema(rule)])
 
 
 class _Planner:
@@ -395,6 +454,7 @@ def _serialise(batches: Batches) -> Iterator[pa.RecordBatch]:
 
 def _cut(
     rule: SplitRule,
+    requests: RequestRule | None,
     context_limit: int,
     plan: dict[str, list[Key]],
     at_a_time: int,
@@ -409,15 +469,19 @@ def _cut(
             # The last user may have more interactions in the next batch.
             last = int(_starts(rows)[-1])
             if last:
-                yield from _sequences(rule, context_limit, plan, rows.slice(0, last))
+                yield from _sequences(rule, requests, context_limit, plan, rows.slice(0, last))
             held = rows.slice(last).to_batches()
     if held:
         rows = pa.Table.from_batches(held).combine_chunks()
-        yield from _sequences(rule, context_limit, plan, rows)
+        yield from _sequences(rule, requests, context_limit, plan, rows)
 
 
 def _sequences(
-    rule: SplitRule, context_limit: int, plan: dict[str, list[Key]], rows: pa.Table
+    rule: SplitRule,
+    requests: RequestRule | None,
+    context_limit: int,
+    plan: dict[str, list[Key]],
+    rows: pa.Table,
 ) -> Iterator[pa.RecordBatch]:
     starts = _starts(rows)
     histories = Histories(
@@ -425,27 +489,28 @@ def _sequences(
         lengths=np.diff([*starts, len(rows)]),
         columns={
             name: rows[name].to_numpy()
-            for name in ("item_id", "label", "timestamp", "input_order", "split")
+            for name in ("item_id", "label", "timestamp", "input_order", "split", *flags(requests))
             if name in rows.column_names
         },
+        requests=requests,
     )
-    out_of_order = disorder(histories)
+    findings: str | None = json.dumps(Findings.of(histories).to_json())
     for split, begin, end in target_ranges(histories, rule):
         batch = cut_sequences(histories, begin, end, context_limit)
         if not len(batch):
             continue
         parts = [bisect_right(plan[split], _key(user)) - 1 for user in batch["user_id"].to_pylist()]
-        # What was out of order is said once, in the first row.
-        found = np.zeros(len(batch), dtype=np.int64)
-        found[0], out_of_order = out_of_order, 0
+        # What was found is said once, in the first row.
+        found = [findings, *[None] * (len(batch) - 1)]
+        findings = None
         yield pa.RecordBatch.from_arrays(
             [
                 pa.array([split] * len(batch)),
                 pa.array(parts, type=pa.int32()),
-                pa.array(found),
+                pa.array(found, type=pa.string()),
                 *batch.columns,
             ],
-            schema=_PLACED_SCHEMA,
+            schema=_placed_schema(requests),
         )
 
 
@@ -460,17 +525,21 @@ def _key(user: str) -> Key:
     return hashlib.md5(user.encode(), usedforsecurity=False).hexdigest(), user
 
 
-def _write(uri: str, limits: tuple[int, int], batches: Batches) -> Iterator[pa.RecordBatch]:
+def _write(
+    uri: str, requests: RequestRule | None, limits: tuple[int, int], batches: Batches
+) -> Iterator[pa.RecordBatch]:
     """Writes parts from sequences sorted by split, part and key, and gives a report of each.
 
     Another attempt at the same task may write a part too: it appears when it is whole.
     """
     for (split, number), pieces in groupby(_pieces(batches), key=itemgetter(0)):
-        writer, out_of_order = DatasetWriter(uri, *limits, {split: number}), 0
+        writer, findings = DatasetWriter(uri, *limits, {split: number}), Findings()
         for _, piece in pieces:
-            rows = piece.select(sequence_schema().names).cast(sequence_schema())
+            schema = sequence_schema(requests)
+            rows = piece.select(schema.names).cast(schema)
             writer.write_sequences(split, rows.combine_chunks().to_batches()[0])
-            out_of_order += pc.sum(piece["out_of_order"]).as_py()
+            for found in piece["findings"].drop_null().to_pylist():
+                findings += Findings.from_json(json.loads(found))
         writer.close()
         ((path, entry),) = writer.files.items()
         report = {
@@ -478,7 +547,7 @@ def _write(uri: str, limits: tuple[int, int], batches: Batches) -> Iterator[pa.R
             "split": split,
             "entry": entry.model_dump(),
             "counts": writer.splits[split].model_dump(),
-            "out_of_order": out_of_order,
+            "findings": findings.to_json(),
         }
         yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
 

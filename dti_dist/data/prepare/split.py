@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from dti_dist.data.dataset import SPLITS, SplitRule, sequence_schema
+from dti_dist.data.dataset import SPLITS, RequestRule, SplitRule, sequence_schema
+
+# Lists of sequences, and what they list; the others have the name of what they list.
+_LISTED = {"item_ids": "item_id", "labels": "label", "timestamps": "timestamp"}
+
+
+def listed_column(name: str) -> str:
+    """The column of Histories that a list of sequences lists."""
+    return _LISTED.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -18,13 +26,51 @@ class Histories:
     Attributes:
         user_ids: [users]
         lengths: [users] interactions of each
-        columns: [interactions] item_id, label, timestamp, input_order (and probability; and, where
-            a column says it, split as its place in SPLITS, which never falls within a history)
+        columns: [interactions] item_id, label, timestamp, input_order (and probability; what
+            ``requests`` asks for of is_history and is_target; and, where a column says it, split as
+            its place in SPLITS, which never falls within a history)
     """
 
     user_ids: pa.Array
     lengths: np.ndarray
     columns: dict[str, np.ndarray]
+    requests: RequestRule | None = None
+
+    @property
+    def starts(self) -> np.ndarray:
+        """[users] where each one's history begins."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    def begins_request(self) -> np.ndarray:
+        """[interactions] whether each is the first of its request."""
+        if self.requests is None:
+            return np.ones(int(self.lengths.sum()), dtype=bool)
+        return (positions(self.lengths) == 0) | self.changes_time()
+
+    def changes_time(self) -> np.ndarray:
+        """[interactions] whether each has another time than the one before it."""
+        timestamps = self.columns["timestamp"]
+        return np.diff(timestamps, prepend=timestamps[:1] - 1) != 0
+
+    def is_target(self) -> np.ndarray:
+        """[interactions] whether each may be a target."""
+        return self.columns.get("is_target", np.ones(int(self.lengths.sum()), dtype=bool))
+
+    def history_before(self) -> np.ndarray:
+        """[interactions] how much history its user has before each."""
+        is_history = self.columns.get("is_history")
+        if is_history is None:
+            return positions(self.lengths)
+        before = np.cumsum(is_history) - is_history
+        return before - np.repeat(before[self.starts], self.lengths)
+
+    def history_until(self, place: np.ndarray) -> np.ndarray:
+        """[users] how much history each has before a place in it."""
+        is_history = self.columns.get("is_history")
+        if is_history is None:
+            return place
+        before = np.concatenate([[0], np.cumsum(is_history)])
+        return before[self.starts + place] - before[self.starts]
 
 
 def positions(lengths: np.ndarray) -> np.ndarray:
@@ -42,10 +88,10 @@ def disorder(histories: Histories) -> int:
 def target_ranges(
     histories: Histories, rule: SplitRule
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Per split: [users] the place of its first target in the history, and of its end."""
+    """Per split: [users] the place of its first interaction in the history, and of its end."""
     lengths = histories.lengths
     if rule.rule == "leave-last":
-        ends = [lengths - 2, lengths - 1]
+        ends = _last_two(histories)
     else:
         owner = np.repeat(np.arange(len(lengths)), lengths)
         ends = [
@@ -63,6 +109,22 @@ def _is_before(split: str, histories: Histories, rule: SplitRule) -> np.ndarray:
     return histories.columns["timestamp"] < rule.boundaries[split]
 
 
+def _last_two(histories: Histories) -> list[np.ndarray]:
+    """[users] where the last request but one that has targets begins, and where the last one. A
+    user who has only one has it for both."""
+    lengths = histories.lengths
+    if histories.requests is None:
+        return [np.maximum(lengths - 2, 0), np.maximum(lengths - 1, 0)]
+    firsts = np.flatnonzero(histories.begins_request())
+    firsts = firsts[np.logical_or.reduceat(histories.is_target(), firsts)]
+    owner = np.searchsorted(np.cumsum(lengths), firsts, side="right")
+    ends = np.cumsum(np.bincount(owner, minlength=len(lengths)))
+    counts = np.diff(ends, prepend=0)
+    places = np.append(firsts - histories.starts[owner], 0)
+    last, before = places[ends - 1], places[ends - np.minimum(counts, 2)]
+    return [np.where(counts > 0, place, lengths) for place in (before, last)]
+
+
 def inside(histories: Histories, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """[interactions] whether each lies in its user's range [begin, end)."""
     lengths = histories.lengths
@@ -70,32 +132,45 @@ def inside(histories: Histories, begin: np.ndarray, end: np.ndarray) -> np.ndarr
     return (position >= np.repeat(begin, lengths)) & (position < np.repeat(end, lengths))
 
 
-def sequence_starts(begin: np.ndarray, end: np.ndarray, context_limit: int) -> np.ndarray:
-    """[users] the place of the first interaction of a sequence whose targets are [begin, end);
-    ``end`` where there are none."""
-    return np.where(end > begin, np.maximum(begin - context_limit, 0), end)
+def context_lengths(
+    begin: np.ndarray, end: np.ndarray, history: np.ndarray, context_limit: int
+) -> np.ndarray:
+    """[users] context interactions of the sequence of [begin, end), before which a user has so much
+    history."""
+    return np.where(end > begin, np.minimum(history, context_limit), 0)
 
 
 def cut_sequences(
     histories: Histories, begin: np.ndarray, end: np.ndarray, context_limit: int
 ) -> pa.RecordBatch:
-    """The sequences whose targets are [begin, end), for the users who have any."""
-    has_targets = end > begin
-    start = sequence_starts(begin, end, context_limit)
-    kept = inside(histories, start, end)
-    offsets = np.concatenate([[0], np.cumsum((end - start)[has_targets])])
+    """The sequences of [begin, end) behind their context, for the users who have any."""
+    history = histories.history_until(begin)
+    context = context_lengths(begin, end, history, context_limit)
+    if "is_history" in histories.columns:
+        oldest = np.repeat(history - context, histories.lengths)
+        kept = inside(histories, np.zeros_like(begin), begin) & histories.columns["is_history"]
+        kept &= histories.history_before() >= oldest
+        kept |= inside(histories, begin, end)
+    else:
+        kept = inside(histories, begin - context, end)
+    has_row = end > begin
+    offsets = np.concatenate([[0], np.cumsum((context + end - begin)[has_row])])
 
-    def lists(column: str, kind: pa.DataType) -> pa.ListArray:
-        values = pa.array(histories.columns[column][kept], type=kind)
+    def lists(column: str, kind: pa.ListType) -> pa.ListArray:
+        values = pa.array(histories.columns[column][kept], type=kind.value_type)
         return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
 
+    schema = sequence_schema(histories.requests)
+    columns = {
+        "user_id": histories.user_ids.filter(pa.array(has_row)),
+        "target_start": pa.array(context[has_row], type=pa.int32()),
+    }
     return pa.RecordBatch.from_arrays(
         [
-            histories.user_ids.filter(pa.array(has_targets)),
-            lists("item_id", pa.int32()),
-            lists("label", pa.int8()),
-            lists("timestamp", pa.int64()),
-            pa.array((begin - start)[has_targets], type=pa.int32()),
+            columns[field.name]
+            if field.name in columns
+            else lists(listed_column(field.name), field.type)
+            for field in schema
         ],
-        schema=sequence_schema(),
+        schema=schema,
     )

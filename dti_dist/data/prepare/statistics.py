@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dti_dist.data.dataset import DayCounts, Distribution, Statistics, TextSize
+from dti_dist.data.dataset import DayCounts, Distribution, RequestStatistics, Sizes, Statistics
 
 _MOST_LINES = 14
 _BAR = 20
@@ -35,13 +35,13 @@ def distribution(counts: Mapping[int, int]) -> Distribution:
     )
 
 
-def text_size(counts: Mapping[int, int]) -> TextSize:
-    """Of sizes that so many interactions have each."""
+def sizes(counts: Mapping[int, int]) -> Sizes:
+    """Of sizes that so many things have each."""
     histogram: Counter[int] = Counter()
     for size, interactions in sorted(counts.items()):
         step = 10 ** max(len(str(size)) - 2, 0)
         histogram[size if size <= 100 else round(size / step) * step] += interactions
-    return TextSize(histogram=dict(histogram), **distribution(counts).model_dump())
+    return Sizes(histogram=dict(histogram), **distribution(counts).model_dump())
 
 
 def add_statistics(
@@ -56,19 +56,33 @@ def add_statistics(
         )
     return Statistics(
         interactions_per_user=distribution(users_by_interactions),
-        characters_per_interaction=add_text_sizes(
+        characters_per_interaction=add_sizes(
             old.characters_per_interaction, new.characters_per_interaction
         ),
-        words_per_interaction=add_text_sizes(old.words_per_interaction, new.words_per_interaction),
+        words_per_interaction=add_sizes(old.words_per_interaction, new.words_per_interaction),
         days=dict(sorted(days.items())),
+        requests=_add_requests(old.requests, new.requests),
     )
 
 
-def add_text_sizes(one: TextSize, other: TextSize) -> TextSize:
+def _add_requests(
+    one: RequestStatistics | None, other: RequestStatistics | None
+) -> RequestStatistics | None:
+    if one is None or other is None:
+        return one or other
+    sums = ("requests", "history_targets", "targets_without_history")
+    return RequestStatistics(
+        targets_per_request=add_sizes(one.targets_per_request, other.targets_per_request),
+        clicks_per_request=add_sizes(one.clicks_per_request, other.clicks_per_request),
+        **{name: getattr(one, name) + getattr(other, name) for name in sums},
+    )
+
+
+def add_sizes(one: Sizes, other: Sizes) -> Sizes:
     """Both together; quantiles are exact to two digits, the rest is exact."""
     histogram = Counter(one.histogram) + Counter(other.histogram)
     weights = [sum(size.histogram.values()) for size in (one, other)]
-    return TextSize(
+    return Sizes(
         histogram=dict(sorted(histogram.items())),
         **distribution(histogram).model_dump()
         | {
@@ -97,8 +111,22 @@ def describe(statistics: Statistics) -> list[str]:
         f"about {max(1, round(characters.mean / _CHARACTERS_PER_TOKEN)):,} tokens an interaction, "
         f"were a token {_CHARACTERS_PER_TOKEN} characters: an estimate, without template and "
         "tokenizer",
+        *(_describe_requests(statistics.requests) if statistics.requests else []),
         "",
         *label_rates(statistics.days),
+    ]
+
+
+def _describe_requests(requests: RequestStatistics) -> list[str]:
+    size, clicks = requests.targets_per_request, requests.clicks_per_request
+    targets = round(size.mean * requests.requests)
+    without = clicks.histogram.get(0, 0) / requests.requests
+    return [
+        f"targets per request: min {size.min:,}, median {size.median:,}, mean {size.mean:,.1f}, "
+        f"90 % at most {size.p90:,}, max {size.max:,}, of {requests.requests:,} requests",
+        f"clicks per request: mean {clicks.mean:,.2f}, 90 % at most {clicks.p90:,}, max "
+        f"{clicks.max:,}; {without:.1%} of the requests have none",
+        f"targets that are history for later ones: {requests.history_targets / targets:.1%}",
     ]
 
 

@@ -12,8 +12,16 @@ from datetime import datetime, timezone
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
-from dti_dist.data.dataset import SPLITS, DayCounts, SplitRule, Statistics
-from dti_dist.data.prepare.statistics import date_of_day, distribution, text_size
+from dti_dist.data.dataset import (
+    SPLITS,
+    DayCounts,
+    RequestRule,
+    RequestStatistics,
+    SplitCounts,
+    SplitRule,
+    Statistics,
+)
+from dti_dist.data.prepare.statistics import date_of_day, distribution, sizes
 from dti_dist.errors import UserError
 from dti_dist.sql import literal, quote
 
@@ -25,9 +33,11 @@ class Tables(Protocol):
 
     ::
 
-        events      user_id, item_id, time_us, timestamp (seconds), label (double), input_order,
-                    and, where ``split_column`` names a column of the input, its text as split
-        item_sizes  source_id, blank (whether it has no text), characters, words
+        events        user_id, item_id, time_us, timestamp (seconds), label (double), input_order;
+                      where ``split_column`` names a column of the input, its text as split; as
+                      ``requests`` says, request (string), is_history, is_target
+        item_sizes    source_id, blank (whether it has no text), characters, words
+        interactions  as events, without request: ``form_requests`` makes them
 
     ``input_order`` grows in the order of the files and of the rows in each: equal times keep it.
     """
@@ -35,12 +45,16 @@ class Tables(Protocol):
     name: str
     text_columns: list[str]
     split_column: str | None
+    requests: RequestRule | None
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
         """A small result. ``doing`` says in an error what failed, e.g. "ranking the users"."""
 
     def create(self, table: str, query: str, doing: str) -> None:
         """Keep the result of a query as a table."""
+
+    def define(self, table: str, query: str) -> None:
+        """Let a name stand for a query."""
 
     def place(self, input_order: int) -> str:
         """Where an interaction is in the input: "row 7 of FILE", counted from 1."""
@@ -69,6 +83,23 @@ def check_events(tables: Tables) -> None:
     }
     if tables.split_column:
         wrong["split"] = f"coalesce(split, '') NOT IN ({', '.join(map(literal, SPLITS))})"
+    rule = tables.requests
+    missing = {
+        "user_id": ("a user", "null or empty"),
+        "item_id": ("an item", "null or empty"),
+        "time_us": ("a timestamp", "null"),
+        "label": ("a label", "null"),
+    }
+    if rule and rule.by == "column":
+        wrong["request"] = "coalesce(request, '') = ''"
+        missing["request"] = (f"a request in {rule.column}", "null or empty")
+    for flag, option, expression in [
+        ("is_history", "--history", rule and rule.history),
+        ("is_target", "--context-only", rule and rule.context_only),
+    ]:
+        if expression:
+            wrong[flag] = f"{flag} IS NULL"
+            missing[flag] = (f"true or false of {option} {expression!r}", "null")
     columns = ", ".join(
         f"count(CASE WHEN {condition} THEN 1 END) AS {name}_count, "
         f"min(CASE WHEN {condition} THEN input_order END) AS {name}_first"
@@ -82,12 +113,7 @@ def check_events(tables: Tables) -> None:
             f"{tables.name}: expected interactions, found none: the input has no rows. Check the "
             "paths."
         )
-    for column, what, none in [
-        ("user_id", "a user", "null or empty"),
-        ("item_id", "an item", "null or empty"),
-        ("time_us", "a timestamp", "null"),
-        ("label", "a label", "null"),
-    ]:
+    for column, (what, none) in missing.items():
         if count := found[f"{column}_count"]:
             place, _ = _interaction(tables, found[f"{column}_first"])
             raise UserError(
@@ -179,7 +205,7 @@ class UserCounts:
     @property
     def kept_events(self) -> str:
         # Without anyone to leave out the join would cost and change nothing.
-        return "events" + (" SEMI JOIN users USING (user_id)" if self.users_left_out else "")
+        return "interactions" + (" SEMI JOIN users USING (user_id)" if self.users_left_out else "")
 
 
 def count_users(tables: Tables, fewest: int) -> UserCounts:
@@ -187,7 +213,7 @@ def count_users(tables: Tables, fewest: int) -> UserCounts:
     doing = "counting the users"
     tables.create(
         "all_users",
-        "SELECT user_id, count(*) AS interactions FROM events GROUP BY user_id",
+        "SELECT user_id, count(*) AS interactions FROM interactions GROUP BY user_id",
         doing,
     )
     tables.create("users", f"SELECT * FROM all_users WHERE interactions >= {fewest}", doing)
@@ -210,7 +236,7 @@ def count_users(tables: Tables, fewest: int) -> UserCounts:
 
 @dataclass(frozen=True)
 class Day:
-    """Interactions, and clicks among them, of one day since 1970-01-01 UTC."""
+    """Targets, and clicks among them, of one day since 1970-01-01 UTC."""
 
     interactions: int
     clicks: int
@@ -218,14 +244,26 @@ class Day:
     last_timestamp: int
 
 
-def count_days(tables: Tables, events: str) -> dict[int, Day]:
-    """By day, in time order. ``events`` is a FROM clause."""
+def targets_of(tables: Tables, interactions: str) -> str:
+    """A FROM clause of the targets among those of a FROM clause."""
+    if not (tables.requests and tables.requests.context_only):
+        return interactions
+    return f"(SELECT * FROM {interactions} WHERE is_target) AS targets"
+
+
+def count_days(tables: Tables, targets: str) -> dict[int, Day]:
+    """By day, in time order. ``targets`` is a FROM clause. Raises UserError if it has no rows."""
     found = tables.rows(
         f"SELECT CAST(floor(timestamp / {_DAY}) AS BIGINT) AS day, count(*) AS interactions, "
         "CAST(sum(label) AS BIGINT) AS clicks, min(timestamp) AS first_timestamp, "
-        f"max(timestamp) AS last_timestamp FROM {events} GROUP BY 1",
+        f"max(timestamp) AS last_timestamp FROM {targets} GROUP BY 1",
         "counting the days",
     )
+    if not found and tables.requests:
+        raise UserError(
+            f"{tables.name}: expected targets; --context-only {tables.requests.context_only!r} "
+            "holds for all interactions. Change the expression, or leave it out."
+        )
     return {row.pop("day"): Day(**row) for row in sorted(found, key=lambda row: row["day"])}
 
 
@@ -234,22 +272,23 @@ def choose_split(
     rule: Literal["time", "leave-last"],
     fractions: tuple[float, float, float],
     days: Mapping[int, Day],
-    events: str,
+    interactions: str,
     times: tuple[int, int] | None = None,
 ) -> SplitRule:
     """Find the timestamps at which valid and test begin under the rule ``time``, or take those
     that are given. Where a column says the splits, that is the rule, and the others are not."""
+    targets = targets_of(tables, interactions)
     if tables.split_column:
-        check_split_order(tables, events)
-        return _column_split(tables, events, tables.split_column)
+        check_split_order(tables, interactions)
+        return _column_split(tables, targets, tables.split_column)
     if rule == "leave-last":
         return SplitRule(rule="leave-last")
     if times is not None:
-        return _given_split(tables, events, *times)
+        return _given_split(tables, targets, *times)
     total = sum(day.interactions for day in days.values())
     train, valid, _ = fractions
     boundaries = {
-        split: _boundary(tables, days, events, round(total * share))
+        split: _boundary(tables, days, targets, round(total * share))
         for split, share in [("valid", train), ("test", train + valid)]
     }
     return SplitRule(rule="time", fractions=fractions, boundaries=boundaries)
@@ -319,8 +358,8 @@ def before_split(rule: SplitRule, split: str) -> str:
     return f"timestamp < {rule.boundaries[split]}"
 
 
-def _column_split(tables: Tables, events: str, column: str) -> SplitRule:
-    found = tables.rows(f"SELECT DISTINCT split FROM {events}", "counting the splits")
+def _column_split(tables: Tables, targets: str, column: str) -> SplitRule:
+    found = tables.rows(f"SELECT DISTINCT split FROM {targets}", "counting the splits")
     present = {row["split"] for row in found}
     if empty := [split for split in SPLITS if split not in present]:
         raise UserError(
@@ -330,7 +369,7 @@ def _column_split(tables: Tables, events: str, column: str) -> SplitRule:
     return SplitRule(rule="column", column=column)
 
 
-def _given_split(tables: Tables, events: str, valid: int, test: int) -> SplitRule:
+def _given_split(tables: Tables, targets: str, valid: int, test: int) -> SplitRule:
     conditions = {
         "train": f"timestamp < {valid}",
         "valid": f"timestamp >= {valid} AND timestamp < {test}",
@@ -341,7 +380,7 @@ def _given_split(tables: Tables, events: str, valid: int, test: int) -> SplitRul
         for split, condition in conditions.items()
     )
     (found,) = tables.rows(
-        f"SELECT {counts}, min(timestamp) AS first, max(timestamp) AS last FROM {events}",
+        f"SELECT {counts}, min(timestamp) AS first, max(timestamp) AS last FROM {targets}",
         "counting the splits",
     )
     if empty := [split for split in conditions if not found[split]]:
@@ -353,8 +392,8 @@ def _given_split(tables: Tables, events: str, valid: int, test: int) -> SplitRul
     return SplitRule(rule="time", boundaries={"valid": valid, "test": test})
 
 
-def _boundary(tables: Tables, days: Mapping[int, Day], events: str, wanted: int) -> int:
-    """The timestamp that has the nearest to the wanted number of interactions before it; of two
+def _boundary(tables: Tables, days: Mapping[int, Day], targets: str, wanted: int) -> int:
+    """The timestamp that has the nearest to the wanted number of targets before it; of two
     equally near, the earlier."""
     numbers = list(days)
     ends = list(accumulate(day.interactions for day in days.values()))
@@ -363,7 +402,7 @@ def _boundary(tables: Tables, days: Mapping[int, Day], events: str, wanted: int)
     # No timestamp of another day is nearer than the first of this one, but the next day's first.
     first = numbers[place] * _DAY
     seconds = tables.rows(
-        f"SELECT timestamp, count(*) AS interactions FROM {events} WHERE timestamp >= {first} AND "
+        f"SELECT timestamp, count(*) AS interactions FROM {targets} WHERE timestamp >= {first} AND "
         f"timestamp < {first + _DAY} GROUP BY timestamp",
         "finding the split's boundaries",
     )
@@ -377,11 +416,14 @@ def _boundary(tables: Tables, days: Mapping[int, Day], events: str, wanted: int)
 
 
 def read_statistics(
-    tables: Tables, per_user: Mapping[int, int], days: Mapping[int, Day]
+    tables: Tables,
+    per_user: Mapping[int, int],
+    days: Mapping[int, Day],
+    requests: RequestStatistics | None,
 ) -> Statistics:
     """Texts are those of all interactions that were read."""
 
-    def sizes(column: str) -> dict[int, int]:
+    def counted(column: str) -> dict[int, int]:
         found = tables.rows(
             f"SELECT {column}, CAST(sum(interactions) AS BIGINT) AS interactions FROM interacted "
             f"GROUP BY {column}",
@@ -391,12 +433,13 @@ def read_statistics(
 
     return Statistics(
         interactions_per_user=distribution(per_user),
-        characters_per_interaction=text_size(sizes("characters")),
-        words_per_interaction=text_size(sizes("words")),
+        characters_per_interaction=sizes(counted("characters")),
+        words_per_interaction=sizes(counted("words")),
         days={
             date_of_day(day): DayCounts(interactions=found.interactions, clicks=found.clicks)
             for day, found in days.items()
         },
+        requests=requests,
     )
 
 
@@ -420,6 +463,16 @@ def refuse_empty_split(rule: SplitRule, users: UserCounts, days: Mapping[int, Da
             f"{date_and_time(last)}, valid begins at {date_and_time(bounds[1])} and test at "
             f"{date_and_time(bounds[2])}, and equal timestamps can't be parted. Change "
             "--fractions, check the time column, or use --split leave-last."
+        )
+
+
+def refuse_split_without_targets(splits: Mapping[str, SplitCounts]) -> None:
+    """Raise UserError if a split that was written has no targets."""
+    if empty := [split for split, counts in splits.items() if not counts.targets]:
+        raise UserError(
+            f"the split {', '.join(empty)} is empty: leave-last gives test each user's last "
+            "request, valid the one before and train the others, and no user has enough. Use "
+            "--split time, --requests none, or more data."
         )
 
 

@@ -19,6 +19,7 @@ from dti_dist.data.dataset import (
     FileEntry,
     Manifest,
     SplitCounts,
+    interaction_flags,
     item_schema,
     sequence_schema,
 )
@@ -51,7 +52,7 @@ class DatasetWriter:
         self.items = 0
         self._shard_interactions = shard_interactions
         self._row_group_interactions = row_group_interactions
-        self._sequences = {split: self._folder_writer(split, sequence_schema()) for split in SPLITS}
+        self._sequences: dict[str, FolderWriter] = {}
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -72,9 +73,11 @@ class DatasetWriter:
             writer.close()
 
     def write_sequences(self, split: str, batch: pa.RecordBatch) -> None:
-        """Append user sequences, a batch of sequence_schema, to a split."""
+        """Append user sequences, batches of one sequence_schema, to a split."""
         if not len(batch):
             return
+        if split not in self._sequences:
+            self._sequences[split] = self._folder_writer(split, batch.schema)
         self.splits[split] = add_counts(self.splits[split], count_targets(batch))
         self._sequences[split].write(batch, sequence_lengths(batch))
 
@@ -91,10 +94,9 @@ class DatasetWriter:
         manifest = Manifest(
             schema={
                 "items": _type_names(item_schema(fields["item_text_columns"])),
-                "sequences": _type_names(sequence_schema()),
+                "sequences": _type_names(sequence_schema(fields["requests"])),
             },
             counts=Counts(
-                interactions=targets,
                 items=self.items,
                 splits=self.splits,
                 **{name: fields.pop(name) for name in list(fields) if name in Counts.model_fields},
@@ -130,12 +132,14 @@ def sequence_lengths(batch: pa.RecordBatch) -> np.ndarray:
 def count_targets(batch: pa.RecordBatch) -> SplitCounts:
     """What SplitCounts says of a batch of sequence_schema that has at least one row."""
     lengths = sequence_lengths(batch)
-    is_target = positions(lengths) >= np.repeat(np.asarray(batch["target_start"]), lengths)
-    timestamps = np.asarray(batch["timestamps"].flatten())[is_target]
+    is_new = positions(lengths) >= np.repeat(np.asarray(batch["target_start"]), lengths)
+    timestamps = np.asarray(batch["timestamps"].flatten())[is_new]
+    flags = interaction_flags(batch, "is_target")
+    is_target = is_new if flags is None else is_new & flags
     return SplitCounts(
         rows=len(batch),
         interactions=int(lengths.sum()),
-        targets=len(timestamps),
+        targets=int(np.count_nonzero(is_target)),
         clicks=int(np.asarray(batch["labels"].flatten())[is_target].sum()),
         first_timestamp=int(timestamps.min()),
         last_timestamp=int(timestamps.max()),
