@@ -37,7 +37,7 @@ def impressions(tmp_path_factory):
                 for place, item in enumerate(rng.choice(ITEMS, size, replace=False))
             ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "log.parquet")
-    titles = [f"{'red blue green'.split()[i % 3]} thing {i}" for i in range(ITEMS)]
+    titles = [f"{['red', 'blue', 'green'][i % 3]} thing {i}" for i in range(ITEMS)]
     items = {"item": [f"i{i}" for i in range(ITEMS)], "title": titles}
     pq.write_table(pa.table(items), folder / "items.parquet")
     command = ["prepare", "events", f"{folder}/log.parquet", "--items", f"{folder}/items.parquet"]
