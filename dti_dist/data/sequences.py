@@ -154,7 +154,7 @@ def find_fault(rows: pa.RecordBatch, items: int) -> tuple[int, str] | None:
     """The first row that breaks the format, and what was expected and found there; else None.
 
     Args:
-        rows: some or all columns of SEQUENCE_SCHEMA.
+        rows: some or all columns of sequence_schema.
         items: how many items there are.
     """
     lists = [name for name in rows.schema.names if pa.types.is_list(rows.schema.field(name).type)]
