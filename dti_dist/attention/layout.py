@@ -4,9 +4,10 @@ A batch has B packs of T = L + S tokens: the L tokens of its samples, then a rea
 slots. A pack is cut into *units*: an interaction (its text, then its label token) or the optional
 prefix of a sample. The units of a sample are contiguous and in order, the prefix first.
 
-Interactions that a user was shown at once are a *request*: none sees another of them. A target that
-no later one sees, or not as its first, is a candidate: a unit behind the sample's history, without
-a label. Candidates take the place of their request: each sees the context before it, and itself.
+Interactions that a user was shown at once are a *request*: none sees another of them. The first
+history of a request stands directly behind the context that the request has, so as a target it
+needs no other unit. All other targets are *candidates*: units behind the sample's history, without
+a label. A candidate takes the place of its request: it sees the context before that, and itself.
 
 The layers run on the L tokens, the body, or, where equal interactions are shared, on a shorter body
 of Lb tokens, whose keys and values are brought into the order of the samples for [SUM].

@@ -34,6 +34,11 @@ def exchange(folder: Path, inputs: Inputs, plan: StreamPlan) -> None:
         raise UserError(
             "--peers: the other loaders write no time gaps. Set template.time_gaps=false."
         )
+    if inputs.dataset.has_requests:
+        raise UserError(
+            f"--peers: the other loaders know no requests, which {inputs.dataset.uri} has. Prepare "
+            "the data with --requests none."
+        )
     settings = {
         "n": plan.samples.n,
         "k": plan.samples.k,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dti_dist.data.dataset import interaction_flags
 from dti_dist.data.template import TIME_GAPS
 
 
@@ -110,20 +111,17 @@ class SequenceBlock:
         def flat(name: str) -> np.ndarray:
             return rows[name].flatten().to_numpy(zero_copy_only=False)
 
-        def flat_if_there(name: str) -> np.ndarray | None:
-            return flat(name) if name in rows.schema.names else None
-
         lengths = rows["item_ids"].value_lengths().to_numpy(zero_copy_only=False)
         return SequenceBlock(
             item_ids=flat("item_ids"),
             labels=flat("labels"),
-            timestamps=flat_if_there("timestamps"),
+            timestamps=flat("timestamps") if "timestamps" in rows.schema.names else None,
             offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
             target_start=rows["target_start"].to_numpy().astype(np.int64),
             rows=np.arange(first_row, first_row + rows.num_rows),
             by_request=by_request,
-            is_history=flat_if_there("is_history"),
-            is_target=flat_if_there("is_target"),
+            is_history=interaction_flags(rows, "is_history"),
+            is_target=interaction_flags(rows, "is_target"),
         )
 
     @staticmethod

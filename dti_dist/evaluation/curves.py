@@ -94,7 +94,7 @@ def histogram(connection: duckdb.DuckDBPyConnection, logarithmic: bool) -> dict[
     targets = [0.0] * _HISTOGRAM_BINS
     for row in rows(
         connection,
-        # Clamped below too: rounded, the least value may lie under its own literal.
+        # Clamped below too: DuckDB 1.5 was seen to lose targets here without it.
         f"SELECT greatest(0, least({_HISTOGRAM_BINS - 1}, "
         f"floor(({value} - {least!r}) / {width!r})))::INTEGER AS bin, "
         "sum(clicks + others)::BIGINT AS targets FROM curve GROUP BY bin",

@@ -229,8 +229,8 @@ def hugging_face_value(model: CTRModel, name: str, read: Reader) -> torch.Tensor
 def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
     """What a program needs beside the weights to build prompts and read predictions."""
     config = inputs.config
-    why_not = why_not_plain(model, config.sample.context)
     requests = inputs.dataset.manifest.requests
+    why_not = why_not_plain(model, config.sample.context, inputs.dataset.has_requests)
     return {
         "dti_dist_version": dti_dist.__version__,
         "base_model": sources.public_name(config.model.name),
@@ -263,11 +263,14 @@ _WHY_PLAIN = (
 )
 
 
-def why_not_plain(model: CTRModel, n: int) -> str | None:
+def why_not_plain(model: CTRModel, n: int, by_request: bool = False) -> str | None:
     """Why a plain causal forward pass over a sliding-window prompt isn't the trained function.
 
     None where it is: where every state that [SUM] is made of has seen all tokens before it, by the
     model's own positions, and nothing else.
+
+    Args:
+        by_request: interactions that were shown at once do not see each other.
     """
     scheme = model.scheme
     body, readout = scheme.windows.body, scheme.windows.readout
@@ -275,6 +278,11 @@ def why_not_plain(model: CTRModel, n: int) -> str | None:
         return (
             "attention.positions is alibi: [SUM] has no position, and its attention falls with the "
             "distance, which a plain causal forward pass doesn't know of."
+        )
+    if by_request and len(body) > 1:
+        return (
+            "Interactions of a history that were shown at once do not see each other, which a "
+            "plain causal forward pass doesn't know of."
         )
     # Nobody reads the body behind the last layer, so its window does not count.
     if min((*body[:-1], *readout)) < n:

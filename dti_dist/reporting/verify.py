@@ -16,7 +16,7 @@ from dti_dist.console import say
 from dti_dist.data.index import read_block
 from dti_dist.data.layout import build_pack
 from dti_dist.data.packing import assign_packs, multiple_of_128, pack_shape, with_shared_body
-from dti_dist.data.samples import Samples, SampleSettings, sample_lengths
+from dti_dist.data.samples import Samples, SampleSettings, Units, sample_lengths
 from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
@@ -118,8 +118,10 @@ class _Subject:
         n = config.sample.context
         settings = SampleSettings.of(config.sample)
         samples = settings.cut(block)
-        # Those with the most targets and context: there isolation has most to do.
-        fullest = np.argsort(-(samples.end - samples.first), kind="stable")[:count]
+        # Those with the most history: there isolation has most to do.
+        units = Units.of(samples, block)
+        history = np.bincount(units.sample[units.labelled], minlength=len(samples))
+        fullest = np.argsort(-history, kind="stable")[:count]
         samples = samples.take(np.sort(fullest))
         single = replace(settings, k=1).cut(block)
         wanted = {
@@ -205,12 +207,13 @@ class _Subject:
 
     def own_request(self) -> Check:
         """Change a target's label, and all of what was shown with it."""
-        compared, largest, moved = 0, 0.0, 0
+        compared, largest, moved, seen_later = 0, 0.0, 0, False
         no, yes = self.label_ids
         for batch, before, b, slot in self.edits():
             layout = batch.layout
             unit = int(layout.unit[b, batch.length + slot])
             at_once = _shown_at_once(layout, b, unit)
+            seen_later |= any((self._back(batch, b, u) > 0).any() for u in at_once)
             tokens = batch.tokens.clone()
             for other in at_once - {unit}:
                 _scramble(tokens, layout, b, other)
@@ -235,7 +238,7 @@ class _Subject:
         if self.by_request:
             claim = "a target's label and what was shown with it reach neither its own prediction"
             claim += " nor an earlier one"
-        if not moved and any(size > 1 for size in self.samples.targets):
+        if seen_later and not moved:
             claim += " (but no later one saw it either)"
             return Check(claim, compared, float("inf"), 0.0)
         return Check(claim, compared, largest, 0.0)
@@ -255,11 +258,8 @@ class _Subject:
             tokens = batch.tokens.clone()
             _scramble(tokens, layout, b, edited)
             after = self.logits([replace(batch, tokens=tokens)])
-            of_slots = layout.unit[:, batch.length :]
-            back = (layout.place_of(of_slots) - edited)[b]
-            first = layout.unit_first[b][of_slots[b].clamp(min=0).long()]
-            same = first == layout.unit_first[b, edited]
-            for slot in torch.nonzero(same & (batch.used[b] > 0) & (back > 0)).flatten().tolist():
+            back = self._back(batch, b, edited)
+            for slot in torch.nonzero(back > 0).flatten().tolist():
                 key = self._key(batch, b, slot)
                 difference = abs(after[key] - before[key])
                 if back[slot] > self.n:
@@ -344,6 +344,16 @@ class _Subject:
             raise AssertionError("both ways of packing must have the same targets")
         largest = max(abs(first[key] - second[key]) for key in first)
         return Check(claim, len(first), largest, tolerance)
+
+    @staticmethod
+    def _back(batch: Batch, b: int, unit: int) -> torch.Tensor:
+        """[S] how many interactions before a slot's place the unit lies; 0 in other samples, and
+        for slots without a target."""
+        layout = batch.layout
+        of_slots = layout.unit[:, batch.length :]
+        first = layout.unit_first[b][of_slots[b].clamp(min=0).long()]
+        same = (first == layout.unit_first[b, unit]) & (batch.used[b] > 0)
+        return (layout.place_of(of_slots)[b] - unit).where(same, 0)
 
     @staticmethod
     def _key(batch: Batch, b: int, slot: int) -> tuple[int, int]:

@@ -355,6 +355,22 @@ def plain_and_own(
     return why, np.array([plain[k] for k in keys]), np.array([own[k].item() for k in keys])
 
 
+def test_a_history_of_which_some_was_shown_at_once_is_not_for_plain_transformers():
+    several, one = (
+        CTRModel(
+            causal_lm("llama", layers=layers),
+            "yes_no",
+            (NO, YES),
+            4,
+            AttentionConfig.model_validate({"policy": "windowed", "positions": "rope"}),
+        )
+        for layers in (2, 1)
+    )
+    assert why_not_plain(several, 4) is None
+    assert "shown at once" in (why_not_plain(several, 4, by_request=True) or "")
+    assert why_not_plain(one, 4, by_request=True) is None  # nobody reads its body
+
+
 @pytest.mark.parametrize("case", [*HOLDS, *DIFFERS])
 def test_plain_transformers_is_the_trained_function_where_we_say_so(case):
     why, plain, own = plain_and_own(**(HOLDS | DIFFERS)[case])
@@ -460,7 +476,7 @@ def test_the_card_of_the_default_settings_says_that_plain_transformers_is_not_it
     yes_no, tmp_path, monkeypatch
 ):
     reason = "attention.positions is alibi"
-    monkeypatch.setattr(export, "why_not_plain", lambda model, n: reason)
+    monkeypatch.setattr(export, "why_not_plain", lambda *about: reason)
     export.export(str(yes_no), str(tmp_path / "out"))
     assert front_matter(tmp_path / "out")["library_name"] == "dti-dist"
     assert front_matter(tmp_path / "out")["license"] == "mit"

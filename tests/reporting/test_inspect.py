@@ -18,6 +18,7 @@ from dti_dist.model import sources
 from dti_dist.reporting import inspect as inspection
 from dti_dist.reporting import picture
 from dti_dist.reporting.inspect import text, view_pack
+from tests.impressions import prepare_impressions
 from tests.launching import write_config
 
 N, K, LAYERS = 5, 8, 2
@@ -333,3 +334,30 @@ def test_without_matplotlib_the_extra_is_named(config, tmp_path, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["inspect", str(config), "--out", str(tmp_path / "pack.png")]) == 2
     assert "pip install 'dti-dist[plots]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_targets_that_were_shown_at_once_read_the_history_before_them_alone(
+    tmp_path, policy, capsys
+):
+    data = prepare_impressions(tmp_path)
+    path = write_config(tmp_path / "config.yaml", data, pack={"length": 4096})
+    config = load_config(path, [f"attention.policy={policy}"])
+    seen_candidates = 0
+    for sample in range(1, 6):
+        view = view_pack(config, sample=sample, target=1, targets=inspection.MOST_TARGETS)
+        assert view.outside == 0
+        assert len(view.targets) <= inspection.MOST_TARGETS
+        for number, target in enumerate(view.targets):
+            for line, share in zip(view.lines, view.reads[number], strict=True):
+                if line is target:
+                    assert share > 0
+                elif share:  # history from before its request
+                    assert line.label
+                    assert line.last <= target.before
+            seen_candidates += not target.label
+        assert text(view)
+    assert seen_candidates
+    out = tmp_path / "pack.png"
+    assert main(["inspect", str(path), "--out", str(out)]) == 0
+    assert out.stat().st_size > 1000

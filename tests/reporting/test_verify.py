@@ -7,6 +7,7 @@ import torch
 
 from dti_dist.attention import backend, intervals, scheme
 from dti_dist.cli import main
+from tests.impressions import prepare_impressions
 from tests.launching import write_config
 
 
@@ -109,3 +110,28 @@ def test_samples_that_see_each_other_are_found_out(capsys, config, monkeypatch):
 def test_verifying_leaves_no_run_behind(capsys, config, tmp_path):
     verify(capsys, config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("policy", ["budget", "isolated", "windowed"])
+def test_nothing_that_was_shown_at_once_reaches_a_target_and_a_fault_is_found_out(
+    capsys, tmp_path, policy, monkeypatch
+):
+    data = prepare_impressions(tmp_path)
+    config = write_config(
+        tmp_path / "config.yaml", data, pack={"length": 4096}, attention={"policy": policy}
+    )
+    capsys.readouterr()
+    arguments = ["verify", str(config), "--json", "--samples", "6"]
+    assert main(arguments) == 0
+    own = json.loads(capsys.readouterr().out)[0]
+    assert "what was shown with it" in own["claim"]
+    assert (own["verdict"], own["largest"]) == ("holds", 0)
+    right = intervals._in_window
+
+    def sees_what_lies_between(*about):
+        ranges = right(*about)
+        return [(ranges[0][0], ranges[-1][1])]
+
+    monkeypatch.setattr(intervals, "_in_window", sees_what_lies_between)
+    assert main(arguments) == 1
+    assert json.loads(capsys.readouterr().out)[0]["verdict"] == "BROKEN"

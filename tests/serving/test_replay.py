@@ -10,42 +10,13 @@ from dti_dist.data.dataset import iter_sequences
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.serving.pretrained import load_exported
 from tests.export.exported import export_random_weights, target_scores
-
-ITEMS, USERS, REQUESTS = 400, 40, 12
-SIZES = [1, 2, 3, 5, 8, 10]
+from tests.impressions import prepare_impressions
+from tests.launching import job, run, write_config
 
 
 @pytest.fixture(scope="module")
 def impressions(tmp_path_factory):
-    """Requests of 1 to 300 items, one to three of them clicked, as `prepare events` reads them."""
-    folder = tmp_path_factory.mktemp("impressions")
-    rng = np.random.default_rng(0)
-    rows = []
-    for user in range(USERS):
-        for request in range(REQUESTS):
-            size = 300 if (user, request) in [(3, 11), (5, 4)] else int(rng.choice(SIZES))
-            clicked = rng.choice(size, min(size, int(rng.integers(0, 4))), replace=False)
-            time = 1_700_000_000 + request * 90_000 + int(rng.integers(0, 80_000))
-            rows += [
-                {
-                    "user": f"u{user}",
-                    "request": f"{user}-{request}",
-                    "item": f"i{item}",
-                    "time": time + int(rng.integers(0, 30)),
-                    "click": place in clicked,
-                }
-                for place, item in enumerate(rng.choice(ITEMS, size, replace=False))
-            ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "log.parquet")
-    titles = [f"{['red', 'blue', 'green'][i % 3]} thing {i}" for i in range(ITEMS)]
-    items = {"item": [f"i{i}" for i in range(ITEMS)], "title": titles}
-    pq.write_table(pa.table(items), folder / "items.parquet")
-    command = ["prepare", "events", f"{folder}/log.parquet", "--items", f"{folder}/items.parquet"]
-    command += ["--user-col", "user", "--item-col", "item", "--time-col", "time"]
-    command += ["--request-col", "request", "--label", "click", "--history", "label = 1"]
-    command += ["--text-cols", "title", "--out", str(folder / "data")]
-    assert main(command) == 0
-    return folder / "data"
+    return prepare_impressions(tmp_path_factory.mktemp("impressions"))
 
 
 @pytest.mark.parametrize(
@@ -101,3 +72,24 @@ def test_evaluating_a_log_and_replaying_it_agree_on_every_target(
     for found in (sliding, streaming):
         assert np.abs(scores - [found[target] for target in targets]).max() < 1e-5
     assert np.std(scores) > 0.01
+
+
+def test_a_trained_run_is_evaluated_and_replayed_alike(impressions, tmp_path, capsys):
+    config = write_config(tmp_path / "config.yaml", impressions, pack={"length": 4096})
+    run(job(2, config), tmp_path / "log")
+    of_run = str(tmp_path / "run")
+    predictions = tmp_path / "predictions.parquet"
+    assert main(["evaluate", of_run, "--predictions", str(predictions)]) == 0
+    found = pq.read_table(predictions).group_by(["user_id", "timestamp"], use_threads=False)
+    found = found.aggregate([("item_id", "list"), ("probability", "list")])
+    assert max(map(len, found["item_id_list"].to_pylist())) == 300
+    requests = pa.table({name: found[name] for name in ("user_id", "timestamp")})
+    requests = requests.append_column("candidates", found["item_id_list"])
+    pq.write_table(requests, tmp_path / "requests.parquet")
+    command = ["score", of_run, "--requests", str(tmp_path / "requests.parquet")]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    scores = np.concatenate(pq.read_table(tmp_path / "out")["scores"].to_pylist())
+    expected = np.concatenate(found["probability_list"].to_pylist())
+    assert np.abs(scores - expected).max() < 1e-5
+    assert np.std(scores) > 1e-3

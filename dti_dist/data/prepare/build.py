@@ -236,7 +236,7 @@ def _shared_times(found: Findings) -> str | None:
         return said
     return (
         f"WARNING: {said}. Where they were shown together, serving can't know these: use "
-        "--requests time or --request-col"
+        "--requests time, or for events --request-col"
     )
 
 
