@@ -117,24 +117,26 @@ def _blocks(
     wanted = count * requests
     blocks, found = [], 0
     for batch in iter_sequences(scorer.dataset, "test"):
-        blocks.append(SequenceBlock.from_arrow(batch.rows, found))
+        blocks.append(SequenceBlock.from_arrow(batch.rows, found, scorer.by_request))
         found += batch.rows.num_rows
         if found >= wanted:
             break
     users = SequenceBlock.join(blocks)
     stamps = users.timestamps
     assert stamps is not None
+    history = users.requests.history
     made = []
     for first in range(0, wanted, requests):
         chosen = np.arange(first, first + requests) % len(users.rows)
-        spans = [slice(*users.offsets[row : row + 2]) for row in chosen]
-        lengths = [span.stop - span.start for span in spans]
-        last = np.array([stamps[span][-1] for span in spans])
+        bounds = [users.offsets[row : row + 2] for row in chosen]
+        of_users = [start + np.flatnonzero(history[start:end]) for start, end in bounds]
+        last = np.array([stamps[end - 1] for _, end in bounds])
+        source = np.concatenate(of_users)
         raw = RawRequests(
-            items=np.concatenate([users.item_ids[span] for span in spans]).astype(np.int64),
-            labels=np.concatenate([users.labels[span] for span in spans]),
-            timestamps=np.concatenate([stamps[span] for span in spans]),
-            offsets=np.cumsum([0, *lengths]),
+            items=users.item_ids[source].astype(np.int64),
+            labels=users.labels[source],
+            timestamps=stamps[source],
+            offsets=np.cumsum([0, *map(len, of_users)]),
             candidates=rng.integers(0, len(scorer.items.tokens.lengths), requests * candidates),
             candidate_offsets=np.arange(requests + 1) * candidates,
             times=last + 1,
