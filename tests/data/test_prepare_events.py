@@ -251,9 +251,9 @@ def test_users_sorted_part_by_part_give_the_same_files(tmp_path, monkeypatch, so
         queries.append(query)
         return stream(connection, query, rows)
 
-    monkeypatch.setattr("dti_dist.data.prepare.build.stream", noted)
-    monkeypatch.setattr("dti_dist.data.prepare.build._SORTED_BYTES", (1 << 30) // sorted_at_once)
-    monkeypatch.setattr("dti_dist.data.prepare.build._SORTING_SHARE", 1)
+    monkeypatch.setattr("dti_dist.data.prepare.duck.stream", noted)
+    monkeypatch.setattr("dti_dist.data.prepare.duck._SORTED_BYTES", (1 << 30) // sorted_at_once)
+    monkeypatch.setattr("dti_dist.data.prepare.duck._SORTING_SHARE", 1)
     parts = build(tmp_path, events, out=tmp_path / "parts", memory_limit="1GiB")
     assert parts.manifest.files == whole.manifest.files
     users = sorted(

@@ -48,18 +48,14 @@ from dti_dist.data.dataset import (
 )
 from dti_dist.data.prepare.build import (
     BuildOptions,
-    DuckTables,
-    RowStream,
-    Source,
     Summary,
-    histories,
-    item_batches,
-    load_events,
-    load_items,
     workspace_beside,
 )
+from dti_dist.data.prepare.duck import DuckTables, RowStream, histories, load_events
 from dti_dist.data.prepare.findings import Findings
+from dti_dist.data.prepare.items import item_batches, load_items
 from dti_dist.data.prepare.requests import flags, form_requests
+from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.split import (
     Histories,
     cut_sequences,

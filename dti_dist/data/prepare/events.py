@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dti_dist.data.dataset import RequestRule
-from dti_dist.data.prepare.build import Source
 from dti_dist.data.prepare.input_table import (
     Column,
     FileScan,
@@ -26,6 +25,7 @@ from dti_dist.data.prepare.input_table import (
     survey_with_duckdb,
 )
 from dti_dist.data.prepare.label import Expression
+from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.times import TimeColumn, TimeRule
 from dti_dist.errors import UserError
 from dti_dist.options import RequestOptions

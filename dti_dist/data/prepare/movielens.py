@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from dti_dist.console import progress, say
 from dti_dist.data.dataset import RequestRule
-from dti_dist.data.prepare.build import Source
 from dti_dist.data.prepare.label import Expression
+from dti_dist.data.prepare.source import Source
 from dti_dist.errors import UserError
 from dti_dist.files import replacing
 from dti_dist.options import MOVIELENS_LABEL, MOVIELENS_REQUESTS, MovieLens

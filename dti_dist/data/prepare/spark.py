@@ -51,15 +51,14 @@ from dti_dist.data.dataset import (
 )
 from dti_dist.data.prepare.build import (
     BuildOptions,
-    DuckTables,
-    Source,
     Summary,
     build_dataset,
-    events_query,
 )
+from dti_dist.data.prepare.duck import DuckTables, events_query
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan
 from dti_dist.data.prepare.requests import flags
+from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.split import (
     Histories,
     context_lengths,

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dti_dist.console import progress
-from dti_dist.data.prepare.build import Source
+from dti_dist.data.prepare.source import Source
 from dti_dist.errors import UserError
 from dti_dist.options import SyntheticOptions
 from dti_dist.sql import Workspace, parquet
