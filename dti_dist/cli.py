@@ -285,7 +285,7 @@ def evaluate(
         pictures: Reliability diagram and ROC in the run's eval/; default: if matplotlib is there.
     """
     from dti_dist.evaluation.evaluate import EvaluationOptions, evaluate
-    from dti_dist.evaluation.summary import as_json, figures_table, slices_table
+    from dti_dist.evaluation.summary import as_json, beside_ceilings, figures_table, slices_table
 
     overrides = {"max_targets": max_targets} if max_targets else {}
     chosen = EvaluationOptions(
@@ -303,13 +303,8 @@ def evaluate(
     say(f"{figures_table(figures)}\n")
     if figures["slices"]:
         say(f"{slices_table(figures['slices'])}\n")
-    if figures.get("ceiling") and figures["auc"] is not None:
-        reached = (figures["auc"] - 0.5) / (figures["ceiling"] - 0.5)
-        say(
-            f"{split} AUC {figures['auc']:.4f}; ceiling (AUC of the true click "
-            f"probabilities) {figures['ceiling']:.4f}; (AUC - 0.5) / (ceiling - 0.5) = "
-            f"{reached:.3f}"
-        )
+    for said in beside_ceilings(figures):
+        say(said)
     _refresh_report(Path(run))
 
 

@@ -68,6 +68,19 @@ def _alone(option: str, expected: str, remedy: str) -> Callable[[ArgumentCollect
     return check
 
 
+def _only_with(option: str) -> Callable[[ArgumentCollection], None]:
+    """Refuses other options of a group without this one."""
+
+    def check(arguments: ArgumentCollection) -> None:
+        given = [argument.name for argument in arguments if argument.tokens]
+        if given and option not in given:
+            raise UserError(
+                f"{given[0]}: expected {option} with it; found none. Add it, or leave this out."
+            )
+
+    return check
+
+
 DATA_SETTINGS = Group(
     "Settings of the data set",
     show=False,
@@ -242,14 +255,57 @@ class RequestOptions:
                 )
 
 
+_LENGTHS = Group(
+    "Ways to say how long users are",
+    show=False,
+    validator=_alone(
+        "--interactions-per-user",
+        "one of them to say how many interactions a user has",
+        "Leave one out: requests have --requests-per-user times --shown.",
+    ),
+)
+
+
 @dataclass(frozen=True)
 class SyntheticOptions:
     """How much is generated, from which seed."""
 
     users: int = 2_000
     items: int = 500
-    interactions_per_user: Annotated[int, _N] = 60
+    interactions_per_user: Annotated[int, _N, Parameter(group=("Parameters", _LENGTHS))] = 60
     seed: int = 0
+
+
+_SLATES = Group(
+    "Requests, instead of one item at a time", validator=_only_with("--requests-per-user")
+)
+_OF_SLATES = Parameter(group=_SLATES)
+
+
+@dataclass(frozen=True)
+class SlateOptions:
+    """Several items shown at once, to users who like a few categories.
+
+    Attributes:
+        requests_per_user: Show several items at once, so often to each user.
+        shown: Items of a request.
+        clicks: one: exactly one in each request; independent: each item by itself.
+        taste: What it adds to a click's logit that the user likes the item's category; 0: clicks
+            are dealt at random, and the best possible AUC is 0.5.
+        position_bias: The place-th item of a request is looked at with probability
+            place^-position_bias; 0: all are.
+        requests: time: what was shown at once is a request, and clicks alone are history; none:
+            each interaction is a request, and all are history.
+    """
+
+    requests_per_user: Annotated[int | None, Parameter(group=(_SLATES, _LENGTHS), metavar="N")] = (
+        None
+    )
+    shown: Annotated[int, _OF_SLATES, _N] = 5
+    clicks: Annotated[Literal["one", "independent"], _OF_SLATES] = "one"
+    taste: Annotated[float, _OF_SLATES] = 3.0
+    position_bias: Annotated[float, _OF_SLATES] = 0.0
+    requests: Annotated[Literal["time", "none"], _OF_SLATES] = "time"
 
 
 @dataclass(frozen=True)

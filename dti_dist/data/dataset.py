@@ -56,6 +56,11 @@ _FOOTERS_KEPT = 256  # a footer takes some hundred bytes for each column of each
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
 SPLITS = ("train", "valid", "test")
+CEILINGS = {
+    "ceiling": "the true click probabilities",
+    "history_ceiling": "the click probabilities that follow from the history before a request",
+}
+"""Names of AUCs that no model can beat, and of what they are the AUC."""
 Split = Literal["train", "valid", "test"]
 
 
@@ -376,10 +381,11 @@ class Dataset:
         return sequence_schema(self.manifest.requests).names
 
     @property
-    def ceiling(self) -> dict[str, float] | None:
-        """AUC of the true click probabilities on valid and test, which no model can beat; None
-        where they are unknown, that is, for all but synthetic data."""
-        return self.manifest.source.get("ceiling")
+    def ceilings(self) -> dict[str, dict[str, float]]:
+        """By name (CEILINGS), AUCs on valid and test that no model can beat; none are known but of
+        synthetic data."""
+        source = self.manifest.source
+        return {name: source[name] for name in CEILINGS if name in source}
 
     def items_table(self) -> pa.Table:
         """All items: item_id (int64, equal to the row number), source_id, text columns."""

@@ -79,8 +79,8 @@ def evaluate(
         overrides: evaluation settings that replace the run's.
 
     Returns:
-        The figures on rank 0, None on the others. With synthetic data they include the ceiling:
-        the AUC of the true click probabilities.
+        The figures on rank 0, None on the others. With synthetic data they include the CEILINGS
+        that are known.
     """
     run = RunFolder(run_dir)
     config = run.read_config(DATA, MODEL, DEEPSPEED)
@@ -219,13 +219,16 @@ class _Evaluation:
                 figures |= measure_requests(connection, "targets")
             groups = read_groups(connection, "targets", figures["users"], by_request=by_request)
             drawn = draw(len(groups), options.resamples) if options.resamples else None
-            ceiling = dataset.ceiling or {}
             figures |= {
                 "split": self.split,
                 "prompt": self.prompt,
                 "checkpoint": self.commit.folder.name,
                 "max_targets": self.config.evaluation.max_targets,
-                **({"ceiling": ceiling[self.split]} if self.split in ceiling else {}),
+                **{
+                    name: by_split[self.split]
+                    for name, by_split in dataset.ceilings.items()
+                    if self.split in by_split
+                },
                 "intervals": None if drawn is None else intervals(figures, groups, drawn),
                 "bootstrap": {
                     "resamples": options.resamples,

@@ -37,6 +37,7 @@ LABELS = {
     "requests": Label("requests", "{:,}"),
     "requests_of_one_class": Label("requests of one label", "{:,}"),
     "ceiling": Label("AUC of the true probabilities"),
+    "history_ceiling": Label("AUC of the probabilities given the history"),
 }
 """In the order of a table's rows."""
 

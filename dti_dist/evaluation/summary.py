@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from dti_dist.console import table
+from dti_dist.data.dataset import CEILINGS
 from dti_dist.evaluation.bootstrap import METRICS
 from dti_dist.evaluation.labels import LABELS
 
@@ -55,6 +56,21 @@ def figures_table(figures: dict[str, Any]) -> str:
         title += f", {figures['requests']:,} requests, of which {both:,} have both labels"
     header = ["", "", "95 % over users" if intervals else ""]
     return f"{title}\n{table(header, lines)}"
+
+
+def beside_ceilings(figures: dict[str, Any]) -> list[str]:
+    """A line for each AUC that is known to be the highest."""
+    lines = []
+    for name, of in CEILINGS.items():
+        ceiling, auc = figures.get(name), figures["auc"]
+        if ceiling is None or auc is None:
+            continue
+        what = name.replace("_", " ")
+        line = f"{figures['split']} AUC {auc:.4f}; {what} (AUC of {of}) {ceiling:.4f}"
+        if ceiling > 0.5:
+            line += f"; (AUC - 0.5) / ({what} - 0.5) = {(auc - 0.5) / (ceiling - 0.5):.3f}"
+        lines.append(line)
+    return lines
 
 
 def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import dti_dist
 from dti_dist.config import RunConfig, TemplateConfig
+from dti_dist.data.dataset import CEILINGS
 from dti_dist.data.template import TIME_GAPS
 from dti_dist.evaluation.labels import LABELS
 from dti_dist.inputs import Inputs
@@ -27,7 +28,7 @@ from dti_dist.runs.metrics_log import logged_until, read_lines
 
 _FIGURES = (
     *("auc", "log_loss", "f1", "accuracy", "gauc", "ne", "ece"),
-    *("request_auc", "mrr", "ndcg@5", "ndcg@10", "ceiling"),
+    *("request_auc", "mrr", "ndcg@5", "ndcg@10", *CEILINGS),
 )
 _HUB_NAMES = {"auc": "roc_auc", "log_loss": "log_loss", "f1": "f1", "accuracy": "accuracy"}
 """What the hub calls the metrics that it knows."""

@@ -22,6 +22,7 @@ from markupsafe import Markup
 import dti_dist
 from dti_dist import words
 from dti_dist.config import RunConfig
+from dti_dist.data.dataset import CEILINGS
 from dti_dist.errors import UserError
 from dti_dist.evaluation.labels import LABELS, prompt_name
 from dti_dist.files import write_out
@@ -173,8 +174,8 @@ def _tiles(run: History) -> list[dict[str, str]]:
         if figures["split"] == "test" and math.isfinite(auc):
             tile("test AUC", f"{auc:.4f}", _interval(figures, "auc", "95 %: "))
             if math.isfinite(way := _way_to_ceiling(figures)):
-                ceiling = number(figures["ceiling"])
-                tile("of the way to the ceiling", f"{way:.1%}", f"from 0.5 to {ceiling:.4f}")
+                to = f"from 0.5 to {_ceiling(figures):.4f}"
+                tile("of the way to the ceiling", f"{way:.1%}", to)
             break
     if run.logged:
         epochs = int(run.logged[-1].get("epoch", 0)) + 1
@@ -229,7 +230,7 @@ def _evaluation_table(run: History) -> dict[str, Any] | None:
         return None
     rows = _metric_rows(run.evaluations)
     if any("ceiling" in figures for figures in run.evaluations):
-        ceilings = [_metric(figures, "ceiling") for figures in run.evaluations]
+        ceilings = [Cell(_shown(_ceiling(figures), "{:.4f}")) for figures in run.evaluations]
         ways = [_shown(_way_to_ceiling(figures), "{:.1%}") for figures in run.evaluations]
         rows += [("AUC's ceiling", ceilings), ("of the way from 0.5 to it", list(map(Cell, ways)))]
     checkpoints = [str(figures.get("checkpoint", words.NONE)) for figures in run.evaluations]
@@ -242,7 +243,7 @@ def _metric_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, list[
     rows = [
         (label.text, [_metric(figures, key) for figures in evaluations])
         for key, label in LABELS.items()
-        if key != "ceiling"
+        if key not in CEILINGS
     ]
     return [row for row in rows if any(cell.text != words.NONE for cell in row[1])]
 
@@ -265,8 +266,13 @@ def _interval(figures: dict[str, Any], key: str, before: str = "") -> str:
     return f"{before}{low:.4f} to {high:.4f}" if math.isfinite(low + high) else ""
 
 
+def _ceiling(figures: dict[str, Any]) -> float:
+    """The lowest that is known."""
+    return min((number(figures[name]) for name in CEILINGS if name in figures), default=math.nan)
+
+
 def _way_to_ceiling(figures: dict[str, Any]) -> float:
-    ceiling = number(figures.get("ceiling"))
+    ceiling = _ceiling(figures)
     return (number(figures.get("auc")) - 0.5) / (ceiling - 0.5) if ceiling > 0.5 else math.nan
 
 

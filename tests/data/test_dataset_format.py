@@ -187,9 +187,11 @@ def test_a_part_without_a_column_of_the_rule_is_refused(tmp_path):
 
 
 def test_ceiling_is_known_for_synthetic_data_only(folder):
-    assert Dataset.open(str(folder)).ceiling.keys() == {"valid", "test"}
+    ceilings = Dataset.open(str(folder)).ceilings
+    assert ceilings.keys() == {"ceiling"}
+    assert ceilings["ceiling"].keys() == {"valid", "test"}
     edit_manifest(folder, source={})
-    assert Dataset.open(str(folder)).ceiling is None
+    assert Dataset.open(str(folder)).ceilings == {}
 
 
 def test_a_folder_without_manifest_is_no_data_set(folder):

@@ -71,6 +71,14 @@ def test_figures_of_a_run_are_those_of_its_folder(tmp_path):
         assert said in text
 
 
+def test_the_way_is_measured_to_the_lowest_ceiling(tmp_path):
+    run = realistic(tmp_path / "slates")
+    run.evaluated(history_ceiling=0.8)
+    text = read(run).text
+    assert "of the way to the ceiling | 77.1% | from 0.5 to 0.8000" in text
+    assert "AUC's ceiling | 0.8000 | 0.8687" in text
+
+
 def write_ended(run, how, why=None):
     run.line(40, ended={"how": how, **({"why": why} if why else {})})
 

@@ -35,6 +35,7 @@ import pyarrow as pa
 from dti_dist.console import progress, say
 from dti_dist.data import storage
 from dti_dist.data.dataset import (
+    CEILINGS,
     MANIFEST,
     SPLITS,
     AppendRecord,
@@ -462,7 +463,7 @@ def _manifest(
             "label_rate": sum(counts.clicks for counts in splits.values()) / targets,
             "split": rule,
             # Of targets that were, and the new ones' probabilities are unknown.
-            "source": {key: value for key, value in old.source.items() if key != "ceiling"},
+            "source": {key: old.source[key] for key in old.source if key not in CEILINGS},
             "statistics": statistics,
             "appends": [*old.appends, record],
             "files": dict(sorted(files.items())),

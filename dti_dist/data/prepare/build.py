@@ -10,7 +10,7 @@ from typing import Protocol
 
 from dti_dist.console import say
 from dti_dist.data import storage
-from dti_dist.data.dataset import Manifest, SplitRule
+from dti_dist.data.dataset import CEILINGS, Manifest, SplitRule
 from dti_dist.data.prepare import statistics
 from dti_dist.data.prepare.duck import DuckTables, load_events
 from dti_dist.data.prepare.findings import Findings
@@ -79,11 +79,11 @@ class Engine(Tables, Protocol):
 
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
-    ) -> tuple[Findings, dict[str, float]]:
+    ) -> tuple[Findings, dict[str, dict[str, float]]]:
         """Cut every history into the splits' sequences and write them.
 
-        Gives what was found on the way, and the AUC of the true click probabilities on valid and
-        test where they are known.
+        Gives what was found on the way, and the source's ceilings: by name, the AUC on valid and
+        test of the targets that have history before their request.
         """
 
 
@@ -130,7 +130,7 @@ def build_dataset(
         )
         refuse_empty_split(rule, users, days)
         say(f"sorting {users.interactions:,} interactions")
-        found, ceiling = tables.write_sequences(writer, users, rule, options)
+        found, ceilings = tables.write_sequences(writer, users, rule, options)
         refuse_split_without_targets(writer.splits)
         manifest = writer.finish(
             name=source.name,
@@ -142,7 +142,7 @@ def build_dataset(
             split=rule,
             requests=source.requests,
             item_text_columns=source.text_columns,
-            source=source.description | ({"ceiling": ceiling} if ceiling else {}),
+            source=source.description | ceilings,
             statistics=read_statistics(tables, users.per_user, days, found.requests()),
         )
     notes = [*source.notes, *of_requests]
@@ -166,9 +166,9 @@ def build_dataset(
         f"targets without history before their request: {found.targets_without_history:,} of "
         f"{found.targets:,}; training and evaluation leave them out unless sample.min_context is 0"
     )
-    if ceiling:
-        known = ", ".join(f"{split} {auc:.4f}" for split, auc in ceiling.items())
-        notes.append(f"AUC of the true click probabilities, which no model can beat: {known}")
+    for name, by_split in ceilings.items():
+        known = ", ".join(f"{split} {auc:.4f}" for split, auc in by_split.items())
+        notes.append(f"AUC of {CEILINGS[name]}, which no model can beat: {known}")
     return Summary(out_uri, manifest, notes, time.monotonic() - started)
 
 

@@ -17,6 +17,7 @@ from dti_dist.options import (
     BuildOptions,
     MovieLens,
     RequestOptions,
+    SlateOptions,
     SyntheticOptions,
     split_at_commas,
 )
@@ -36,7 +37,8 @@ Out = Annotated[
 ]
 Build = Annotated[BuildOptions, Parameter(name="*")]
 Column = Annotated[str, Parameter(metavar="COL")]
-_DEFAULTS, _GENERATED, _REQUESTS = BuildOptions(), SyntheticOptions(), RequestOptions()
+_DEFAULTS, _REQUESTS = BuildOptions(), RequestOptions()
+_GENERATED, _ONE_BY_ONE = SyntheticOptions(), SlateOptions()
 
 
 def _columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
@@ -208,11 +210,17 @@ def events(
 
 
 @prepare.command(
-    help_epilogue="example: dti-dist prepare synthetic --users 2000 --out data/synthetic"
+    help_epilogue="""\
+example:
+  dti-dist prepare synthetic --users 2000 --out data/synthetic
+
+with several items at once, of which one is clicked:
+  dti-dist prepare synthetic --requests-per-user 20 --shown 5 --out data/slates"""
 )
 def synthetic(
     *,
     size: Annotated[SyntheticOptions, Parameter(name="*")] = _GENERATED,
+    slates: Annotated[SlateOptions, Parameter(name="*")] = _ONE_BY_ONE,
     out: Out,
     build: Build = _DEFAULTS,
 ) -> None:
@@ -221,6 +229,13 @@ def synthetic(
     The data set states it; no model can beat it.
     """
     from dti_dist.data.prepare.build import build_dataset
+    from dti_dist.data.prepare.slates import read_slates
     from dti_dist.data.prepare.synthetic import read_synthetic
 
-    print(build_dataset(partial(read_synthetic, **asdict(size)), out, build))
+    given = asdict(size)
+    if slates.requests_per_user is None:
+        read = partial(read_synthetic, **given)
+    else:
+        del given["interactions_per_user"]
+        read = partial(read_slates, **given, **asdict(slates))
+    print(build_dataset(read, out, build))

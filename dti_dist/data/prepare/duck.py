@@ -44,6 +44,8 @@ class DuckTables:
         self.name, self.text_columns = source.name, source.text_columns
         self.split_column = source.split_column
         self.requests = source.requests
+        self.probabilities = tuple(source.ceilings.values())
+        self._ceilings = source.ceilings
         self._event_files = source.event_files
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
@@ -71,9 +73,12 @@ class DuckTables:
 
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
-    ) -> tuple[Findings, dict[str, float]]:
+    ) -> tuple[Findings, dict[str, dict[str, float]]]:
         findings = Findings()
-        ceilings = {split: statistics.Ceiling() for split in ("valid", "test")}
+        ceilings = {
+            name: {split: statistics.Ceiling() for split in ("valid", "test")}
+            for name in self._ceilings
+        }
         with (
             sql_errors("sorting the interactions"),
             progress("writing", users.interactions, "interactions") as bar,
@@ -83,14 +88,18 @@ class DuckTables:
                 for split, begin, end in target_ranges(some, rule):
                     batch = cut_sequences(some, begin, end, options.context_limit)
                     writer.write_sequences(split, batch)
-                    if "probability" in some.columns and split in ceilings:
-                        targets = inside(some, begin, end)
-                        ceilings[split].add(
-                            some.columns["probability"][targets], some.columns["label"][targets]
+                    if split == "train":
+                        continue
+                    for name, column in self._ceilings.items():
+                        measured = inside(some, begin, end) & (some.history_before_request() > 0)
+                        ceilings[name][split].add(
+                            some.columns[column][measured], some.columns["label"][measured]
                         )
                 bar.advance(int(some.lengths.sum()))
-        found = {split: ceiling.auc() for split, ceiling in ceilings.items()}
-        return findings, {split: auc for split, auc in found.items() if auc is not None}
+        return findings, {
+            name: {split: auc for split, found in of.items() if (auc := found.auc()) is not None}
+            for name, of in ceilings.items()
+        }
 
 
 def events_query(tables: DuckTables, source: Source, scan: str) -> str:
@@ -113,7 +122,7 @@ def events_query(tables: DuckTables, source: Source, scan: str) -> str:
             )
     known = "".join(
         f", {name}"
-        for name in ("probability", "split", "request", "is_history", "is_target")
+        for name in (*tables.probabilities, "split", "request", "is_history", "is_target")
         if name in types
     )
     return (
@@ -169,8 +178,7 @@ def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
         "timestamp": "interactions.timestamp",
         "input_order": "interactions.input_order",
     }
-    if "probability" in connection.table("interactions").columns:
-        columns["probability"] = "interactions.probability"
+    columns |= {column: f"interactions.{column}" for column in tables.probabilities}
     if tables.split_column:
         columns["split"] = f"({split_place('interactions.split')})::TINYINT"
     columns |= {flag: f"interactions.{flag}" for flag in flags(tables.requests)}

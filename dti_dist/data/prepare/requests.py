@@ -27,7 +27,8 @@ def form_requests(tables: Tables) -> list[str]:
         tables.define("interactions", "SELECT * FROM events")
         return []
     # All but the time, which is the request's.
-    values = ["label", *flags(rule), *(["split"] if tables.split_column else [])]
+    values = ["label", *flags(rule), *tables.probabilities]
+    values += ["split"] if tables.split_column else []
     rows, notes = "events", []
     if rule.by == "column":
         notes += _take_times_of_requests(tables, values)

@@ -16,12 +16,13 @@ class Source:
     Attributes:
         name: of the data set, for people.
         events: a SELECT that gives, in input order, user_id, item_id (strings), time_us
-            (microseconds since epoch), label (boolean or number), where it is known the click's
-            true probability, and what ``requests`` asks for: request (string), is_history and
-            is_target (boolean).
+            (microseconds since epoch), label (boolean or number), what ``requests`` asks for:
+            request (string), is_history and is_target (boolean), and what ``ceilings`` names.
         items: a SELECT that gives source_id and the text columns, all strings.
         text_columns: their names.
         requests: which interactions form a request; None: each one alone.
+        ceilings: columns of ``events`` with known click probabilities, by the name (CEILINGS) of
+            their AUC.
         description: what ``dataset.json`` says under ``source``.
         notes: lines for the summary.
         split_column: the column of the input that ``events`` gives as split, a string: which split
@@ -35,6 +36,7 @@ class Source:
     items: str
     text_columns: list[str]
     requests: RequestRule | None = None
+    ceilings: dict[str, str] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     split_column: str | None = None

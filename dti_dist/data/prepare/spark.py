@@ -192,6 +192,7 @@ class _SparkTables:
         self.name, self.text_columns = source.name, source.text_columns
         self.split_column = source.split_column
         self.requests = source.requests
+        self.probabilities: tuple[str, ...] = ()
         self._persisted: list[Any] = []
         if source.event_files is None:
             raise UserError(f"{self.name}: --engine spark reads event files; use --engine duckdb.")
@@ -234,7 +235,7 @@ class _SparkTables:
 
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
-    ) -> tuple[Findings, dict[str, float]]:
+    ) -> tuple[Findings, dict[str, dict[str, float]]]:
         limits = (options.shard_interactions, options.row_group_interactions)
         plan = self._plan_parts(users, rule, options.context_limit, limits)
         columns = ", ".join(["timestamp", "time_us", "input_order", *flags(self.requests)])

@@ -26,9 +26,9 @@ class Histories:
     Attributes:
         user_ids: [users]
         lengths: [users] interactions of each
-        columns: [interactions] item_id, label, timestamp, input_order (and probability; what
-            ``requests`` asks for of is_history and is_target; and, where a column says it, split as
-            its place in SPLITS, which never falls within a history)
+        columns: [interactions] item_id, label, timestamp, input_order (and known
+            probabilities; what ``requests`` asks for of is_history and is_target; and, where a
+            column says it, split as its place in SPLITS, which never falls within a history)
     """
 
     user_ids: pa.Array
@@ -63,6 +63,12 @@ class Histories:
             return positions(self.lengths)
         before = np.cumsum(is_history) - is_history
         return before - np.repeat(before[self.starts], self.lengths)
+
+    def history_before_request(self) -> np.ndarray:
+        """[interactions] how much history its user has before the request of each."""
+        firsts = np.flatnonzero(self.begins_request())
+        sizes = np.diff(firsts, append=self.lengths.sum())
+        return np.repeat(self.history_before()[firsts], sizes)
 
     def history_until(self, place: np.ndarray) -> np.ndarray:
         """[users] how much history each has before a place in it."""

@@ -51,9 +51,10 @@ READINESS = 1.2
 TASTE = 0.8
 SWITCH = 0.005
 
-_START = 1_704_067_200  # 2024-01-01 00:00:00 UTC
-_PERIOD_US = 30 * 86_400 * 1_000_000
+START = 1_704_067_200  # 2024-01-01 00:00:00 UTC
+PERIOD_S = 30 * 86_400
 _INTERACTIONS_AT_A_TIME = 1 << 20
+IDS = "'u' || \"user\" AS user_id, 'i' || item AS item_id"  # SQL over what write_events kept
 
 
 def read_synthetic(
@@ -68,33 +69,23 @@ def read_synthetic(
     All users are active in the same 30 days, at uniformly random times, so that a split by time
     finds most of them in each split.
     """
-    for name, value, least in [
-        ("users", users, 1),
-        ("items", items, len(CATEGORIES)),
-        ("interactions-per-user", interactions_per_user, 2),
-        ("seed", seed, 0),
-    ]:
-        if value < least:
-            raise UserError(f"--{name} {value}: expected at least {least}. Choose a larger number.")
+    refuse_small("users", users, 1)
+    refuse_small("items", items, len(CATEGORIES))
+    refuse_small("interactions-per-user", interactions_per_user, 2)
+    refuse_small("seed", seed, 0)
     texts, category, effect = _items(items, seed)
     workspace.connection.register("synthetic_items", texts)
-    events = workspace.folder / "events.parquet"
-    writer = None
-    with progress("generating", users * interactions_per_user, "interactions") as bar:
-        for table in _events(users, interactions_per_user, category, effect, seed):
-            writer = writer or pq.ParquetWriter(events, table.schema, compression="zstd")
-            writer.write_table(table)
-            bar.advance(len(table))
-    if writer:
-        writer.close()
+    events = write_events(
+        workspace,
+        _events(users, interactions_per_user, category, effect, seed),
+        users * interactions_per_user,
+    )
     return Source(
         name="synthetic",
-        events=(
-            "SELECT 'u' || \"user\" AS user_id, 'i' || item AS item_id, time_us, label, "
-            f"probability FROM {parquet([str(events)])}"
-        ),
+        events=f"SELECT {IDS}, time_us, label, probability FROM {events}",
         items="SELECT * FROM synthetic_items",
         text_columns=["title", "details"],
+        ceilings={"ceiling": "probability"},
         description={
             "kind": "synthetic",
             "users": users,
@@ -106,6 +97,25 @@ def read_synthetic(
             "switch": SWITCH,
         },
     )
+
+
+def refuse_small(option: str, value: float, least: int) -> None:
+    if not value >= least:
+        raise UserError(f"--{option} {value}: expected at least {least}. Choose a larger number.")
+
+
+def write_events(workspace: Workspace, events: Iterator[pa.Table], interactions: int) -> str:
+    """Keep the events in a file of the workspace. Gives SQL for its rows."""
+    file = workspace.folder / "events.parquet"
+    writer = None
+    with progress("generating", interactions, "interactions") as bar:
+        for table in events:
+            writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+            writer.write_table(table)
+            bar.advance(len(table))
+    if writer:
+        writer.close()
+    return parquet([str(file)])
 
 
 def _items(count: int, seed: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:
@@ -155,12 +165,12 @@ def _events(
         logit = effect[item] + readiness + np.where(shows_one == favours_one, TASTE, -TASTE)
         probability = 1 / (1 + np.exp(-logit))
         label = random.random(shape) < probability
-        time_us = _START * 1_000_000 + np.sort(random.integers(_PERIOD_US, size=shape), axis=1)
+        time_us = np.sort(random.integers(PERIOD_S * 1_000_000, size=shape), axis=1)
         yield pa.table(
             {
                 "user": np.repeat(np.arange(first, first + count), length),
                 "item": item.ravel().astype(np.int32),
-                "time_us": time_us.ravel(),
+                "time_us": START * 1_000_000 + time_us.ravel(),
                 "label": label.ravel(),
                 "probability": probability.ravel(),
             }

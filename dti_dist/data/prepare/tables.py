@@ -35,7 +35,8 @@ class Tables(Protocol):
 
         events        user_id, item_id, time_us, timestamp (seconds), label (double), input_order;
                       where ``split_column`` names a column of the input, its text as split; as
-                      ``requests`` says, request (string), is_history, is_target
+                      ``requests`` says, request (string), is_history, is_target; the columns
+                      ``probabilities``
         item_sizes    source_id, blank (whether it has no text), characters, words
         interactions  as events, without request: ``form_requests`` makes them
 
@@ -46,6 +47,7 @@ class Tables(Protocol):
     text_columns: list[str]
     split_column: str | None
     requests: RequestRule | None
+    probabilities: tuple[str, ...]
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
         """A small result. ``doing`` says in an error what failed, e.g. "ranking the users"."""
