@@ -23,6 +23,7 @@ Prompt = Literal["sliding_window", "streaming"]
 AppendTo = Literal["roll", "train", "valid", "test"]
 MovieLens = Literal["100k", "1m", "latest-small", "32m"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
+UnknownItemRule = Literal["fail", "drop", "id"]
 
 SPLIT: Split = "test"
 PROMPT: Prompt = "sliding_window"
@@ -164,6 +165,8 @@ class BuildOptions:
         fractions: Shares of the interactions for train, valid and test, with --split time.
         split_times: When valid and test begin, instead of --fractions: two ISO dates or times, or
             seconds since 1970.
+        unknown_items: Where an interaction's item has no text, since the item table has no row for
+            it or an empty one: fail; drop: leave the interaction out; id: the id is the text.
         min_interactions: Users with fewer are left out.
         context_limit: Earlier interactions kept as context in valid and test.
         shard_interactions: At most so many interactions in one Parquet file.
@@ -185,6 +188,7 @@ class BuildOptions:
         _SPLIT,
         Parameter(converter=_moments, n_tokens=1, metavar="TIME,TIME"),
     ] = None
+    unknown_items: Annotated[UnknownItemRule, _OUTPUT] = "fail"
     min_interactions: Annotated[int, _SETTING, _N] = 2
     context_limit: Annotated[int, _SETTING, _N] = 256
     shard_interactions: Annotated[int, _OUTPUT, _N] = 2_000_000

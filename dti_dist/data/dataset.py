@@ -208,6 +208,21 @@ class Statistics(_Record):
     requests: RequestStatistics | None = None
 
 
+class UnknownItems(_Record):
+    """Items of interactions that have no text in the item table.
+
+    Attributes:
+        rule: ``drop``: their interactions were left out; ``id``: their id is their text.
+        items, interactions: how many.
+        users: who had such interactions (``drop`` only).
+    """
+
+    rule: Literal["drop", "id"]
+    items: int
+    interactions: int
+    users: int | None = None
+
+
 class AppendRecord(_Record):
     """What one ``prepare events --append`` added; the timestamps are its first and last."""
 
@@ -218,6 +233,7 @@ class AppendRecord(_Record):
     new_items: int
     first_timestamp: int
     last_timestamp: int
+    unknown_items: UnknownItems | None = None
     source: dict[str, Any] = {}
 
 
@@ -234,6 +250,7 @@ class Manifest(_Record):
     split: SplitRule
     requests: RequestRule | None = None
     item_text_columns: list[str]
+    unknown_items: UnknownItems | None = None
     source: dict[str, Any] = {}
     statistics: Statistics | None = None
     appends: list[AppendRecord] = []

@@ -230,6 +230,24 @@ def test_both_engines_form_the_same_requests(spark, tmp_path, rule, requests):
 
 @needs_java
 @pytest.mark.slow
+@pytest.mark.parametrize(("rule", "items"), [("drop", 10), ("id", 12)])
+def test_both_engines_treat_unknown_items_alike(spark, tmp_path, rule, items):
+    paths, tables = write_input(tmp_path, random_events(seed=8))
+    table = pq.read_table(tables[0]).slice(2).to_pylist()
+    table[0] |= {"title": None, "kind": " "}
+    pq.write_table(pa.Table.from_pylist(table), tables[0])
+    limits = {"context_limit": 6, "shard_interactions": 60, "row_group_interactions": 20}
+    duck, spark_made = both(tmp_path, paths, tables, unknown_items=rule, **limits)
+    assert spark_made.manifest == duck.manifest
+    assert spark_made.notes == duck.notes
+    found = duck.manifest.unknown_items
+    assert (found.rule, found.items) == (rule, 3)
+    assert found.interactions > 10
+    assert duck.manifest.counts.items == items
+
+
+@needs_java
+@pytest.mark.slow
 def test_both_engines_refuse_alike(spark, tmp_path):
     paths, items = write_input(tmp_path, random_events(seed=7))
     pq.write_table(pq.read_table(items[0]).slice(2), tmp_path / "few.parquet")

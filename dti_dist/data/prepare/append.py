@@ -54,7 +54,13 @@ from dti_dist.data.prepare.build import (
 )
 from dti_dist.data.prepare.duck import DuckTables, RowStream, histories, load_events
 from dti_dist.data.prepare.findings import Findings
-from dti_dist.data.prepare.items import item_batches, load_items
+from dti_dist.data.prepare.items import (
+    empty_texts,
+    item_batches,
+    keep_known,
+    load_items,
+    number_items,
+)
 from dti_dist.data.prepare.requests import flags, form_requests
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.split import (
@@ -115,9 +121,12 @@ def append_to_dataset(
         source = replace(source, text_columns=dataset.manifest.item_text_columns)
         tables = DuckTables(workspace, source)
         old = _OldTables(tables, dataset)
-        load_items(tables, source, known="known_items")
+        load_items(tables, source)
         load_events(tables, source)
         check_events(tables)
+        unknown = number_items(tables, tables, options.unknown_items)
+        of_texts = empty_texts(tables, first=dataset.manifest.counts.items)
+        unknown_items, of_items = keep_known(tables, options.unknown_items, unknown)
         of_requests = form_requests(tables)
         days = count_days(tables, targets_of(tables, "interactions"))
         _check_newer(tables, dataset.manifest)
@@ -169,6 +178,7 @@ def append_to_dataset(
         new_items=writer.items,
         first_timestamp=added.first_timestamp,
         last_timestamp=added.last_timestamp,
+        unknown_items=unknown_items,
         source=source.description,
     )
     old_files = {p: entry for p, entry in dataset.manifest.files.items() if p not in replaced}
@@ -180,7 +190,8 @@ def append_to_dataset(
             "changed it since. Run this one again."
         )
     write_manifest(uri, manifest)
-    notes = [*_notes(source, dataset.manifest, record, writer.splits), *of_requests]
+    notes = _notes(source, dataset.manifest, record, writer.splits)
+    notes += [*of_texts, *of_items, *of_requests]
     return Summary(uri, manifest, notes, time.monotonic() - started, list(new))
 
 
@@ -251,7 +262,7 @@ def _check_newer(tables: DuckTables, manifest: Manifest) -> None:
     last = max(counts.last_timestamp or 0 for counts in manifest.counts.splits.values())
     (found,) = tables.rows(
         "SELECT count(*) AS total, count(CASE WHEN timestamp <= "
-        f"{last} THEN 1 END) AS old, min(timestamp) AS first FROM events",
+        f"{last} THEN 1 END) AS old, min(timestamp) AS first FROM known_events",
         "comparing times",
     )
     if found["old"]:

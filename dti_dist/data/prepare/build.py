@@ -14,7 +14,13 @@ from dti_dist.data.dataset import CEILINGS, Manifest, SplitRule
 from dti_dist.data.prepare import statistics
 from dti_dist.data.prepare.duck import DuckTables, load_events
 from dti_dist.data.prepare.findings import Findings
-from dti_dist.data.prepare.items import item_batches, load_items
+from dti_dist.data.prepare.items import (
+    empty_texts,
+    item_batches,
+    keep_known,
+    load_items,
+    number_items,
+)
 from dti_dist.data.prepare.requests import form_requests
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.tables import (
@@ -77,6 +83,9 @@ class Summary:
 class Engine(Tables, Protocol):
     """Tables of an engine that also sorts and writes."""
 
+    def take_items(self, writer: DatasetWriter) -> None:
+        """Make ``told_items`` of the items that were written."""
+
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
     ) -> tuple[Findings, dict[str, dict[str, float]]]:
@@ -91,15 +100,15 @@ def build_dataset(
     read_source: Callable[[Workspace], Source],
     out_uri: str,
     options: BuildOptions,
-    engine: Callable[[DuckTables, Source, DatasetWriter], Engine] | None = None,
+    engine: Callable[[DuckTables, Source], Engine] | None = None,
 ) -> Summary:
     """Build a prepared data set and publish it at ``out_uri`` when it is complete.
 
-    ``engine`` reads the interactions, given the tables of items and the writer that has written
-    them; by default DuckDB does.
+    ``engine`` reads the interactions; by default DuckDB does.
 
     Raises UserError, and publishes nothing, for an existing target without ``force``, for input
-    that breaks what Source promises, and for an empty split.
+    that breaks what Source promises, for items without text unless the options say what becomes of
+    them, and for an empty split.
     """
     started = time.monotonic()
     with (
@@ -112,11 +121,15 @@ def build_dataset(
         source = read_source(workspace)
         duck = DuckTables(workspace, source)
         load_items(duck, source)
-        writer.write_items(item_batches(duck), source.text_columns)
         if engine is None:
             load_events(duck, source)
-        tables = engine(duck, source, writer) if engine else duck
+        tables = engine(duck, source) if engine else duck
         check_events(tables)
+        unknown = number_items(duck, tables, options.unknown_items)
+        of_texts = empty_texts(duck)
+        writer.write_items(item_batches(duck), source.text_columns)
+        tables.take_items(writer)
+        unknown_items, of_items = keep_known(tables, options.unknown_items, unknown)
         of_requests = form_requests(tables)
         users = count_users(tables, options.min_interactions)
         days = count_days(tables, targets_of(tables, users.kept_events))
@@ -142,10 +155,11 @@ def build_dataset(
             split=rule,
             requests=source.requests,
             item_text_columns=source.text_columns,
+            unknown_items=unknown_items,
             source=source.description | ceilings,
-            statistics=read_statistics(tables, users.per_user, days, found.requests()),
+            statistics=read_statistics(duck, users.per_user, days, found.requests()),
         )
-    notes = [*source.notes, *of_requests]
+    notes = [*source.notes, *of_texts, *of_items, *of_requests]
     if manifest.label_rate in (0, 1):
         notes.append(
             f"WARNING: all labels are {manifest.label_rate:g}, so there is nothing to learn. Check "

@@ -62,6 +62,22 @@ class DuckTables:
     def define(self, table: str, query: str) -> None:
         self.connection.execute(f"CREATE VIEW {table} AS {query}")
 
+    def bring(self, table: str, query: str, doing: str) -> None:
+        self.create(table, query, doing)
+
+    def add(self, table: str, rows: pa.Table, doing: str) -> None:
+        """Add rows to a table, which the first ones make."""
+        with sql_errors(f"{self.name}: {doing}"):
+            self.connection.register("added", rows)
+            self.connection.execute(
+                f"CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM added LIMIT 0"
+            )
+            self.connection.execute(f"INSERT INTO {table} SELECT * FROM added")
+            self.connection.unregister("added")
+
+    def take_items(self, writer: DatasetWriter) -> None:
+        """``number_items`` has made ``told_items`` here."""
+
     def place(self, input_order: int) -> str:
         row = input_order
         for file, scan in self._event_files.one_by_one() if self._event_files else []:
@@ -173,7 +189,7 @@ def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
     """
     connection = tables.connection
     columns = {
-        "item_id": "items.item_id::INTEGER",
+        "item_id": "told_items.item_id::INTEGER",
         "label": "interactions.label::TINYINT",
         "timestamp": "interactions.timestamp",
         "input_order": "interactions.input_order",
@@ -186,7 +202,7 @@ def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
     ranked = (
         f"SELECT ranks.rank, interactions.time_us, {values} FROM interactions "
         "JOIN ranks ON interactions.user_id = ranks.user_id "
-        "JOIN items ON interactions.item_id = items.source_id"
+        "JOIN told_items ON interactions.item_id = told_items.source_id"
     )
     most = max(int(memory_bytes(connection) * _SORTING_SHARE / _SORTED_BYTES), 1)
     parts = connection.sql(

@@ -16,7 +16,7 @@ def flags(rule: RequestRule | None) -> list[str]:
 
 
 def form_requests(tables: Tables) -> list[str]:
-    """Make the table ``interactions`` of the rows of ``events``, and give lines for the summary.
+    """Make the table ``interactions`` of ``known_events``, and give lines for the summary.
 
     Without requests they are the same. With requests an interaction's time is that of its request,
     rows of one user, item and request are one interaction, and what is neither history nor a target
@@ -24,12 +24,12 @@ def form_requests(tables: Tables) -> list[str]:
     """
     rule = tables.requests
     if rule is None:
-        tables.define("interactions", "SELECT * FROM events")
+        tables.define("interactions", "SELECT * FROM known_events")
         return []
     # All but the time, which is the request's.
     values = ["label", *flags(rule), *tables.probabilities]
     values += ["split"] if tables.split_column else []
-    rows, notes = "events", []
+    rows, notes = "known_events", []
     if rule.by == "column":
         notes += _take_times_of_requests(tables, values)
         rows = "timed_events"
@@ -62,15 +62,16 @@ def _take_times_of_requests(tables: Tables, values: list[str]) -> list[str]:
     doing = "finding the times of requests"
     tables.create(
         "request_times",
-        "SELECT user_id, request, min(timestamp) AS timestamp FROM events "
+        "SELECT user_id, request, min(timestamp) AS timestamp FROM known_events "
         "GROUP BY user_id, request",
         doing,
     )
-    others = ", ".join(f"events.{column}" for column in ("item_id", *values, "input_order"))
+    others = ", ".join(f"known_events.{column}" for column in ("item_id", *values, "input_order"))
     tables.create(
         "timed_events",
-        f"SELECT events.user_id, request_times.timestamp, {others} FROM events JOIN request_times "
-        "ON events.user_id = request_times.user_id AND events.request = request_times.request",
+        f"SELECT known_events.user_id, request_times.timestamp, {others} FROM known_events JOIN "
+        "request_times ON known_events.user_id = request_times.user_id AND known_events.request = "
+        "request_times.request",
         doing,
     )
     (found,) = tables.rows(

@@ -57,6 +57,7 @@ from dti_dist.data.prepare.build import (
 from dti_dist.data.prepare.duck import DuckTables, events_query
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan
+from dti_dist.data.prepare.items import is_blank
 from dti_dist.data.prepare.requests import flags
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.split import (
@@ -68,7 +69,6 @@ from dti_dist.data.prepare.split import (
 from dti_dist.data.prepare.tables import (
     UserCounts,
     before_split,
-    item_sizes_select,
     split_place,
 )
 from dti_dist.data.prepare.writer import Cutter, DatasetWriter
@@ -89,15 +89,7 @@ _EVENT_SCHEMA = pa.schema(
         ("input_order", pa.int64()),
     ]
 )
-_ITEM_SCHEMA = pa.schema(
-    [
-        ("item_id", pa.int64()),
-        ("source_id", pa.string()),
-        ("blank", pa.bool_()),
-        ("characters", pa.int64()),
-        ("words", pa.int64()),
-    ]
-)
+_ITEM_SCHEMA = pa.schema([("item_id", pa.int64()), ("source_id", pa.string())])
 Key = tuple[str, str]  # MD5 of the user's id, and the id: the order of rows
 Batches = Iterable[pa.RecordBatch]
 
@@ -117,8 +109,8 @@ def build_with_spark(
     """
     with _session(master) as spark, ExitStack() as stack:
 
-        def read_events(duck: DuckTables, source: Source, writer: DatasetWriter) -> _SparkTables:
-            return stack.enter_context(closing(_SparkTables(spark, duck, source, writer)))
+        def read_events(duck: DuckTables, source: Source) -> _SparkTables:
+            return stack.enter_context(closing(_SparkTables(spark, duck, source)))
 
         read = partial(read_source, survey=partial(_survey, spark))
         return build_dataset(read, out_uri, options, read_events)
@@ -187,8 +179,8 @@ def _task_errors() -> Iterator[None]:
 class _SparkTables:
     """The raw interactions as views of Spark; see Engine."""
 
-    def __init__(self, spark: Any, duck: DuckTables, source: Source, writer: DatasetWriter):
-        self._spark = spark
+    def __init__(self, spark: Any, duck: DuckTables, source: Source):
+        self._spark, self._duck = spark, duck
         self.name, self.text_columns = source.name, source.text_columns
         self.split_column = source.split_column
         self.requests = source.requests
@@ -200,9 +192,6 @@ class _SparkTables:
         query = events_query(duck, source, "{}")
         say(f"{self.name}: reading the interactions")
         self._scan("events", source.event_files, query, _event_schema(self))
-        parts = tuple(storage.join(writer.uri, path) for path in sorted(writer.files))
-        sizes = FileScan.of_parquet(item_sizes_select(self.text_columns), parts)
-        self._scan("item_sizes", sizes, "SELECT * FROM ({})", _ITEM_SCHEMA)
 
     def close(self) -> None:
         for frame in self._persisted:
@@ -217,6 +206,16 @@ class _SparkTables:
 
     def define(self, table: str, query: str) -> None:
         self._spark.sql(query).createOrReplaceTempView(table)
+
+    def bring(self, table: str, query: str, doing: str) -> None:
+        for rows in _to_driver(self._spark.sql(query)):
+            self._duck.add(table, rows, doing)
+
+    def take_items(self, writer: DatasetWriter) -> None:
+        parts = tuple(storage.join(writer.uri, path) for path in sorted(writer.files))
+        scan = FileScan.of_parquet("SELECT *", parts)
+        query = f"SELECT item_id, source_id FROM ({{}}) WHERE NOT {is_blank(self.text_columns)}"
+        self._scan("told_items", scan, query, _ITEM_SCHEMA)
 
     def place(self, input_order: int) -> str:
         number, row = divmod(input_order, 1 << _ROW_BITS)
@@ -241,10 +240,10 @@ class _SparkTables:
         columns = ", ".join(["timestamp", "time_us", "input_order", *flags(self.requests)])
         split = f", CAST({split_place('split')} AS TINYINT) AS split" if self.split_column else ""
         interactions = self._spark.sql(
-            "SELECT user_id, CAST(item_sizes.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
+            "SELECT user_id, CAST(told_items.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
             f"label, {columns}{', split' if split else ''} FROM (SELECT interactions.user_id, "
             f"interactions.item_id AS source_id, label, {columns}{split} FROM {users.kept_events}) "
-            "AS kept JOIN item_sizes USING (source_id)"
+            "AS kept JOIN told_items USING (source_id)"
         )
         cut = partial(
             _cut, rule, self.requests, options.context_limit, plan, _INTERACTIONS_AT_A_TIME
@@ -292,8 +291,7 @@ class _SparkTables:
             f"SELECT * FROM ({self._bounds(users, rule)}) ORDER BY md5(user_id), user_id"
         )
         planners = {split: _Planner(Cutter(*limits)) for split in SPLITS}
-        for row in ordered.mapInArrow(_serialise, "rows binary").toLocalIterator():
-            batch = pa.ipc.open_stream(row.rows).read_all()
+        for batch in _to_driver(ordered):
             ends = [np.asarray(batch[name]) for name in ("valid", "test", "interactions")]
             zeros = np.zeros_like(ends[0])
             begins = [zeros, *ends[:-1]]
@@ -413,6 +411,12 @@ def _read_files(spark: Any, scan: FileScan, query: str, schema: pa.Schema, doing
     return spark.createDataFrame(files, "number bigint, file string, scan string").mapInArrow(
         read, _spark_schema(schema)
     )
+
+
+def _to_driver(frame: Any) -> Iterator[pa.Table]:
+    """The rows of a DataFrame, a part at a time."""
+    for row in frame.mapInArrow(_serialise, "rows binary").toLocalIterator():
+        yield pa.ipc.open_stream(row.rows).read_all()
 
 
 def _spark_schema(schema: pa.Schema) -> Any:

@@ -23,7 +23,7 @@ from dti_dist.data.dataset import (
 )
 from dti_dist.data.prepare.statistics import date_of_day, distribution, sizes
 from dti_dist.errors import UserError
-from dti_dist.sql import literal, quote
+from dti_dist.sql import literal
 
 _DAY = 86_400  # seconds
 
@@ -37,8 +37,9 @@ class Tables(Protocol):
                       where ``split_column`` names a column of the input, its text as split; as
                       ``requests`` says, request (string), is_history, is_target; the columns
                       ``probabilities``
-        item_sizes    source_id, blank (whether it has no text), characters, words
-        interactions  as events, without request: ``form_requests`` makes them
+        told_items    item_id (dense), source_id, of the items that have text
+        known_events  those of events whose item is among them: ``keep_known`` makes them
+        interactions  as these, without request: ``form_requests`` makes them
 
     ``input_order`` grows in the order of the files and of the rows in each: equal times keep it.
     """
@@ -58,24 +59,16 @@ class Tables(Protocol):
     def define(self, table: str, query: str) -> None:
         """Let a name stand for a query."""
 
+    def bring(self, table: str, query: str, doing: str) -> None:
+        """Keep the result of a query, no larger than the item table, as a table of DuckDB on this
+        machine."""
+
     def place(self, input_order: int) -> str:
         """Where an interaction is in the input: "row 7 of FILE", counted from 1."""
 
 
-def item_sizes_select(text_columns: list[str]) -> str:
-    """A SELECT for ``item_sizes`` (and item_id), up to its FROM, over ``item_schema`` in DuckDB."""
-    texts = ", ".join(quote(name) for name in text_columns)
-    text = f"concat_ws(' ', {texts})"
-    return (
-        f"SELECT item_id, source_id, trim(concat_ws('', {texts})) = '' AS blank, "
-        f"length(trim({text}))::BIGINT AS characters, "
-        f"len(regexp_extract_all({text}, '\\S+'))::BIGINT AS words"
-    )
-
-
 def check_events(tables: Tables) -> None:
-    """Refuse interactions without user, item, time or label, or whose item is unknown or has no
-    text. Makes the table ``interacted``: item_sizes of each item, and its interactions."""
+    """Refuse interactions without user, item, time, label, or what requests and splits ask for."""
     wrong = {
         "user_id": "coalesce(user_id, '') = ''",
         "item_id": "coalesce(item_id, '') = ''",
@@ -138,7 +131,6 @@ def check_events(tables: Tables) -> None:
             f"letters, in every interaction; {count:,} have something else. The first is {value} "
             f"in {place}. Rename the values, or remove these rows."
         )
-    _check_items(tables)
 
 
 def _interaction(tables: Tables, input_order: int) -> tuple[str, dict[str, Any]]:
@@ -148,37 +140,6 @@ def _interaction(tables: Tables, input_order: int) -> tuple[str, dict[str, Any]]
     )
     place = tables.place(input_order)
     return f"{place} (user {event['user_id']}, item {event['item_id']})", event
-
-
-def _check_items(tables: Tables) -> None:
-    doing = "checking the items of the interactions"
-    tables.create(
-        "interacted",
-        "SELECT per_item.item_id, source_id, blank, characters, words, interactions FROM "
-        "(SELECT item_id, count(*) AS interactions FROM events GROUP BY item_id) AS per_item "
-        "LEFT JOIN item_sizes ON per_item.item_id = item_sizes.source_id",
-        doing,
-    )
-    texts = ", ".join(quote(name) for name in tables.text_columns)
-    for condition, problem in [
-        ("source_id IS NULL", "have an item with no row in the item table"),
-        ("blank", f"have an item with no text (null or blank in {texts})"),
-    ]:
-        (found,) = tables.rows(
-            "SELECT CAST(sum(interactions) AS BIGINT) AS interactions, count(*) AS items "
-            f"FROM interacted WHERE {condition}",
-            doing,
-        )
-        if found["items"]:
-            examples = tables.rows(
-                f"SELECT item_id FROM interacted WHERE {condition} ORDER BY item_id LIMIT 3", doing
-            )
-            raise UserError(
-                f"{tables.name}: {found['interactions']:,} interactions {problem}; "
-                f"{found['items']:,} such items, e.g. "
-                f"{listed([row['item_id'] for row in examples])}. Add them to "
-                "the item table, or remove their interactions."
-            )
 
 
 def listed(names: list[str]) -> str:
@@ -418,15 +379,15 @@ def _boundary(tables: Tables, days: Mapping[int, Day], targets: str, wanted: int
 
 
 def read_statistics(
-    tables: Tables,
+    items: Tables,
     per_user: Mapping[int, int],
     days: Mapping[int, Day],
     requests: RequestStatistics | None,
 ) -> Statistics:
-    """Texts are those of all interactions that were read."""
+    """Texts are those of all ``known_events``; ``items`` has the table ``interacted``."""
 
     def counted(column: str) -> dict[int, int]:
-        found = tables.rows(
+        found = items.rows(
             f"SELECT {column}, CAST(sum(interactions) AS BIGINT) AS interactions FROM interacted "
             f"GROUP BY {column}",
             "measuring the texts",
