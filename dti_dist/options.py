@@ -23,6 +23,7 @@ Prompt = Literal["sliding_window", "streaming"]
 AppendTo = Literal["roll", "train", "valid", "test"]
 MovieLens = Literal["100k", "1m", "latest-small", "32m"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
+MindHistory = Literal["clicks", "column"]
 UnknownItemRule = Literal["fail", "drop", "id"]
 
 SPLIT: Split = "test"
@@ -33,6 +34,7 @@ MFU = 0.4
 MOVIELENS_LABEL = "rating >= 4"
 EVENTS_NAME = "events"
 MOVIELENS_REQUESTS: Literal["time", "none"] = "none"
+MIND_HISTORY: MindHistory = "clicks"
 
 ROUNDS = 3
 PARADIGM_TARGETS = 20_000
@@ -222,6 +224,18 @@ class BuildOptions:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+
+
+_NO_OPTION = Parameter(parse=False)
+
+
+@dataclass(frozen=True)
+class PresplitOptions(BuildOptions):
+    """Of a source that says which split each interaction belongs to."""
+
+    split: Annotated[Literal["time", "leave-last"], _NO_OPTION] = "time"
+    fractions: Annotated[tuple[float, float, float], _NO_OPTION] = (0.8, 0.1, 0.1)
+    split_times: Annotated[tuple[int, int] | None, _NO_OPTION] = None
 
 
 _OF_REQUESTS = Parameter(group=Group("Requests: what was shown at once"))

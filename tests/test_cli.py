@@ -117,6 +117,8 @@ PATHS = [
     "benchmark ablation ~/a --work ~/b",
     "benchmark evaluation --work ~/a",
     "prepare movielens ~/a --cache-dir ~/b --out ~/c --temp-directory ~/d",
+    "prepare mind ~/a --valid ~/b --out ~/c",
+    "prepare mind --train ~/a --test ~/b --out ~/c",
     "prepare synthetic --out ~/a",
     "prepare events ~/a ~/b --items ~/c ~/d --user-col u --item-col i --time-col t --label l "
     "--text-cols x --out ~/e --temp-directory ~/f",

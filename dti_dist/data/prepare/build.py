@@ -63,7 +63,7 @@ class Summary:
             *described,
             "",
             f"{'split':<6} {'sequences':>11} {'targets':>13} {'label rate':>11}   "
-            "first and last target",
+            "first and last interaction",
         ]
         for split, found in counts.splits.items():
             lines.append(

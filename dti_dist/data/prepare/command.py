@@ -15,7 +15,9 @@ from dti_dist.errors import UserError
 from dti_dist.options import (
     AppendTo,
     BuildOptions,
+    MindHistory,
     MovieLens,
+    PresplitOptions,
     RequestOptions,
     SlateOptions,
     SyntheticOptions,
@@ -37,7 +39,7 @@ Out = Annotated[
 ]
 Build = Annotated[BuildOptions, Parameter(name="*")]
 Column = Annotated[str, Parameter(metavar="COL")]
-_DEFAULTS, _REQUESTS = BuildOptions(), RequestOptions()
+_DEFAULTS, _REQUESTS, _PRESPLIT = BuildOptions(), RequestOptions(), PresplitOptions()
 _GENERATED, _ONE_BY_ONE = SyntheticOptions(), SlateOptions()
 
 
@@ -207,6 +209,55 @@ def events(
         from dti_dist.data.prepare.build import build_dataset
 
         print(build_dataset(read, out, build))
+
+
+@prepare.command(
+    help_epilogue="""\
+example:
+  dti-dist prepare mind MIND --out data/mind
+
+where MIND holds MINDsmall_train and MINDsmall_dev, or the folders by name:
+  dti-dist prepare mind --train MINDsmall_train --test MINDsmall_dev \\
+    --out data/mind"""
+)
+def mind(
+    path: Annotated[str | None, options.LOCAL] = None,
+    /,
+    *,
+    train: Annotated[str | None, options.LOCAL, Parameter(metavar="DIR")] = None,
+    valid: Annotated[str | None, options.LOCAL, Parameter(metavar="DIR")] = None,
+    test: Annotated[str | None, options.LOCAL, Parameter(metavar="DIR")] = None,
+    history: MindHistory = options.MIND_HISTORY,
+    out: Out,
+    build: Annotated[PresplitOptions, Parameter(name="*")] = _PRESPLIT,
+) -> None:
+    """The MIND news data set: impressions of several news, and what users clicked before.
+
+    Each impression is a request. An item's texts are title, category, subcategory and abstract.
+
+    Args:
+        path: Folder that holds the folders of train and dev; train is for train and, its last day,
+            for valid, and dev for test.
+        train: Folder for train, instead.
+        valid: Folder for valid (default: the last day of train).
+        test: Folder for test, instead.
+        history: What later targets see: clicks: the History column and the clicks of earlier
+            impressions; column: the column alone.
+    """
+    named = [option for option, given in {"--train": train, "--test": test}.items() if given]
+    if len(named) != (2 if path is None else 0):
+        found = " and ".join(["a PATH"] * (path is not None) + named) or "neither"
+        raise UserError(
+            f"prepare mind: expected either a PATH, or --train and --test; found {found}. Example: "
+            "dti-dist prepare mind MIND --out data/mind"
+        )
+    from dti_dist.data.prepare.build import build_dataset
+    from dti_dist.data.prepare.mind import find_folders, read_mind
+
+    if path is not None:
+        train, test = find_folders(path)
+    read = partial(read_mind, train=str(train), valid=valid, test=str(test), history=history)
+    print(build_dataset(read, out, build))
 
 
 @prepare.command(
