@@ -343,6 +343,7 @@ def _scratch_config(config: ModelConfig, vocabulary: int) -> Any:
         num_attention_heads=scratch.heads,
         num_key_value_heads=scratch.key_value_heads,
         tie_word_embeddings=True,
+        initializer_range=scratch.hidden_size**-0.5,  # 0.02 of transformers is for 2,500
         max_position_embeddings=32768,
         bos_token_id=None,  # Llama's ids would be bytes of this tokenizer
         eos_token_id=None,
