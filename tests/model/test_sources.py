@@ -100,6 +100,15 @@ def test_scratch_weights_depend_on_the_seed_alone():
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_scratch_weights_are_as_large_as_the_width_asks_for():
+    config = ModelConfig.model_validate({"name": "scratch", "scratch": {"hidden_size": 256}})
+    model = sources.load_causal_lm(config, 300, seed=5)
+    matrices = [weight for weight in model.parameters() if weight.ndim == 2]
+    assert len(matrices) == 1 + 7 * config.scratch.layers
+    for matrix in matrices:
+        assert matrix.std().item() == pytest.approx(1 / 16, rel=0.05)
+
+
 def test_label_words_of_a_trained_tokenizer_are_not_cut_out_of_other_words(synthetic):
     from dti_dist.config import TemplateConfig
     from dti_dist.data.dataset import Dataset
