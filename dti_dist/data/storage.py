@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dti_dist.config import StorageConfig
-from dti_dist.console import say
+from dti_dist.console import progress, say
 from dti_dist.data.retrying import (
     CutOff,
     NoBucket,
@@ -242,6 +242,28 @@ def is_local(uri: str) -> bool:
 def join(uri: str, *parts: str) -> str:
     """``join("s3://bucket/data", "train", "part-00000.parquet")``."""
     return "/".join([uri.rstrip("/") or "", *parts])
+
+
+@contextmanager
+def on_this_machine(uri: str, settings: StorageConfig, suffixes: Sequence[str]) -> Iterator[Path]:
+    """A folder where it lies, or for the time of the block a copy of some files of it.
+
+    Args:
+        suffixes: how the names end of files that are copied, which lie in the folder itself.
+    """
+    if is_local(uri):
+        yield Path(filesystem(uri)[1])
+        return
+    found = list_files(uri, settings)
+    wanted = [n for n in found if "/" not in n and n.endswith(tuple(suffixes))]
+    with (
+        tempfile.TemporaryDirectory(prefix="dti-dist-") as folder,
+        progress(f"fetching {redact(uri)}", sum(found[name] for name in wanted), "bytes") as bar,
+    ):
+        for name in wanted:
+            download(join(uri, name), f"{folder}/{name}", settings)
+            bar.advance(found[name])
+        yield Path(folder)
 
 
 def leaves_folder(path: str) -> bool:

@@ -25,6 +25,7 @@ from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.metrics_log import logged_until, read_lines
+from dti_dist.runs.origin import published_origin
 
 _FIGURES = (
     *("auc", "log_loss", "f1", "accuracy", "gauc", "ne", "ece"),
@@ -74,6 +75,7 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
         manifest=manifest,
         made=made,
         base=base,
+        began_with=published_origin(run.origin),
         head=HEADS[config.model.head],
         licence=licence,
         evaluations=evaluations,

@@ -22,6 +22,7 @@ from torch import nn
 
 from dti_dist.config import ModelConfig
 from dti_dist.console import without_library_chatter
+from dti_dist.data import storage
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.index import ProcessGroup
 from dti_dist.data.template import Template
@@ -37,6 +38,7 @@ from dti_dist.model.weights import (
     fill,
     hollow,
 )
+from dti_dist.redaction import redact
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # by the package's own README
@@ -254,7 +256,9 @@ def _own_card(source: Source) -> str:
 
 def load_tokenizer(config: ModelConfig, dataset: Dataset, template: Template) -> tuple[Any, int]:
     """The tokenizer with [SUM], and the id of [SUM]."""
-    if config.name == "scratch":
+    if config.init_from is not None:
+        tokenizer = _kept_tokenizer(config.init_from, dataset)
+    elif config.name == "scratch":
         tokenizer = train_tokenizer(dataset, template, config.scratch.vocab_size)
     else:
         from transformers import AutoTokenizer
@@ -268,6 +272,24 @@ def load_tokenizer(config: ModelConfig, dataset: Dataset, template: Template) ->
                 "Convert it with transformers' convert_slow_tokenizer, or choose another model."
             )
     return tokenizer, add_sum_token(tokenizer)
+
+
+def _kept_tokenizer(place: str, dataset: Dataset) -> Any:
+    """That of a run, or of an exported folder."""
+    from transformers import AutoTokenizer
+
+    with storage.on_this_machine(place, dataset.storage, (".json", ".jinja")) as folder:
+        of_run = folder / "tokenizer"
+        source = of_run if of_run.is_dir() else folder
+        if not (source / "tokenizer.json").exists():
+            raise UserError(
+                f"model.init_from {redact(place)}: expected the folder of a run or an exported "
+                "folder, found no tokenizer.json. Give a run's run_dir, or what dti-dist export "
+                "wrote."
+            )
+        return AutoTokenizer.from_pretrained(
+            str(source), local_files_only=True, trust_remote_code=False
+        )
 
 
 def hollow_causal_lm(config: ModelConfig, vocabulary: int) -> Any:

@@ -30,6 +30,8 @@ from dti_dist.redaction import redact
 from dti_dist.reporting.charts import Chart, draw_calibration
 from dti_dist.reporting.curves import curves
 from dti_dist.reporting.history import History, number
+from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.origin import published_origin
 
 NAME = "report.html"
 
@@ -146,9 +148,11 @@ def _what(run: History) -> str:
     parameters = run.latest.get("parameters")
     sizes = f" ({words.short(parameters)} parameters)" if isinstance(parameters, int) else ""
     lora = f", adapters of rank {model.lora.rank}" if model.lora.rank else ""
+    origin = published_origin(RunFolder(run.folder).origin)
+    began = f", beginning with the weights of {origin}" if origin else ""
     paradigm = "DTI" if sample.paradigm == "dti" else "sliding window"
     return (
-        f"{name}{sizes}{lora} on {_data_name(run)}: {paradigm}, n = {sample.context}, "
+        f"{name}{sizes}{lora}{began} on {_data_name(run)}: {paradigm}, n = {sample.context}, "
         f"k = {sample.k}; policy {attention.policy}, positions {attention.positions}, head "
         f"{model.head}"
     )

@@ -56,6 +56,7 @@ class RunFolder:
     """Paths of a run.
 
     Attributes:
+        origin: where its first weights came from, if it began with another run's or exported ones.
         schedule: learning-rate schedules, each from its step on.
         dataset: the manifest of the data set that the run is trained on.
         stacks: what every thread did when the watchdog ended the job.
@@ -67,6 +68,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.tokenizer = self.path / "tokenizer"
+        self.origin = self.path / "origin.json"
         self.schedule = self.path / "schedule.json"
         self.dataset = self.path / "dataset.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -118,7 +120,9 @@ class RunFolder:
         self._made_here = not self.path.exists()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if not begun:
+        if not begun:  # what is there is of an attempt that may have begun with another model
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
+            self.origin.unlink(missing_ok=True)
             self.keep(config)
         return config
 

@@ -10,7 +10,8 @@ from dti_dist.config import RunConfig
 from dti_dist.errors import UserError
 
 DATA, MODEL, DEEPSPEED = "data.path", "model.name", "training.deepspeed"
-_OTHERS = ("data.cache_dir", "checkpoints.copy_to")
+INIT = "model.init_from"
+_OTHERS = (INIT, "data.cache_dir", "checkpoints.copy_to")
 _NAME_OR_PATH = {MODEL: Path.is_dir, DEEPSPEED: Path.is_file}
 
 
@@ -63,7 +64,7 @@ def check_places(folder: Path, config: RunConfig, *keys: str) -> None:
 
 def same_place(key: str, old: str, new: str) -> bool:
     """Whether a setting that may be a path names the same folder or file, maybe moved."""
-    if key not in _NAME_OR_PATH or not os.path.isabs(new):
+    if key not in (*_NAME_OR_PATH, INIT) or not os.path.isabs(new):
         return False
     moved = os.path.isabs(old) and os.path.basename(old) == os.path.basename(new)
     return moved or os.path.abspath(old) == new

@@ -20,12 +20,15 @@ from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.unpickling import without_code
 
 
-def choose_checkpoint(run: RunFolder, which: str | None = None, aloud: bool = True) -> Commit:
+def choose_checkpoint(
+    run: RunFolder, which: str | None = None, aloud: bool = True, option: str = "--checkpoint"
+) -> Commit:
     """Find `best` (by validation), `last`, or a step's complete checkpoint.
 
     Args:
         which: None for the best or, where that can't be had, the last, which is then said.
         aloud: whether this process is the one that says so.
+        option: what `which` is set by, for errors.
 
     Raises:
         UserError: where there is no such checkpoint.
@@ -45,7 +48,7 @@ def choose_checkpoint(run: RunFolder, which: str | None = None, aloud: bool = Tr
         if which == "best":
             raise UserError(
                 f"{run.checkpoints}: expected the best checkpoint by validation, but {why}. Choose "
-                f"another with --checkpoint: last, {steps}."
+                f"another with {option}: last, {steps}."
             )
         if aloud:
             say(
@@ -110,10 +113,15 @@ class TrainedWeights:
             return self._trained.read(name)
         return self._base(name, parameter)
 
-    def check_base(self) -> None:
-        """Raise UserError where what was read beside the checkpoint is another base model's."""
+    def check_base(self) -> str | None:
+        """The fingerprint of the frozen weights; None where there are none.
+
+        Raises:
+            UserError: what was read beside the checkpoint is another base model's.
+        """
         base = base_fingerprint(self._model, self._base) if self._base else None
         commits.check_base(self._commit, base)
+        return base
 
 
 def trained_tensors(model: CTRModel, commit: Commit) -> Tensors:

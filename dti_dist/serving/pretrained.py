@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import HEADS
 from dti_dist.model.weights import Placement
-from dti_dist.runs.folder import DTI_CONFIG, RunFolder
+from dti_dist.runs.exported import read_settings
+from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from dti_dist.serving.item_texts import ItemTexts
@@ -41,10 +41,6 @@ class Pretrained:
     n: int
     dataset: Dataset | None
     by_request: bool = False
-
-
-def is_run(folder: str | Path) -> bool:
-    return (Path(folder) / "config.yaml").exists() and not (Path(folder) / DTI_CONFIG).exists()
 
 
 def load_run(
@@ -95,7 +91,7 @@ def load_exported(
         UserError: the folder is not one of export, or the data set does not fit it.
     """
     folder = Path(folder)
-    settings = _settings(folder)
+    settings = read_settings(folder)
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"{folder} holds adapters alone. Export the run without --adapter-only, which merges "
@@ -142,24 +138,6 @@ def load_exported(
     cast_parameters(model, dtype)
     by_request = settings.get("requests") is not None
     return Pretrained(model.eval(), items, sample.context, dataset, by_request)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / DTI_CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        problem = f"found {type(found).__name__} in it"
-    except (FileNotFoundError, NotADirectoryError):
-        problem = "there is none"
-        if (folder / "config.yaml").exists():
-            problem += f". It is a run: export it first, with dti-dist export {folder} --out DIR"
-    except (OSError, ValueError) as error:
-        problem = f"found one that can't be read: {error}"
-    raise UserError(
-        f"{folder}: expected a folder that dti-dist export wrote, with {DTI_CONFIG}; {problem}."
-    )
 
 
 def _read_model(folder: Path, head: str, dtype: torch.dtype) -> Any:

@@ -33,12 +33,12 @@ from dti_dist.errors import UserError
 from dti_dist.model.sources import fetch
 from dti_dist.options import ScoringOptions
 from dti_dist.ranks import Ranks, choose_device, join_process_group, leave_process_group
+from dti_dist.runs.exported import is_run
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import choose_checkpoint
 from dti_dist.serving.histories import Histories
 from dti_dist.serving.item_texts import ItemTexts
-from dti_dist.serving.pretrained import is_run
 from dti_dist.serving.request_files import RequestFiles, RequestRows
 from dti_dist.serving.requests import CutRequests, RawRequests
 from dti_dist.serving.scorer import Scorer

@@ -20,10 +20,11 @@ from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import KeptStates
 from dti_dist.ranks import choose_device
+from dti_dist.runs.exported import is_run
 from dti_dist.serving.given import Interaction, ReadRequest, Request, Time, read_requests
 from dti_dist.serving.item_states import ItemStates
 from dti_dist.serving.item_texts import Item, ItemTexts
-from dti_dist.serving.pretrained import Pretrained, is_run, load_exported, load_run
+from dti_dist.serving.pretrained import Pretrained, load_exported, load_run
 from dti_dist.serving.requests import (
     CutRequests,
     RawRequests,

@@ -276,11 +276,15 @@ def newest(folder: Path, ranks: Ranks) -> Commit | None:
     return complete[-1] if complete else None
 
 
-def load(engine: Engine, commit: Commit, ranks: Ranks) -> None:
-    """Restore weights and optimizer, saved by as many ranks or by another number of them."""
+def load(engine: Engine, commit: Commit, ranks: Ranks, workspace: Path) -> None:
+    """Restore weights and optimizer, saved by as many ranks or by another number of them.
+
+    Args:
+        workspace: where a converted copy lies meanwhile; all ranks see it.
+    """
     whole = commit.state.get("base") is None  # else the base model has the frozen weights
     if commit.world == ranks.world:
         engine.load(commit.folder, whole)
     else:
-        with converted(commit, ranks) as universal:
+        with converted(commit, ranks, workspace) as universal:
             engine.load_universal(universal, whole)

@@ -25,12 +25,12 @@ with without_code():
 
 
 @contextmanager
-def converted(commit: Commit, ranks: Ranks) -> Iterator[Path]:
+def converted(commit: Commit, ranks: Ranks, workspace: Path) -> Iterator[Path]:
     """A copy of the checkpoint that any number of ranks can load, removed after the block.
 
     All ranks must call this at once.
     """
-    universal = commit.folder.with_name(f".{commit.folder.name}-universal")
+    universal = workspace / f".{commit.folder.name}-universal"
     try:
         ranks.each(lambda: _convert(commit, universal, ranks.world) if ranks.is_main else None)
         yield universal
@@ -65,5 +65,6 @@ def _convert(commit: Commit, universal: Path, world: int) -> None:
         raise UserError(
             f"{folder} could not be converted for another number of ranks: {' '.join(said)}. The "
             "conversion needs as much disk again as the checkpoint. Start the job with "
-            f"{commit.world} rank(s), as the one that wrote it, or free space in {folder.parent}."
+            f"{commit.world} rank(s), as the one that wrote it, or free space in "
+            f"{universal.parent}."
         )

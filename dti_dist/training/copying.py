@@ -76,8 +76,9 @@ class CheckpointCopies:
             first = name.split("/")[0]
             if first == "tokenizer" and not (self._run_folder.path / name).exists():
                 self._fetch(name, self._run_folder.path / name)
-        if "metrics.jsonl" in files and not local:
-            self._fetch("metrics.jsonl", self._run_folder.metrics)
+        for path in () if local else (self._run_folder.metrics, self._run_folder.origin):
+            if path.name in files:
+                self._fetch(path.name, path)
         for name in reversed(newer):
             if self._fetch_checkpoint(name):
                 break
@@ -172,7 +173,8 @@ class CheckpointCopies:
         for name in json.loads(content)["files"]:
             storage.upload(str(source / name), storage.join(target, name), self._settings)
         run = self._run_folder
-        for path in (*sorted(run.tokenizer.rglob("*")), run.config_file, run.schedule, run.metrics):
+        kept = (run.config_file, run.origin, run.schedule, run.metrics)
+        for path in (*sorted(run.tokenizer.rglob("*")), *kept):
             if path.is_file():
                 name = path.relative_to(run.path).as_posix()
                 storage.upload(str(path), storage.join(self._url, name), self._settings)

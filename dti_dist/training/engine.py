@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dti_dist.config import TrainingConfig
 from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.weights import Reader
 from dti_dist.ranks import Ranks
 from dti_dist.runs.unpickling import without_code
 from dti_dist.zero.configuration import deepspeed_config, import_deepspeed
@@ -121,12 +123,46 @@ class Engine:
         del files.makedirs
         return content
 
+    def keep_float32(self, read: Reader | None, ranks: Ranks) -> None:
+        """Have the optimizer begin with these values, which the model holds rounded.
+
+        All ranks must call this at once.
+
+        Args:
+            read: float32 values of the weights that train, by name; on rank 0.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            value = torch.empty(
+                getattr(parameter, "ds_shape", parameter.shape),
+                dtype=torch.float32,
+                device=ranks.device,
+            )
+            if read is not None:
+                value.copy_(read(name, parameter))
+            dist.broadcast(value, 0)
+            if (part := getattr(parameter, "ds_tensor", None)) is None:
+                safe_set_full_fp32_param(parameter, value)
+                continue
+            size = part.numel()  # of each rank's part; the last one is filled up
+            padded = nn.functional.pad(value.flatten(), (0, ranks.world * size - value.numel()))
+            safe_set_local_fp32_param(parameter, padded[ranks.rank * size :][:size])
+
     def load(self, folder: Path, whole: bool) -> None:
         """Restore weights and optimizer from what as many ranks saved.
+
+        Its hyperparameters stay those of this run.
 
         Args:
             whole: whether the files have all weights, none of them frozen.
         """
+        with self._own_hyperparameters():
+            self._load(folder, whole)
+
+    def _load(self, folder: Path, whole: bool) -> None:
         with without_code():
             path, _ = self._engine.load_checkpoint(
                 str(folder.parent),
@@ -138,22 +174,28 @@ class Engine:
             raise UserError(f"DeepSpeed could not load the checkpoint {folder}.")
 
     def load_universal(self, folder: Path, whole: bool) -> None:
-        """Restore weights and optimizer from a checkpoint converted for any number of ranks."""
+        """`load` from a checkpoint converted for any number of ranks."""
+        self._engine._config.load_universal_checkpoint = True
+        with self._own_hyperparameters():  # DeepSpeed gives all groups the first one's
+            self._load(folder, whole)
+        self._engine._config.load_universal_checkpoint = False
+        # There is one counter of steps, which each group would then advance. Fused AdamW wants it
+        # beside the moments.
+        for moments in self._engine.optimizer.optimizer.state.values():
+            if isinstance(moments.get("step"), torch.Tensor):
+                moments["step"] = moments["step"].to(moments["exp_avg"].device, copy=True)
+
+    @contextmanager
+    def _own_hyperparameters(self) -> Iterator[None]:
+        """Have what the block loads leave them as they are."""
         optimizer = self._engine.optimizer
         hyperparameters = [
             {name: value for name, value in group.items() if name != "params"}
             for group in optimizer.param_groups
         ]
-        self._engine._config.load_universal_checkpoint = True
-        self.load(folder, whole)
-        self._engine._config.load_universal_checkpoint = False
-        # DeepSpeed gives all groups the first one's hyperparameters and one counter of steps, which
-        # each group would then advance. Fused AdamW wants it beside the moments.
+        yield
         for group, own in zip(optimizer.param_groups, hyperparameters, strict=True):
             group.update(own)
-        for moments in optimizer.optimizer.state.values():
-            if isinstance(moments.get("step"), torch.Tensor):
-                moments["step"] = moments["step"].to(moments["exp_avg"].device, copy=True)
 
 
 @contextmanager

@@ -20,15 +20,17 @@ from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
 from dti_dist.runs.trained_on import keep_manifest
 from dti_dist.training.automatic import with_decided
+from dti_dist.training.checkpoint import newest
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import Engine
+from dti_dist.training.initial import open_initial
 from dti_dist.training.job import Job, explained_out_of_memory, open_job
 from dti_dist.training.journal import Interval, Journal
 from dti_dist.training.machine import memory_gib, surroundings
 from dti_dist.training.nonfinite import report_left_out
 from dti_dist.training.profile import Profiler
 from dti_dist.training.progress import Progress
-from dti_dist.training.saving import Saving, newest, resume
+from dti_dist.training.saving import Saving, refuse_other_data, resume
 from dti_dist.training.schedule import Schedule, with_stretches
 from dti_dist.training.signals import STOPPED_BY_SIGNAL
 from dti_dist.training.step import take_step
@@ -51,6 +53,8 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
     with open_job(config) as job:
         ranks, folder = job.ranks, job.folder
         job, copies = _prepare_folder(job)
+        commit = newest(folder.checkpoints, ranks)
+        job, initial = open_initial(job, commit)
         settings = job.config.training
         inputs = Inputs.open_together(config, folder.tokenizer, ranks)
         plan = inputs.stream_plan("train", epochs=settings.epochs, shuffle=True, group=ranks)
@@ -62,7 +66,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
             plan.steps_per_epoch(settings.global_batch_packs),
             settings.max_steps,
         )
-        commit = newest(job, schedule.data)
+        refuse_other_data(job, commit, schedule.data)
         schedule = with_stretches(job, schedule, commit)
         if ranks.is_main:
             keep_manifest(folder.dataset, inputs.dataset.manifest)
@@ -78,8 +82,13 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         if settings.activation_checkpointing:
             model.enable_activation_checkpointing()
         with explained_out_of_memory(job, parameters, trainable, shape.quantized):
-            base = ranks.broadcast(inputs.fill(model, Partitioned(settings, ranks)))
+            placement = Partitioned(settings, ranks)
+            base = ranks.broadcast(
+                initial.fill(inputs, model, placement) if initial else inputs.fill(model, placement)
+            )
             engine = Engine(model, settings, ranks)
+            if initial:
+                initial.complete(engine)
             progress = resume(job, engine, commit, base)
             if ranks.is_main:
                 _introduce(job, plan, schedule, progress, engine, parameters, trainable)

@@ -27,16 +27,12 @@ from dti_dist.training.staging import HostCopies
 _LAST_MOMENTS_S = 5.0
 
 
-def newest(job: Job, data: str) -> Commit | None:
-    """The newest complete checkpoint, the same on all ranks, which must call this at once.
+def refuse_other_data(job: Job, commit: Commit | None, data: str) -> None:
+    """Raise UserError where a checkpoint was trained on other data.
 
     Args:
         data: fingerprint of the training index.
-
-    Raises:
-        UserError: where it was trained on other data.
     """
-    commit = checkpoint.newest(job.folder.checkpoints, job.ranks)
     if commit is not None and (trained_on := commit.state["data"]["fingerprint"]) != data:
         raise UserError(
             f"Checkpoint {commit.folder} counts its steps in other data: expected the index "
@@ -44,7 +40,6 @@ def newest(job: Job, data: str) -> Commit | None:
             "would repeat and leave out samples. Put the run's data set back, or start a new "
             "run_dir."
         )
-    return commit
 
 
 def resume(job: Job, engine: Engine, commit: Commit | None, base: str | None) -> Progress:
@@ -59,7 +54,7 @@ def resume(job: Job, engine: Engine, commit: Commit | None, base: str | None) ->
     if commit is None:
         return Progress()
     commits.check_base(commit, base)
-    checkpoint.load(engine, commit, job.ranks)
+    checkpoint.load(engine, commit, job.ranks, job.folder.checkpoints)
     if job.ranks.is_main:
         say(f"resuming from {commit.folder.name}, {commit.folder}")
     return Progress(**{k: v for k, v in commit.state.items() if k not in ("data", "base")})
