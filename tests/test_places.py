@@ -10,10 +10,10 @@ from dti_dist.cli import main
 from dti_dist.config import validate_config
 from dti_dist.errors import UserError
 from dti_dist.runs.folder import RunFolder, going_on
-from dti_dist.runs.places import DATA, DEEPSPEED, MODEL, absolute
+from dti_dist.runs.places import DATA, DEEPSPEED, INIT, MODEL, absolute
 from tests.launching import job, run, write_config
 
-KEYS = ("data.cache_dir", "checkpoints.copy_to", DATA, MODEL, DEEPSPEED)
+KEYS = ("data.cache_dir", "checkpoints.copy_to", DATA, MODEL, DEEPSPEED, INIT)
 
 
 def config(**paths):
@@ -50,6 +50,7 @@ def relative_to(folder):
         model__name="base/model",
         checkpoints__copy_to="copies",
         training__deepspeed="ds.json",
+        model__init_from="runs/b",
     )
 
 
@@ -98,7 +99,8 @@ def test_a_kept_config_has_absolute_paths_that_another_working_folder_finds(
     monkeypatch.chdir(tmp_path)
     flat = of_run.read_config(DATA, MODEL, DEEPSPEED).flat()
     assert [flat[key] for key in KEYS] == [
-        str(project / name) for name in ("cache", "copies", "data", "base/model", "ds.json")
+        str(project / name)
+        for name in ("cache", "copies", "data", "base/model", "ds.json", "runs/b")
     ]
 
 
@@ -157,14 +159,17 @@ def test_a_relative_path_that_an_earlier_version_kept_says_what_it_is_relative_t
 
 def test_a_run_goes_on_where_a_folder_lies_elsewhere_and_not_with_another(project, monkeypatch):
     old, there = absolute(relative_to(project)), "/workspace"
-    moved = config(model__name=f"{there}/model", training__deepspeed=f"{there}/ds.json")
+    places = {"training__deepspeed": f"{there}/ds.json", "model__init_from": f"{there}/b"}
+    moved = config(model__name=f"{there}/model", **places)
     going_on("there", old, moved, "run_dir")
     going_on("there", relative_to(project), old, "run_dir")  # as an earlier version kept it
-    for name, file, said in (
-        ("other", f"{there}/ds.json", r"model\.name: .*base/model' there, '/workspace/other' now"),
-        ("model", "zero1", r"training\.deepspeed: .*ds.json' there, 'zero1' now"),
+    places["model__name"] = f"{there}/model"
+    for key, other, said in (
+        ("model__name", f"{there}/x", r"model\.name: .*base/model' there, '/workspace/x' now"),
+        ("model__init_from", f"{there}/x", r"model\.init_from: .*b' there, '/workspace/x' now"),
+        ("training__deepspeed", "zero1", r"training\.deepspeed: .*ds.json' there, 'zero1' now"),
     ):
-        new = config(model__name=f"{there}/{name}", training__deepspeed=file)
+        new = config(**{**places, key: other})
         with pytest.raises(UserError, match=said):
             going_on("there", old, new, "run_dir")
 

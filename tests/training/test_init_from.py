@@ -17,6 +17,7 @@ from dti_dist.evaluation.predict import predict
 from dti_dist.inputs import Inputs
 from dti_dist.model.heads import Head
 from dti_dist.ranks import Ranks
+from dti_dist.runs import commits
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from tests.base_models import save_base_model
@@ -339,18 +340,16 @@ def test_what_begins_elsewhere_says_where():
         validate_config({**raw, "model": {"init_checkpoint": "best"}})
 
 
-def test_the_checkpoint_may_be_the_best_or_the_last(synthetic, tmp_path):
-    first = write_config(
-        tmp_path / "first/config.yaml", synthetic, validation={"every_steps": 2, "max_targets": 200}
-    )
-    train(first, "training.max_steps=6", "validation.metric=log_loss", "training.learning_rate=0.3")
-    last = choose_checkpoint(RunFolder(run_dir(first)), "last").folder.name
-    best = choose_checkpoint(RunFolder(run_dir(first)), "best").folder.name
-    assert best != last
-    for which, expected in [("best", best), ("last", last), ("null", best)]:
+def test_the_checkpoint_may_be_the_best_or_the_last(source, synthetic, tmp_path):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    steps = [c.step for c in commits.complete_checkpoints(copy / "checkpoints")[0]]
+    commits.mark_best(copy / "checkpoints", steps[0], "auc", 0.9)
+    for which, expected in [("last", steps[-1]), ("null", steps[0])]:
         overrides = [*STAY, f"model.init_checkpoint={which}"]
-        new, _ = beginning(tmp_path / which, synthetic, run_dir(first), *overrides)
-        assert json.loads((new / "origin.json").read_text())["checkpoint"] == expected
+        new, _ = beginning(tmp_path / which, synthetic, copy, *overrides)
+        origin = json.loads((new / "origin.json").read_text())
+        assert origin["checkpoint"] == commits.tag(expected)
 
 
 def test_an_export_in_an_object_store_is_fetched_and_a_copied_run_there_is_refused(

@@ -258,3 +258,35 @@ def test_another_base_model_beneath_the_adapters_is_refused(trained, tmp_path, c
     assert main(["evaluate", str(copy)]) == 2
     assert "gives others than the run began with" in capsys.readouterr().err
     assert main(["train", str(copy / "config.yaml")]) == 2
+
+
+@pytest.mark.parametrize("trained", HEADS, indirect=True)
+def test_a_run_begins_with_the_adapters_of_another(trained, synthetic, tmp_path, capsys):
+    begin = f"model.init_from={trained['run']}"
+    stay = ["training.max_steps=1", "training.learning_rate=1.0e-30", begin]
+    config = lora_config(tmp_path, synthetic, trained["base"], trained["head"])
+    train(config, *stay, "seed=3", ranks=2)
+    assert torch.equal(
+        torch.tensor(predictions(tmp_path / "run").probability),
+        torch.tensor(predictions(trained["run"]).probability),
+    )
+    for changed, expected in [
+        ("model.lora.rank=2", "model.lora.rank: 4 there, 2 now"),
+        ("model.lora.alpha=4", "model.lora.alpha: 8 there, 4 now"),
+        ("model.lora.rank=0", "With DIR as model.init_from all weights train on; with DIR as mod"),
+    ]:
+        assert main(["train", str(config), *stay, f"run_dir={tmp_path}/b", changed]) == 2
+        assert expected in capsys.readouterr().err
+    other = save_base_model(tmp_path / "base", tied=trained["head"] == "yes_no", seed=1)
+    assert main(["train", str(config), *stay, f"run_dir={tmp_path}/b", f"model.name={other}"]) == 2
+    assert "model.name now gives others than the run began with" in capsys.readouterr().err
+    exported = tmp_path / "exported"
+    assert main(["export", str(trained["run"]), "--out", str(exported)]) == 0
+    into_export = [*stay[:2], f"model.init_from={exported}", f"run_dir={tmp_path}/b"]
+    assert main(["train", str(config), *into_export]) == 2
+    assert "expected a run with model.lora.rank 4, found an exported" in capsys.readouterr().err
+    all_train = [*into_export, "model.lora.rank=0"]  # over the merged weights
+    assert main(["train", str(config), *all_train]) == 0
+    assert predictions(tmp_path / "b").probability == pytest.approx(
+        predictions(trained["run"]).probability, abs=1e-5
+    )

@@ -88,6 +88,14 @@ def test_a_resumed_run_goes_on_over_the_same_bits(quantized, tmp_path):
     assert_same_losses(losses(quantized / "run"), losses(run_dir))
 
 
+def test_a_run_in_bf16_begins_with_the_adapters_of_another(quantized, synthetic, tmp_path):
+    config = lora_config(tmp_path, synthetic, quantized / "base", load_in_4bit=True)
+    stay = ["training.max_steps=1", "training.learning_rate=1.0e-30", "training.precision=bf16"]
+    train(config, ZERO_2, *stay, f"model.init_from={quantized / 'run'}", ranks=2)
+    begun, source = (predictions(folder / "run") for folder in (tmp_path, quantized))
+    assert np.array_equal(begun.probability, source.probability)
+
+
 def test_checkpoints_hold_no_quantized_weight(quantized):
     folder = choose_checkpoint(RunFolder(quantized / "run"), "last").folder
     for file in folder.glob("*model_states.pt"):
