@@ -312,6 +312,8 @@ class SlateOptions:
             are dealt at random, and the best possible AUC is 0.5.
         position_bias: The place-th item of a request is looked at with probability
             place^-position_bias; 0: all are.
+        popularity: The j-th item of a category is shown in proportion to j^-popularity; 0: all
+            alike.
         requests: time: what was shown at once is a request, and clicks alone are history; none:
             each interaction is a request, and all are history.
     """
@@ -323,6 +325,7 @@ class SlateOptions:
     clicks: Annotated[Literal["one", "independent"], _OF_SLATES] = "one"
     taste: Annotated[float, _OF_SLATES] = 3.0
     position_bias: Annotated[float, _OF_SLATES] = 0.0
+    popularity: Annotated[float, _OF_SLATES] = 0.0
     requests: Annotated[Literal["time", "none"], _OF_SLATES] = "time"
 
 

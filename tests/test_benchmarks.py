@@ -20,7 +20,7 @@ from dti_dist.benchmarks import scale as scale_benchmark
 from dti_dist.benchmarks.attention import HEAD_DIM, HEADS, KV_HEADS, TOKENS, N, full_pack
 from dti_dist.benchmarks.data import data_table
 from dti_dist.benchmarks.data_peers import SampleDigest, exchange
-from dti_dist.benchmarks.paradigm import BASELINE, TRAINER, VARIANTS
+from dti_dist.benchmarks.paradigm import BASELINE, BY_REQUEST, TRAINER, VARIANTS, paradigm_table
 from dti_dist.benchmarks.peer_loaders import PACKAGES, PEERS
 from dti_dist.benchmarks.processes import cpu_seconds, resident_mib
 from dti_dist.benchmarks.step import MODEL, PLANS, operators
@@ -48,8 +48,9 @@ def test_paradigm_trains_every_variant_on_the_same_targets_a_token_count_apart(
     assert not list(here.iterdir())
     (result,) = json.loads(capsys.readouterr().out)["grid"]
     variants = result["variants"]
-    assert list(variants) == [*VARIANTS, TRAINER]
+    assert list(variants) == [*(name for name in VARIANTS if name != BY_REQUEST), TRAINER]
     assert variants[BASELINE]["speedup"]["median"] == 1
+    assert variants[BASELINE]["speedup_by_processor_time"]["median"] == 1
     assert variants[TRAINER]["speedup_over_trainer"]["median"] == 1
     # The same prompts, but for padding.
     one, padded = (variants[name]["tokens_per_target"] for name in (BASELINE, TRAINER))
@@ -61,6 +62,30 @@ def test_paradigm_trains_every_variant_on_the_same_targets_a_token_count_apart(
     shared, each = (variants[f"dti, isolated{end}"] for end in ("", ", not shared"))
     assert shared["tokens_per_target"] < each["tokens_per_target"]
     assert result["surroundings"]["versions"]["torch"] == torch.__version__
+
+
+def test_paradigm_on_requests_trains_one_prompt_a_request_beside(capsys, tmp_path):
+    """Each request shows 5 items, of which one was clicked."""
+    data = tmp_path / "data"
+    size = ["--users", "30", "--requests-per-user", "30", "--popularity", "1"]
+    assert main(["prepare", "synthetic", *size, "--out", str(data)]) == 0
+    sample = {"context": 4, "targets": 20}
+    config = write_config(tmp_path / "c.yaml", data, sample=sample, pack={"length": 1024})
+    options = ["--rounds", "2", "--trainer-prompts", "4", "--trainer-batch", "4", "--json"]
+    options += ["--policies", "isolated", "--out", str(tmp_path / "speed.png")]
+    capsys.readouterr()
+    assert main(["benchmark", "paradigm", str(config), *options]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["grid"]
+    assert result["ideal"] is None
+    variants = result["variants"]
+    streaming = ["dti, isolated", "dti, isolated, not shared"]
+    assert list(variants) == [BASELINE, BY_REQUEST, *streaming, TRAINER]
+    assert variants[BY_REQUEST]["speedup_over_request"]["median"] == 1
+    one, by_request, shared, each = (
+        variants[name]["tokens_per_target"] for name in (BASELINE, BY_REQUEST, *streaming)
+    )
+    assert shared < each < by_request < one / 2
+    assert paradigm_table({"grid": [result]}).startswith("n = 4, k = 20\n")
 
 
 def test_a_grid_of_n_and_k_is_measured_and_drawn(capsys, synthetic, tmp_path):

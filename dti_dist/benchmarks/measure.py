@@ -100,11 +100,16 @@ def memory_mib(name: str) -> float:
 
 
 class Turn(NamedTuple):
-    """What one work returned in one round, and what that took."""
+    """What one work returned in one round, and what that took.
+
+    Attributes:
+        processor_s: of all threads; other jobs on the same cores change it less than `seconds`.
+    """
 
     result: Any
     seconds: float
     joules: float | None
+    processor_s: float
 
 
 def in_rounds(
@@ -120,9 +125,11 @@ def in_rounds(
     for number in range(rounds + 1):
         for name, work in works.items():
             energy.since_last()
+            began = time.process_time()
             result, seconds = timed(work, device)
+            processor_s = time.process_time() - began
             if number:
-                turns[name].append(Turn(result, seconds, energy.since_last()))
+                turns[name].append(Turn(result, seconds, energy.since_last(), processor_s))
     return turns
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dti_dist.benchmarks import measure
 from dti_dist.benchmarks.padded_trainer import PaddedTrainer
 from dti_dist.config import RunConfig
 from dti_dist.console import say, table
+from dti_dist.data.dataset import Dataset
 from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
@@ -25,10 +26,16 @@ from dti_dist.model.heads import Head
 from dti_dist.options import PARADIGM_TARGETS, ROUNDS, TRAINER_BATCH, TRAINER_PROMPTS
 
 BASELINE = "sliding_window"
+BY_REQUEST = "one prompt a request"
 TRAINER = "Trainer, one padded prompt a target"
 # Name → what it changes of the config.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     BASELINE: {"sample": {"paradigm": "sliding_window"}, "attention": {"policy": "windowed"}},
+    # No request is cut, so one of several targets is alone; those of one target go in twos.
+    BY_REQUEST: {
+        "sample": {"paradigm": "dti", "targets": 2},
+        "attention": {"policy": "windowed"},
+    },
     **{
         f"dti, {policy}": {"sample": {"paradigm": "dti"}, "attention": {"policy": policy}}
         for policy in POLICIES
@@ -73,12 +80,14 @@ def benchmark_paradigm(
 
     Returns:
         Surroundings and, per variant, targets/s and tokens/s with spread, tokens a target, the
-        speed over sliding_window and over Trainer as measured, over sliding_window as token counts
-        alone would have it, the share of the ideal k(n+1)/(n+k), memory that a step adds, and
-        energy where it can be read.
+        speed over sliding_window as measured, on a CPU by processor time too, and as token counts
+        alone would have it, the speed over Trainer and, on data with requests, over one prompt a
+        request, the share of the ideal k(n+1)/(n+k) where each interaction is a request, memory
+        that a step adds, and energy where it can be read.
     """
     device, dtype = measure.device_and_dtype(config.training)
-    variants = {name: VARIANTS[name] for name in VARIANTS if _wanted(name, policies)}
+    has_requests = Dataset.open(config.data.path, storage=config.data.storage).has_requests
+    variants = {name: VARIANTS[name] for name in VARIANTS if _wanted(name, policies, has_requests)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tokenizer"
         configs = {name: _changed(config, **changes) for name, changes in variants.items()}
@@ -111,11 +120,12 @@ def benchmark_paradigm(
             for name, step in steps.items()
         }
     n, k = config.sample.context, config.sample.targets
+    ideal = None if has_requests else k * (n + 1) / (n + k)
     return {
         "surroundings": measure.surroundings(device),
         "n": n,
         "k": k,
-        "ideal": k * (n + 1) / (n + k),
+        "ideal": ideal,
         "pack_length": config.pack.length,
         "trainer_batch": trainer_batch if trainer_prompts else None,
         "model": config.model.name,
@@ -123,11 +133,13 @@ def benchmark_paradigm(
         "precision": config.training.precision,
         "positions": config.attention.positions,
         "rounds": rounds,
-        "variants": _figures(turns, memory, k * (n + 1) / (n + k)),
+        "variants": _figures(turns, memory, ideal, on_cpu=device.type == "cpu"),
     }
 
 
-def _wanted(name: str, policies: Sequence[str]) -> bool:
+def _wanted(name: str, policies: Sequence[str], has_requests: bool) -> bool:
+    if name == BY_REQUEST:
+        return has_requests
     return name == BASELINE or name.split(", ")[1] in policies
 
 
@@ -147,10 +159,16 @@ def _changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def _packs(opened: Inputs, targets: int, rounds: int, device: torch.device) -> list[Batch]:
-    """One warm-up pack and one for each round, or fewer where the users have no more."""
+    """One warm-up pack and one for each round, or fewer where the users have no more.
+
+    They lie evenly over all that the users have, for prompts grow longer with a user's history.
+    """
     plan = opened.stream_plan("train", max_targets=targets)
-    stream = iter(PackStream(plan, Share(1, 1)))
-    return [batch.to(device) for batch, _ in zip(stream, range(rounds + 1), strict=False)]
+    (epoch,) = plan.epochs
+    wanted = {epoch.packs * turn // (rounds + 1) for turn in range(rounds + 1)}
+    stream = enumerate(PackStream(plan, Share(1, 1)))
+    first = islice(stream, max(wanted) + 1)
+    return [batch.to(device) for number, batch in first if number in wanted]
 
 
 def _step(
@@ -179,19 +197,24 @@ def _step(
 
 
 def _figures(
-    turns: dict[str, list[measure.Turn]], memory: dict[str, float | None], ideal: float
+    turns: dict[str, list[measure.Turn]],
+    memory: dict[str, float | None],
+    ideal: float | None,
+    on_cpu: bool,
 ) -> dict[str, dict[str, Any]]:
     """Rates and ratios by round."""
     rates: dict[str, list[float]] = {}
     token_rates: dict[str, list[float]] = {}
     tokens: dict[str, float] = {}
+    by_processor: dict[str, list[float]] = {}
     for name, mine in turns.items():
         done: list[_Taken] = [turn.result for turn in mine]
         seconds = [turn.result.seconds or turn.seconds for turn in mine]
         rates[name] = [one.targets / took for one, took in zip(done, seconds, strict=True)]
         token_rates[name] = [one.tokens / took for one, took in zip(done, seconds, strict=True)]
+        by_processor[name] = [turn.result.targets / turn.processor_s for turn in mine]
         tokens[name] = sum(one.tokens for one in done) / sum(one.targets for one in done)
-    trainer = rates.get(TRAINER)
+    trainer, by_request = rates.get(TRAINER), rates.get(BY_REQUEST)
     found = {}
     for name, mine in turns.items():
         speedup = measure.ratios(rates[name], rates[BASELINE])
@@ -202,8 +225,15 @@ def _figures(
             "tokens_per_target": tokens[name],
             "speedup": speedup,
             "speedup_by_tokens": tokens[BASELINE] / tokens[name],
+            # Trainer's would count its set-up.
+            "speedup_by_processor_time": measure.ratios(by_processor[name], by_processor[BASELINE])
+            if on_cpu and name != TRAINER
+            else None,
             "speedup_over_trainer": trainer and measure.ratios(rates[name], trainer),
-            "share_of_ideal": speedup["median"] / ideal if name.startswith("dti") else None,
+            "speedup_over_request": by_request and measure.ratios(rates[name], by_request),
+            "share_of_ideal": speedup["median"] / ideal
+            if ideal and name.startswith("dti")
+            else None,
             "step_memory_mib": memory[name],
             "joules_per_target": measure.spread(joules) if joules else None,
         }
@@ -239,7 +269,8 @@ def draw_grid(result: dict[str, Any], path: Path) -> None:
                 continue
             middle, ends = measure.error_bars([c["variants"][name]["speedup"] for c in mine])
             panel.errorbar(ks, middle, ends, marker="o", markersize=4, capsize=2, label=name)
-        panel.plot(ks, [c["ideal"] for c in mine], "k--", linewidth=1, label="k(n+1)/(n+k)")
+        if mine[0]["ideal"] is not None:
+            panel.plot(ks, [c["ideal"] for c in mine], "k--", linewidth=1, label="k(n+1)/(n+k)")
         panel.set_title(f"n = {n}")
         panel.set_xlabel("k, targets a prompt")
         panel.set_xticks(ks)
@@ -253,7 +284,7 @@ def paradigm_table(result: dict[str, Any]) -> str:
     """The variants as aligned text."""
     if "grid" in result:
         return "\n\n".join(
-            f"n = {cell['n']}, k = {cell['k']}, ideal {cell['ideal']:.1f}\n{paradigm_table(cell)}"
+            f"n = {cell['n']}, k = {cell['k']}{_ideal(cell)}\n{paradigm_table(cell)}"
             for cell in result["grid"]
         )
 
@@ -270,9 +301,11 @@ def paradigm_table(result: dict[str, Any]) -> str:
                 f"{figures['tokens_per_s']['median']:,.0f}",
                 f"{figures['tokens_per_target']:.1f}",
                 measure.shown(figures["speedup"], ".1f"),
+                measure.shown(figures["speedup_by_processor_time"], ".1f"),
                 f"{figures['speedup_by_tokens']:.1f}",
                 figure(figures["share_of_ideal"], ".0%"),
                 measure.shown(figures["speedup_over_trainer"], ".1f"),
+                measure.shown(figures["speedup_over_request"], ".1f"),
                 figure(figures["step_memory_mib"], ",.0f"),
                 figure(joules and joules["median"], ".2f"),
             )
@@ -283,10 +316,16 @@ def paradigm_table(result: dict[str, Any]) -> str:
         "tokens/s",
         "tokens/target",
         "over sliding_window",
+        "by processor time",
         "by tokens",
         "of ideal",
         "over Trainer",
+        "over one a request",
         "MiB a step",
         "J/target",
     )
     return table(header, rows)
+
+
+def _ideal(cell: dict[str, Any]) -> str:
+    return "" if cell["ideal"] is None else f", ideal {cell['ideal']:.1f}"

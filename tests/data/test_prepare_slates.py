@@ -178,6 +178,24 @@ def test_the_data_set_has_the_requests_that_were_asked_for(clicks, tmp_path):
     assert places[0] > 1.2 * places[-1]  # position bias
 
 
+def test_popular_items_are_shown_as_often_as_their_rank_says(tmp_path):
+    dataset = build(tmp_path / "out", users=2_000, shown=3, items=63, popularity=1.2)
+    shown = [
+        items
+        for of_split in requests_of(dataset).values()
+        for by_time in of_split.values()
+        for items in by_time.values()
+    ]
+    assert all(len({item for item, _ in items}) == 3 for items in shown)
+    source_ids = dataset.items_table()["source_id"].to_pylist()
+    first = Counter(int(source_ids[items[0][0]][1:]) for items in shown)  # never drawn again
+    for category in range(len(CATEGORIES)):
+        of_category = np.array([first[item] for item in range(category, 63, len(CATEGORIES))])
+        share = np.arange(1, len(of_category) + 1) ** -1.2
+        expected = of_category.sum() * share / share.sum()
+        assert (abs(of_category - expected) < 5 * expected**0.5).all()
+
+
 def test_without_requests_the_same_interactions_are_history_and_have_no_ceiling(tmp_path):
     time, none = (build(tmp_path / name, requests=name, seed=5) for name in ("time", "none"))
     assert requests_of(time) == requests_of(none)
@@ -213,6 +231,8 @@ def test_numbers_that_make_no_requests_are_refused(tmp_path):
         ({"requests_per_user": 0}, "--requests-per-user 0: expected at least 1"),
         ({"taste": -0.5}, "--taste -0.5: expected at least 0"),
         ({"position_bias": float("nan")}, "--position-bias nan: expected at least 0"),
+        ({"popularity": -1.0}, "--popularity -1.0: expected at least 0"),
+        ({"popularity": 2.5}, "--popularity 2.5: expected at most 2"),
     ]:
         with pytest.raises(UserError, match=expected):
             build(tmp_path / "out", **arguments)
@@ -236,6 +256,7 @@ def test_the_command_generates_requests_and_says_the_ceilings(tmp_path, capsys):
     assert source | {"ceiling": {}, "history_ceiling": {}} == {
         **{"kind": "synthetic", "users": 200, "items": 500, "requests_per_user": 10, "shown": 6},
         **{"clicks": "independent", "taste": 4.0, "position_bias": 0.2, "seed": 0},
+        "popularity": 0.0,
         **{"ceiling": {}, "history_ceiling": {}},
     }
 

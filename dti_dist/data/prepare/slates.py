@@ -35,12 +35,14 @@ from dti_dist.data.dataset import RequestRule
 from dti_dist.data.prepare import synthetic
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.synthetic import COLOURS, IDS, PERIOD_S, START, refuse_small
+from dti_dist.errors import UserError
 from dti_dist.options import SlateOptions, SyntheticOptions
 from dti_dist.sql import Workspace
 
 CATEGORIES = (*synthetic.CATEGORIES, "scarf", "drum")
 LIKED = 2
 BASE = -2.0  # the logit of a click on what the user does not like
+STEEPEST = 2.0  # popularity; steeper, and drawing again until a request has no item twice is slow
 _INTERACTIONS_AT_A_TIME = 1 << 18
 
 
@@ -54,6 +56,7 @@ def read_slates(
     clicks: Literal["one", "independent"] = SlateOptions.clicks,
     taste: float = SlateOptions.taste,
     position_bias: float = SlateOptions.position_bias,
+    popularity: float = SlateOptions.popularity,
     requests: Literal["time", "none"] = SlateOptions.requests,
 ) -> Source:
     """Generate requests into the workspace; the same arguments give the same ones.
@@ -67,12 +70,15 @@ def read_slates(
     refuse_small("items", items, shown * len(CATEGORIES))
     refuse_small("taste", taste, 0)
     refuse_small("position-bias", position_bias, 0)
+    refuse_small("popularity", popularity, 0)
+    if popularity > STEEPEST:
+        raise UserError(f"--popularity {popularity}: expected at most {STEEPEST:g}.")
     refuse_small("seed", seed, 0)
     model = ClickModel(shown, clicks, taste, position_bias)
     workspace.connection.register("synthetic_items", _items(items, seed))
     events = synthetic.write_events(
         workspace,
-        _events(model, users, requests_per_user, items, seed),
+        _events(model, users, requests_per_user, items, popularity, seed),
         users * requests_per_user * shown,
     )
     select = f"SELECT {IDS}, time_us, label"
@@ -98,6 +104,7 @@ def read_slates(
             "clicks": clicks,
             "taste": taste,
             "position_bias": position_bias,
+            "popularity": popularity,
             "seed": seed,
         },
     )
@@ -182,7 +189,7 @@ def _items(count: int, seed: int) -> pa.Table:
 
 
 def _events(
-    model: ClickModel, users: int, requests: int, items: int, seed: int
+    model: ClickModel, users: int, requests: int, items: int, popularity: float, seed: int
 ) -> Iterator[pa.Table]:
     """All users' interactions, some users at a time. Below, U users, R requests of each, M items
     shown in each, C categories."""
@@ -200,10 +207,11 @@ def _events(
         by_taste = model.chances()[liked.astype(int)][:, None]
         seconds = np.sort(random.integers(PERIOD_S - requests, size=(count, requests)), axis=1)
         seconds += START + np.arange(requests)  # so that no two are equal
+        shown = _items_of(category, items, popularity, random)
         yield pa.table(
             {
                 "user": np.repeat(np.arange(first, first + count), in_all),
-                "item": _items_of(category, items, random).ravel().astype(np.int32),
+                "item": shown.ravel().astype(np.int32),
                 "time_us": np.repeat(seconds.ravel(), model.shown) * 1_000_000,
                 "label": label.ravel(),
                 "probability": np.take_along_axis(by_taste, category, axis=-1).ravel(),
@@ -212,9 +220,33 @@ def _events(
         )
 
 
-def _items_of(category: np.ndarray, items: int, random: np.random.Generator) -> np.ndarray:
-    """[U, R, M] a random item of each category, no two of a request the same."""
+def _items_of(
+    category: np.ndarray, items: int, popularity: float, random: np.random.Generator
+) -> np.ndarray:
+    """[U, R, M] an item of each category, no two of a request the same.
+
+    Of a category's items, the j-th is drawn in proportion to j ** -popularity; what the request
+    shows already is drawn again.
+    """
     available = (items - 1 - category) // len(CATEGORIES) + 1
+    if popularity:
+        return _drawn_apart(category, available, popularity, random)
     start = (random.random((*category.shape[:-1], 1)) * available).astype(np.int64)
     number = (start + np.arange(category.shape[-1])) % available
     return category + len(CATEGORIES) * number
+
+
+def _drawn_apart(
+    category: np.ndarray, available: np.ndarray, popularity: float, random: np.random.Generator
+) -> np.ndarray:
+    sums = np.cumsum(np.arange(1, available.max() + 1) ** -popularity)
+    item = np.empty_like(category)
+    again = np.ones_like(category, dtype=bool)
+    while again.any():
+        drawn = random.random(int(again.sum())) * sums[available[again] - 1]
+        item[again] = category[again] + len(CATEGORIES) * np.searchsorted(sums, drawn)
+        order = np.argsort(item, axis=-1, kind="stable")
+        in_order = np.take_along_axis(item, order, axis=-1)
+        again[:] = False
+        np.put_along_axis(again, order[..., 1:], in_order[..., 1:] == in_order[..., :-1], axis=-1)
+    return item
