@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dti_dist.data.dataset import Dataset
@@ -41,6 +41,28 @@ def add_sum_token(tokenizer: Any) -> int:
     if SUM_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [SUM_TOKEN]})
     return int(tokenizer.convert_tokens_to_ids(SUM_TOKEN))
+
+
+def pieces(tokenizer: Any, ids: Sequence[int], behind: int) -> tuple[str, ...]:
+    """The text of each token; tokens that make a character only together have one piece together.
+
+    Joined, the pieces are the text of all the tokens.
+
+    Args:
+        behind: a token that lies before them, for some decoders drop a space that begins a text.
+    """
+
+    def decoded(end: int) -> str:
+        return str(tokenizer.decode([behind, *ids[:end]], clean_up_tokenization_spaces=False))
+
+    found, known = [], decoded(0)
+    for end in range(1, len(ids) + 1):
+        text = decoded(end)
+        whole = len(text) > len(known) and not text.endswith("\ufffd")
+        if whole or end == len(ids):
+            found.append(text[len(known) :])
+            known = text
+    return tuple(found)
 
 
 def _texts(dataset: Dataset, template: Template) -> Iterator[str]:

@@ -27,6 +27,7 @@ from dti_dist.data.stream import Batch, PackStream, Share
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.sources import load_model_config
+from dti_dist.model.tokenizer import pieces
 from dti_dist.options import PackChoice
 from dti_dist.words import plural
 
@@ -47,7 +48,8 @@ class Line:
         first, last: interactions of the sample; more than one where some are left out. 0: prefix.
         role: ``prefix``, ``older`` (than n for all shown targets), ``context`` or ``target``.
         start, end: places in the pack.
-        tokens: the text's tokens, without the label; none where interactions are left out.
+        pieces: the text of its tokens, without the label, some of one character together; none
+            where interactions are left out.
         label: the label word; "" where there is none.
         stands: how often the text stands in the pack.
         before: interactions of the sample before it; for a target, before its request.
@@ -58,10 +60,14 @@ class Line:
     role: str
     start: int
     end: int
-    tokens: tuple[str, ...] = ()
+    pieces: tuple[str, ...] = ()
     label: str = ""
     stands: int = 1
     before: int = 0
+
+    @property
+    def text_end(self) -> int:
+        return self.end - bool(self.label)
 
     @property
     def name(self) -> str:
@@ -407,7 +413,7 @@ class _OpenedPack:
         lines = []
         if len(self.inputs.tokens.prefix):
             begin, end = self.unit_start[start - 1 : start + 1].tolist()
-            lines.append(Line(0, 0, "prefix", begin, end, self._decoded(begin, end)))
+            lines.append(Line(0, 0, "prefix", begin, end, self._pieces(begin, end)))
         for first, last, role in spans:
             unit = start + first - 1
             begin, end = int(self.unit_start[unit]), int(self.unit_start[start + last])
@@ -416,8 +422,8 @@ class _OpenedPack:
                 text_end = ends.get(unit, end - 1)  # a candidate has no label
                 line = replace(
                     line,
-                    tokens=self._decoded(begin, text_end),
-                    label="".join(self._decoded(text_end, end)),
+                    pieces=self._pieces(begin, text_end),
+                    label="".join(self._pieces(text_end, end)),
                     stands=int(self.stands[unit]),
                 )
             lines.append(replace(line, before=before_of.get(unit, first - 1)))
@@ -428,31 +434,25 @@ class _OpenedPack:
         units = torch.from_numpy(self.unit[self.length + slots])
         return self.layout.place_of(units[None])[0].numpy()
 
-    def _decoded(self, start: int, end: int) -> tuple[str, ...]:
-        tokenizer = self.inputs.tokenizer
-        words = []
-        for token in self.tokens[start:end].tolist():
-            word = tokenizer.decode([token])
-            broken = "\ufffd" in word  # a part of a character
-            words.append(tokenizer.convert_ids_to_tokens(token) if broken or not word else word)
-        return tuple(words)
+    def _pieces(self, start: int, end: int) -> tuple[str, ...]:
+        inputs = self.inputs
+        return pieces(inputs.tokenizer, self.tokens[start:end].tolist(), inputs.tokens.label_ids[0])
 
     def _cells(self, lines: Sequence[Line], slots: npt.NDArray[np.int64]) -> tuple[Cell, ...]:
         """Tokens of the targets; whole interactions before them."""
-        by_token = sum(len(line.tokens) for line in lines if line.role == "target")
+        by_token = sum(line.text_end - line.start for line in lines if line.role == "target")
         cells = []
         for number, line in enumerate(lines):
             if line.role != "target":
                 cells.append(Cell(number, "whole", line.start, line.end))
                 continue
-            width = 1 if by_token <= _MOST_TOKEN_CELLS else len(line.tokens)
-            text_end = line.end - bool(line.label)
+            width = 1 if by_token <= _MOST_TOKEN_CELLS else line.text_end - line.start
             cells += [
                 Cell(number, "text", place, place + width)
-                for place in range(line.start, text_end, width)
+                for place in range(line.start, line.text_end, width)
             ]
             if line.label:
-                cells.append(Cell(number, "label", text_end, line.end))
+                cells.append(Cell(number, "label", line.text_end, line.end))
         targets = [number for number, line in enumerate(lines) if line.role == "target"]
         for number, slot in zip(targets, slots.tolist(), strict=True):
             place = self.length + slot
@@ -663,15 +663,15 @@ def _span(values: npt.NDArray[np.int64]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def visible_spaces(token: str) -> str:
-    """A token on one line, its white space to be seen."""
+def visible_spaces(piece: str) -> str:
+    """A piece on one line, its white space to be seen."""
     for white, shown in ((" ", "·"), ("\n", "↵"), ("\t", "→"), ("\r", "←")):
-        token = token.replace(white, shown)
-    return token
+        piece = piece.replace(white, shown)
+    return piece
 
 
 def text(view: PackView) -> str:
-    """The view for a terminal: sizes, windows, and the prompt with | between its tokens."""
+    """The view for a terminal: sizes, windows, and the prompt with | between the tokens."""
     lines = [view.about_pack, view.about_interactions, ""]
     lines.append(f"policy {view.policy}, n = {view.n}, k = {view.k}:")
     for group in view.groups:
@@ -683,12 +683,12 @@ def text(view: PackView) -> str:
     lines += ["", view.about_sample]
     name_width = max(len(line.name) for line in view.lines)
     for line in view.lines:
-        if not line.tokens:
+        if not line.pieces:
             words = f"… {plural(line.last - line.first + 1, 'interaction')} …"
         else:
             summed = ["[SUM]"] if line.role == "target" else []
             label = [line.label] if line.label else []
-            words = "|".join(map(visible_spaces, [*line.tokens, *summed, *label]))
+            words = "|".join(map(visible_spaces, [*line.pieces, *summed, *label]))
         times = f"  ({line.stands} times in the pack)" if line.stands > 1 else ""
         lines.append(f"  {line.name:>{name_width}}  {line.role:<7}  |{words}|{times}")
     return "\n".join(lines)

@@ -165,7 +165,7 @@ def _draw_prompt(page: _Page, view: PackView) -> None:
         role = "older than n" if line.role == "older" else line.role
         page.text(_MARGIN + 0.58, middle, role, 8, color=_FAINT)
         _draw_tokens(page, line, y)
-        if view.sharing is not None and line.tokens and line.first:
+        if view.sharing is not None and line.pieces and line.first:
             weight = "bold" if line.stands > 1 else "normal"
             page.text(reads_at - 0.12, middle, f"{line.stands} ×", ha="right", weight=weight)
         for nth in range(len(targets)):
@@ -176,12 +176,12 @@ def _draw_prompt(page: _Page, view: PackView) -> None:
 
 def _tokens_end(line: Line) -> float:
     """Where a line's boxes end, in inches."""
-    words = [*line.tokens, "[SUM]", line.label]
+    words = [*line.pieces, "[SUM]", line.label]
     return min(_TOKENS_AT + sum(_width(word) + 0.03 for word in words), _TOKENS_END)
 
 
 def _draw_tokens(page: _Page, line: Line, y: float) -> None:
-    if not line.tokens:
+    if not line.pieces:
         left_out = line.last - line.first + 1
         words = f"⋮  {left_out} interactions, {line.end - line.start:,} tokens"
         page.text(_TOKENS_AT, y + _LINE / 2, words, color=_FAINT)
@@ -190,7 +190,7 @@ def _draw_tokens(page: _Page, line: Line, y: float) -> None:
     tail += [(visible_spaces(line.label), "label")] if line.label else []
     room = _TOKENS_END - _TOKENS_AT - sum(_width(word) + 0.03 for word, _ in tail)
     x = _TOKENS_AT
-    for word, kind in [*_fitting(line.tokens, room), *tail]:
+    for word, kind in [*_fitting(line.pieces, room), *tail]:
         w = _width(word)
         page.box(x, y + 0.02, w, _LINE - 0.04, _KIND[kind] if kind != "more" else _PAPER)
         ink = _PAPER if kind == "label" else _INK
@@ -198,9 +198,9 @@ def _draw_tokens(page: _Page, line: Line, y: float) -> None:
         x += w + 0.03
 
 
-def _fitting(tokens: tuple[str, ...], room: float) -> Iterator[tuple[str, str]]:
-    """The tokens that fit into so many inches, and how many are left out."""
-    words = [_cut(visible_spaces(token), 40) for token in tokens]
+def _fitting(pieces: tuple[str, ...], room: float) -> Iterator[tuple[str, str]]:
+    """The pieces that fit into so many inches, and how many are left out."""
+    words = [_cut(visible_spaces(piece), 40) for piece in pieces]
     widths = np.cumsum([_width(word) + 0.03 for word in words])
     fit = len(words)
     if widths[-1] > room:
@@ -218,7 +218,7 @@ def _draw_read(
     if share:
         page.box(x, y + 0.012, width * share, _LINE - 0.024, _SUM)
         weight = view.weights[target, number]
-        if view.forgets and line.tokens and width > 0.3:
+        if view.forgets and line.pieces and width > 0.3:
             page.text(x + width / 2, y + _LINE / 2, f"{weight:.2f}", 7.5, ha="center")
     if view.leaks[target, number]:
         page.box(x, y + 0.012, width, _LINE - 0.024, _LEAK)

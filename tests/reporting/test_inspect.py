@@ -5,8 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from dti_dist.attention import intervals, scheme
 from dti_dist.cli import main
@@ -15,6 +19,7 @@ from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
+from dti_dist.model.tokenizer import pieces
 from dti_dist.reporting import inspect as inspection
 from dti_dist.reporting import picture
 from dti_dist.reporting.inspect import text, view_pack
@@ -80,9 +85,9 @@ def test_tokens_and_labels_are_those_of_the_data_set(view, rows, synthetic):
     title = titles(synthetic)
     assert len(shown.lines) == N + 3
     for line in shown.lines:
-        assert "".join(line.tokens) == title[items[line.first - 1]]
+        assert "".join(line.pieces) == title[items[line.first - 1]]
         assert line.label == (" No", " Yes")[labels[line.first - 1]]
-        assert line.end - line.start == len(line.tokens) + 1
+        assert line.end - line.start == len(line.pieces) + 1
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -93,7 +98,7 @@ def test_a_sum_reads_n_interactions_and_its_own_text(view, policy):
         expected = []
         for line in shown.lines:
             back = target.first - line.last
-            own = len(target.tokens) / (len(target.tokens) + 1)
+            own = len(target.pieces) / (len(target.pieces) + 1)
             expected.append(own if back == 0 else float(0 < back <= N))
         assert reads.tolist() == pytest.approx(expected)
     assert shown.outside == 0
@@ -223,7 +228,7 @@ def test_shared_or_not_the_masks_are_the_same(view, policy):
 def test_a_prefix_is_shown_and_read(view):
     shown = view("attention.policy=windowed", "template.prefix='Predict:'")
     assert shown.lines[0].role == "prefix"
-    assert "".join(shown.lines[0].tokens) == "Predict:"
+    assert "".join(shown.lines[0].pieces) == "Predict:"
     assert (shown.reads[:, 0] == 1).all()
     assert not shown.leaks[:, 0].any()
     assert (view("attention.policy=isolated", "template.prefix='Predict:'").reads[:, 0] == 0).all()
@@ -241,7 +246,7 @@ def test_the_zoom_is_as_asked(view):
 
 def test_a_long_context_is_left_out_in_the_middle_but_still_seen(view):
     shown = view("sample.context=28", "sample.targets=2", "pack.length=512", targets=2)
-    left_out = [line for line in shown.lines if not line.tokens]
+    left_out = [line for line in shown.lines if not line.pieces]
     assert len(left_out) == 1
     assert left_out[0].role == "context"
     covered = [n for line in shown.lines for n in range(line.first, line.last + 1)]
@@ -249,6 +254,107 @@ def test_a_long_context_is_left_out_in_the_middle_but_still_seen(view):
     assert len(shown.lines) < 18
     assert shown.reads[0, shown.lines.index(left_out[0])] == 1
     assert f"… {left_out[0].last - left_out[0].first + 1} interactions …" in text(shown)
+
+
+def _byte_level(texts):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    )
+    return tokenizer
+
+
+def _like_sentencepiece(texts):
+    """As of Llama 2: spaces are ▁, and what the vocabulary lacks is bytes."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1),
+        ]
+    )
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(
+        [text.encode("ascii", "ignore").decode() for text in texts],
+        trainers.BpeTrainer(vocab_size=320, special_tokens=tokens, show_progress=False),
+    )
+    return tokenizer
+
+
+def _unigram(texts):
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    tokenizer.train_from_iterator(
+        texts, trainers.UnigramTrainer(vocab_size=40, unk_token="<unk>", special_tokens=["<unk>"])
+    )
+    return tokenizer
+
+
+FOREIGN = " Zoë – naïve 日本"
+
+
+@pytest.mark.parametrize("kind", [_byte_level, _like_sentencepiece, _unigram])
+@pytest.mark.parametrize("written", [FOREIGN, FOREIGN[1:], "日本", "a 👩‍🚀 b", "plain"])
+def test_pieces_of_a_text_are_its_characters_whatever_the_tokenizer(kind, written):
+    texts = [f" No {FOREIGN}", "plain title one", "a 👩‍🚀 b"]
+    fast = PreTrainedTokenizerFast(tokenizer_object=kind(texts * 10))
+    ids = fast(written, add_special_tokens=False)["input_ids"]
+    found = pieces(fast, ids, fast("o", add_special_tokens=False)["input_ids"][0])
+    assert "".join(found) == written
+    assert all(found)
+    assert len(found) <= len(ids)
+    assert len(ids) != len(written) or found == tuple(written)
+
+
+def test_a_text_that_ends_within_a_character_says_so():
+    fast = PreTrainedTokenizerFast(tokenizer_object=_byte_level([FOREIGN]))
+    ids = fast("日", add_special_tokens=False)["input_ids"]
+    (first,) = fast("o", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1
+    assert pieces(fast, ids, first) == ("日",)
+    assert pieces(fast, ids[:-1], first) == ("\ufffd",)
+
+
+def test_letters_of_several_tokens_are_shown_whole(tmp_path):
+    items = {
+        "item": [f"i{n}" for n in range(40)],
+        "title": [f"{FOREIGN[1:]} {n}" for n in range(40)],
+    }
+    pq.write_table(pa.table(items), tmp_path / "items.parquet")
+    events = [
+        {
+            "user": f"u{user}",
+            "item": f"i{(user * 7 + n) % 40}",
+            "time": 1_700_000_000 + n * 1000 + user,
+            "y": n % 2,
+        }
+        for user in range(20)
+        for n in range(12)
+    ]
+    pq.write_table(pa.Table.from_pylist(events), tmp_path / "events.parquet")
+    columns = ["--user-col", "user", "--item-col", "item", "--time-col", "time", "--label", "y = 1"]
+    command = ["prepare", "events", f"{tmp_path}/events.parquet", "--items"]
+    command += [f"{tmp_path}/items.parquet", *columns, "--text-cols", "title"]
+    assert main([*command, "--out", str(tmp_path / "data")]) == 0
+    config = write_config(tmp_path / "c.yaml", tmp_path / "data", pack={"length": 1024})
+    # A vocabulary of bytes, all but a few.
+    overrides = ["model.scratch.vocab_size=262", "template.max_item_tokens=64"]
+    shown = view_pack(load_config(config, overrides), targets=1)
+    for line in shown.lines:
+        assert "".join(line.pieces).startswith(FOREIGN[1:])
+    (target,) = shown.targets
+    cells = [cell for cell in shown.cells if shown.lines[cell.line] == target]
+    of_text = [cell for cell in cells if cell.kind == "text"]
+    assert len(of_text) == target.text_end - target.start > len(target.pieces)
+    assert FOREIGN[1:].replace(" ", "·") in text(shown).replace("|", "")
+    picture.draw(shown, tmp_path / "pack.png")
 
 
 def test_long_texts_are_one_cell_each(view):
@@ -264,7 +370,7 @@ def test_the_text_has_sizes_items_labels_and_token_boundaries(view, synthetic):
     assert f"of {shown.length} tokens" in printed
     assert f"{len(shown.sample_targets)} samples, {shown.sample_targets.sum()} targets" in printed
     for line in shown.lines:
-        words = [word.replace(" ", "·") for word in line.tokens]
+        words = [word.replace(" ", "·") for word in line.pieces]
         middle = "|[SUM]|" if line.role == "target" else "|"
         assert f"|{'|'.join(words)}{middle}{line.label.replace(' ', '·')}|" in printed
     assert sum(shown.sample_tokens) == shown.used_tokens == sum(shown.interaction_tokens)
@@ -291,7 +397,7 @@ def test_other_prompts_are_drawn_too(view, overrides, tmp_path):
 def test_a_title_that_looks_like_a_formula_is_drawn_as_it_is(view, tmp_path):
     shown = view()
     line = shown.lines[0]
-    vars(line).update(tokens=("$x^", "_$", "\\frac", "電影"))
+    vars(line).update(pieces=("$x^", "_$", "\\frac", "電影"))
     picture.draw(shown, tmp_path / "pack.png")
 
 
