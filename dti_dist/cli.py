@@ -702,19 +702,22 @@ def scoring(
     *overrides: Override,
     candidates: PositiveInt = options.SCORING_CANDIDATES,
     requests: PositiveInt = options.SCORING_REQUESTS,
+    targets: PositiveInt = options.REPLAY_TARGETS,
     rounds: Rounds = options.ROUNDS,
     json: Json = False,
 ) -> None:
-    """Candidates that share a context, and item states, over one prompt for each candidate.
+    """Candidates that share a context, and item states, over one prompt for each candidate; and
+    targets of test scored, over evaluating them.
 
     Args:
         candidates: Candidates of each request.
         requests: Requests in each round.
+        targets: Targets that are scored and evaluated.
     """
     settings = _config(config, overrides)
     from dti_dist.benchmarks.scoring import benchmark_scoring, scoring_table
 
-    _print(benchmark_scoring(settings, rounds, requests, candidates), json, scoring_table)
+    _print(benchmark_scoring(settings, rounds, requests, candidates, targets), json, scoring_table)
 
 
 @benchmark.command(

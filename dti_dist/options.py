@@ -50,6 +50,7 @@ STEP_CONTEXTS = (20, 100)
 STEP_LAYERS = (16, 32)
 SCORING_REQUESTS = 64
 SCORING_CANDIDATES = 100
+REPLAY_TARGETS = 1_000
 ABLATION_SEEDS = (0, 1, 2)
 ABLATION_JOBS = 2
 EVALUATION_TARGETS = 20_000_000
@@ -391,6 +392,8 @@ class ScoringOptions:
         checkpoint: Of a run (default: best, or where there is none last).
         device: Where the model runs.
         dtype: Precision of the model (default: fp32 on a CPU, bf16 on a GPU).
+        threads: Of each rank, for work on the CPU (default: the run's training.cpu_threads; of an
+            exported model, the rank's share of the cores).
         part_requests: Requests in one output file; a killed run repeats whole files.
         pack_tokens: Tokens in one pass of the model, roughly (default: 4096, on a GPU 16384).
         state_cache_gib: Memory for states of items, which are kept under isolated.
@@ -405,6 +408,7 @@ class ScoringOptions:
     checkpoint: Annotated[str | None, Parameter(metavar="best|last|STEP")] = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
     dtype: Literal["bf16", "fp32"] | None = None
+    threads: Annotated[PositiveInt | None, _N] = None
     part_requests: Annotated[PositiveInt, _N] = 4096
     pack_tokens: Annotated[PositiveInt | None, _N] = None
     state_cache_gib: Annotated[float, Parameter(metavar="GIB")] = 2.0

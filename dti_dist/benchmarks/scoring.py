@@ -1,4 +1,5 @@
-"""`dti-dist benchmark scoring`: candidates that share a context against one prompt for each."""
+"""`dti-dist benchmark scoring`: candidates that share a context against one prompt for each, and
+scoring against evaluation."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ import numpy as np
 import torch
 
 from dti_dist.benchmarks import measure
+from dti_dist.benchmarks.replay import benchmark_replay
 from dti_dist.config import RunConfig
 from dti_dist.console import say, table
 from dti_dist.data.dataset import iter_sequences
+from dti_dist.data.samples import ranges
 from dti_dist.data.sequences import SequenceBlock
-from dti_dist.data.template import Template
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import cast_parameters
-from dti_dist.options import ROUNDS, SCORING_CANDIDATES, SCORING_REQUESTS
-from dti_dist.serving.item_texts import ItemTexts
+from dti_dist.options import REPLAY_TARGETS, ROUNDS, SCORING_CANDIDATES, SCORING_REQUESTS
 from dti_dist.serving.pretrained import Pretrained
 from dti_dist.serving.requests import RawRequests, Requests
 from dti_dist.serving.scorer import Scorer
@@ -42,9 +43,11 @@ def benchmark_scoring(
     rounds: int = ROUNDS,
     requests: int = SCORING_REQUESTS,
     candidates: int = SCORING_CANDIDATES,
+    targets: int = REPLAY_TARGETS,
     baseline_requests: int = 4,
 ) -> dict[str, Any]:
-    """Requests a second: the last n interactions of users of test, and random candidates.
+    """Requests a second: the last n interactions of users of test, and random candidates. Then
+    targets of test, evaluated and scored.
 
     Every variant scores other requests in each round; the baseline fewer, for its time. Packing
     is part of the time, tokenising items and loading the model are not. Weights are as the config
@@ -54,10 +57,12 @@ def benchmark_scoring(
         config: data, n, template, model, positions, precision and device are taken from it.
         requests: of one round.
         candidates: of each request.
+        targets: that are evaluated and scored, as of benchmark_replay.
         baseline_requests: of one round of the baseline.
 
     Returns:
-        Surroundings and, per variant, requests/s with spread, and the speed over the baseline.
+        Surroundings; per variant requests/s with spread, and the speed over the baseline; and what
+        benchmark_replay finds.
     """
     device, dtype = measure.device_and_dtype(config.training)
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,6 +86,7 @@ def benchmark_scoring(
             for name, (_, _, warm) in VARIANTS.items()
         }
         turns = measure.in_rounds(works, rounds, device)
+        replay = benchmark_replay(config, rounds, targets, Path(scratch))
     return {
         "surroundings": measure.surroundings(device),
         "n": config.sample.context,
@@ -92,6 +98,7 @@ def benchmark_scoring(
         "positions": config.attention.positions,
         "rounds": rounds,
         "variants": _figures(turns, requests, baseline_requests),
+        "replay": replay,
     }
 
 
@@ -100,12 +107,9 @@ def _scorer(
 ) -> Scorer:
     changes = {"template": {"prefix": ""}, "attention": {"policy": policy}}  # no prefix in `budget`
     inputs = Inputs.open(measure.changed(config, **changes), tokenizer)
-    template = Template.for_items(inputs.config.template, inputs.dataset.manifest.item_text_columns)
     model = inputs.untrained_model()
     cast_parameters(model, dtype)
-    items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
-    pretrained = Pretrained(model, items, config.sample.context, inputs.dataset)
-    return Scorer(pretrained, device)
+    return Scorer(Pretrained.of(inputs, model), device)
 
 
 def _blocks(
@@ -150,16 +154,19 @@ def _one_prompt_per_candidate(requests: Requests) -> Requests:
     """Each candidate with a copy of its context: sliding-window prompts."""
     copies = np.diff(requests.candidate_offsets)
     request = np.arange(len(requests)).repeat(copies)
-    lengths = np.diff(requests.history_offsets)[request]
-    starts = requests.history_offsets[request]
-    place = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    start = requests.context_start[request]
+    lengths = requests.context_end[request] - start
+    place = ranges(start, lengths)
+    copy_end = np.cumsum(lengths)
+    moved = (copy_end - lengths - start).repeat(lengths)
     return replace(
         requests,
         history_items=requests.history_items[place],
         history_labels=requests.history_labels[place],
         history_gaps=requests.history_gaps[place],
-        history_place=requests.history_place[place],
-        history_offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        history_place=requests.history_place[place] + moved,
+        context_start=copy_end - lengths,
+        context_end=copy_end,
         candidate_gaps=requests.candidate_gaps[request],
         candidate_offsets=np.arange(len(request) + 1),
     )
@@ -212,4 +219,19 @@ def scoring_table(result: dict[str, Any]) -> str:
         "requests/s (spread)",
         f"over {BASELINE}",
     )
-    return table(header, rows)
+    replayed = [
+        (
+            policy,
+            f"{figures['targets']:,}",
+            f"{figures['requests']:,}",
+            *(measure.shown(figures[name], ",.2f") for name in ("evaluate_s", "score_s")),
+            measure.shown(figures["score_over_evaluate"], ".2f"),
+            f"{figures['largest_difference']:.1e}",
+        )
+        for policy, figures in result["replay"].items()
+    ]
+    of_replay = (
+        *("test", "targets", "requests", "evaluate, s", "score, s"),
+        *("score over evaluate", "largest difference"),
+    )
+    return f"{table(header, rows)}\n\n{table(of_replay, replayed)}"

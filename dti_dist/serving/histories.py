@@ -26,12 +26,14 @@ class FoundHistories:
     Attributes:
         rows: numbers of the requests whose users are known.
         items: Lists of dense item ids; labels, timestamps: of the same interactions.
+        begins: interactions of the user's history that lie before these.
     """
 
     rows: IntArray
     items: Lists
     labels: npt.NDArray[np.int8]
     timestamps: IntArray
+    begins: IntArray
 
 
 class Histories:
@@ -119,7 +121,8 @@ class Histories:
             oldest = f"greatest(1, len([t FOR t IN timestamps IF t < timestamps[{oldest}]]))"
         slices = ", ".join(f"{name}[oldest:past] AS {name}" for name in columns)
         self._connection.execute(
-            f"CREATE TABLE found AS SELECT row, {slices} FROM (SELECT *, {oldest} AS oldest FROM ("
+            f"CREATE TABLE found AS SELECT row, {slices}, oldest - 1 AS begins "
+            f"FROM (SELECT *, {oldest} AS oldest FROM ("
             "SELECT row, history.*, len([t FOR t IN timestamps IF t < time]) AS past "
             f"FROM wanted JOIN (SELECT user_id, {joined} FROM rows GROUP BY user_id) AS history "
             "USING (user_id))) ORDER BY row"
@@ -145,4 +148,5 @@ class Histories:
             items=Lists(flat("items").astype(np.int64), offsets),
             labels=flat("labels").astype(np.int8),
             timestamps=flat("timestamps").astype(np.int64),
+            begins=found["begins"].to_numpy(),
         )

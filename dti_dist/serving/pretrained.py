@@ -42,6 +42,14 @@ class Pretrained:
     dataset: Dataset | None
     by_request: bool = False
 
+    @staticmethod
+    def of(inputs: Inputs, model: CTRModel) -> Pretrained:
+        """A model with the inputs that it was made for."""
+        dataset, config = inputs.dataset, inputs.config
+        template = Template.for_items(config.template, dataset.manifest.item_text_columns)
+        items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
+        return Pretrained(model, items, config.sample.context, dataset, dataset.has_requests)
+
 
 def load_run(
     folder: str | Path,
@@ -69,11 +77,7 @@ def load_run(
         config = config.model_copy(update={"model": base})
     commit = choose_checkpoint(run, which)
     inputs = Inputs.open(config, run.tokenizer)
-    template = Template.for_items(config.template, inputs.dataset.manifest.item_text_columns)
-    items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
-    model = trained_model(inputs, commit, Placement(dtype))
-    dataset = inputs.dataset
-    return Pretrained(model, items, config.sample.context, dataset, dataset.has_requests)
+    return Pretrained.of(inputs, trained_model(inputs, commit, Placement(dtype)))
 
 
 def load_exported(

@@ -2,7 +2,8 @@
 
 All candidates of a request lie behind one copy of its context, each with a [SUM] of its own, and
 take the same place in the prompt, as those of training and evaluation do. Each is scored as the
-target of a sliding-window prompt, at the cost of its own text.
+target of a sliding-window prompt, at the cost of its own text. Under policies that are exact,
+requests of one user share what their contexts have in common: they become a streaming prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.layout import Pack, PackShape, Prompts, lay_out
-from dti_dist.data.samples import IntArray
+from dti_dist.data.samples import IntArray, ranges
 from dti_dist.data.sequences import gap_bucket
 
 
@@ -23,13 +24,16 @@ from dti_dist.data.sequences import gap_bucket
 class Requests:
     """Requests end to end; R requests, H interactions of history, C candidates.
 
+    A request's context are interactions context_start … context_end - 1, at most n, oldest first.
+    Contexts that overlap are parts of one history, and follow each other in the order of time.
+
     Attributes:
-        history_items: [H] rows of the item tokens, each request's at most n, oldest first.
+        history_items: [H] rows of the item tokens.
         history_labels: [H] 0 or 1.
         history_gaps: [H] bucket of the time since the interaction before; all 0 without time gaps.
-        history_place: [H] how many of its request's history lie before what the user was shown
-            with it; all before itself, where each interaction was shown alone.
-        history_offsets: [R + 1].
+        history_place: [H] the first interaction that the user was shown with it; itself, where each
+            was shown alone.
+        context_start, context_end: [R].
         candidate_items: [C].
         candidate_gaps: [R] bucket of the time since the last interaction of the history.
         candidate_offsets: [R + 1].
@@ -39,7 +43,8 @@ class Requests:
     history_labels: npt.NDArray[np.int8]
     history_gaps: IntArray
     history_place: IntArray
-    history_offsets: IntArray
+    context_start: IntArray
+    context_end: IntArray
     candidate_items: IntArray
     candidate_gaps: IntArray
     candidate_offsets: IntArray
@@ -49,6 +54,20 @@ class Requests:
 
 
 _NEVER = np.iinfo(np.int64).max
+_LONGEST_HISTORY = 1 << 32
+
+
+@dataclass(frozen=True)
+class Whose:
+    """Histories of requests as runs of their users' histories, in the order of time.
+
+    Attributes:
+        user: [R] the same number for the same user; begins: [R] where in the user's history the
+            request's begins.
+    """
+
+    user: IntArray
+    begins: IntArray
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,7 @@ class RawRequests:
         items, candidates: rows of the item tokens; -1 where an item has no text.
         timestamps: [H] seconds, or None where they are not known.
         times: [R] seconds, when each request is made; None or the largest int64: after all.
+        whose: of which users the histories are parts; None: each is its own.
     """
 
     items: IntArray
@@ -68,6 +88,7 @@ class RawRequests:
     candidates: IntArray
     candidate_offsets: IntArray
     times: IntArray | None
+    whose: Whose | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +96,9 @@ class CutRequests:
     """What is scored, and what was left out of histories.
 
     Attributes:
-        scored: [scored] which candidates of the raw requests have a text: those of `requests`.
-        context: [R] interactions that each request's candidates see.
+        scored: [scored] the candidates of the raw requests that have a text, in the order in which
+            `requests` has them.
+        context: [R] interactions that the candidates of each raw request see.
         without_text, future, older: interactions of histories whose item has no text, that are not
             before the request, that are more than n back.
         sorted: requests whose histories were not in time order and were sorted.
@@ -91,7 +113,9 @@ class CutRequests:
     sorted: int
 
 
-def cut_requests(raw: RawRequests, n: int, time_gaps: bool, by_request: bool) -> CutRequests:
+def cut_requests(
+    raw: RawRequests, n: int, time_gaps: bool, by_request: bool, share: bool = False
+) -> CutRequests:
     """Each request with the last n interactions before it, and its candidates that have a text.
 
     Time gaps are those of the whole history: an interaction that is left out for its age, and
@@ -99,6 +123,7 @@ def cut_requests(raw: RawRequests, n: int, time_gaps: bool, by_request: bool) ->
 
     Args:
         by_request: interactions of one time were shown at once, and none sees another of them.
+        share: requests of one user share what their contexts have in common.
     """
     R = len(raw.offsets) - 1
     request = np.arange(R).repeat(np.diff(raw.offsets))
@@ -114,39 +139,45 @@ def cut_requests(raw: RawRequests, n: int, time_gaps: bool, by_request: bool) ->
         kept = order
     kept = kept[(known & past)[kept]]
     of = request[kept]
-    nth = np.arange(len(kept))
-    ends = np.searchsorted(of, np.arange(R), side="right")
-    shown = nth  # the first of what was shown at once
-    if by_request and raw.timestamps is not None:
-        stamps = raw.timestamps[kept]
-        opens = (np.diff(of, prepend=-1) > 0) | (np.diff(stamps, prepend=0) != 0)
-        shown = np.maximum.accumulate(np.where(opens, nth, 0))
+    stamps = raw.timestamps[kept] if raw.timestamps is not None else None
     gaps, last_gaps = np.zeros(len(kept), dtype=np.int64), np.zeros(R, dtype=np.int64)
+    nth, ends = np.arange(len(kept)), np.searchsorted(of, np.arange(R), side="right")
     if time_gaps and len(kept):
-        assert raw.timestamps is not None, "time gaps need timestamps"
-        stamps = raw.timestamps[kept]
-        before = np.maximum(shown - 1, 0)
+        assert stamps is not None, "time gaps need timestamps"
+        before = np.maximum(_shown_with(of, stamps if by_request else None) - 1, 0)
         gaps = np.where(of[before] == of, gap_bucket(stamps - stamps[before]), 0)
         has_history = np.bincount(of, minlength=R) > 0
         last = stamps[np.maximum(ends - 1, 0)]
         last_gaps = np.where(has_history, gap_bucket(times - last), 0)
     recent = nth >= (ends - n)[of]
     context = np.bincount(of[recent], minlength=R)
-    oldest = ends - context
-    has_text = raw.candidates >= 0
-    scored = np.flatnonzero(has_text)
-    of_candidate = np.arange(R).repeat(np.diff(raw.candidate_offsets))
+    order, chosen, start = np.arange(R), nth[recent], np.cumsum(context) - context
+    owner = order
+    # What one request leaves out for another reason than its age, another would bring back.
+    if share and raw.whose is not None and known.all():
+        place = (nth - (ends - np.bincount(of, minlength=R))[of])[recent]
+        order, chosen, start = _share(raw.whose, chosen, place, context)
+        owner = raw.whose.user
+    history = kept[chosen]
+    candidates = np.diff(raw.candidate_offsets)[order]
+    scored = ranges(raw.candidate_offsets[order], candidates)
+    has_text = raw.candidates[scored] >= 0
+    of_candidate = np.arange(R).repeat(candidates)[has_text]
+    scored = scored[has_text]
     return CutRequests(
         requests=Requests(
-            history_items=raw.items[kept[recent]],
-            history_labels=raw.labels[kept[recent]],
-            history_gaps=gaps[recent],
-            history_place=np.maximum(shown - oldest[of], 0)[recent],
-            history_offsets=np.concatenate([[0], np.cumsum(context)]),
+            history_items=raw.items[history],
+            history_labels=raw.labels[history],
+            history_gaps=gaps[chosen],
+            history_place=_shown_with(
+                owner[of[chosen]], stamps[chosen] if by_request and stamps is not None else None
+            ),
+            context_start=start[order],
+            context_end=(start + context)[order],
             candidate_items=raw.candidates[scored],
-            candidate_gaps=last_gaps,
+            candidate_gaps=last_gaps[order],
             candidate_offsets=np.concatenate(
-                [[0], np.cumsum(np.bincount(of_candidate[scored], minlength=R))]
+                [[0], np.cumsum(np.bincount(of_candidate, minlength=R))]
             ),
         ),
         scored=scored,
@@ -158,15 +189,47 @@ def cut_requests(raw: RawRequests, n: int, time_gaps: bool, by_request: bool) ->
     )
 
 
+def _shown_with(of: IntArray, stamps: IntArray | None) -> IntArray:
+    """[H] the first interaction that was shown with each; None: each was shown alone."""
+    nth = np.arange(len(of))
+    if stamps is None:
+        return nth
+    opens = (np.diff(of, prepend=-1) != 0) | (np.diff(stamps, prepend=0) != 0)
+    return np.maximum.accumulate(np.where(opens, nth, 0))
+
+
+def _share(
+    whose: Whose, recent: IntArray, place: IntArray, context: IntArray
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Each interaction of a user once, though it is in the contexts of several requests.
+
+    Args:
+        recent: the interactions of all contexts, request by request; place: where in its request's
+            history each lies.
+        context: [R] lengths of the contexts.
+
+    Returns:
+        the requests, by user and time; which of `recent` stay; [R] where each context begins there.
+    """
+    request = np.arange(len(context)).repeat(context)
+    names = whose.user[request] * _LONGEST_HISTORY + whose.begins[request] + place
+    distinct, first = np.unique(names, return_index=True)
+    oldest = whose.user * _LONGEST_HISTORY  # of an empty context: before all of the user's
+    oldest[request[::-1]] = names[::-1]
+    start = np.searchsorted(distinct, oldest)
+    return np.lexsort((start + context, whose.user)), recent[first], start
+
+
 @dataclass(frozen=True)
 class Pieces:
-    """What goes into one pack: runs of candidates, each with its request's context.
+    """What goes into one pack: runs of candidates, each with the context of their requests.
 
     Attributes:
-        request: [pieces]; first, end: [pieces] its candidates, counted over all requests.
+        history_start, history_end: [pieces] the contexts; first, end: [pieces] the candidates.
     """
 
-    request: IntArray
+    history_start: IntArray
+    history_end: IntArray
     first: IntArray
     end: IntArray
 
@@ -178,42 +241,48 @@ def pack_requests(requests: Requests, tokens: ItemTokens, pack_tokens: int) -> I
     A context longer than a pack gets one candidate at a time. Requests without candidates are in
     no pack.
     """
-    text = tokens.lengths + 1  # with its [SUM]
+    text = tokens.lengths + 1  # with its label, or its [SUM]
     gaps = tokens.gap_lengths if tokens.gaps else np.zeros(1, dtype=np.int64)
-    context = len(tokens.prefix) + _sums(
-        text[requests.history_items] + gaps[requests.history_gaps], requests.history_offsets
-    )
+    prefix = len(tokens.prefix)
+    history = _ends(text[requests.history_items] + gaps[requests.history_gaps])
     candidates = np.diff(requests.candidate_offsets)
     costs = text[requests.candidate_items] + gaps[requests.candidate_gaps].repeat(candidates)
-    ends = np.concatenate([[0], np.cumsum(costs)])
-    open_pieces: list[tuple[int, int, int]] = []
+    ends = _ends(costs)
+    pieces: list[list[int]] = []
     room = pack_tokens
     for request in np.flatnonzero(candidates).tolist():
         first, last = requests.candidate_offsets[request : request + 2].tolist()
-        whole = int(context[request] + ends[last] - ends[first])
-        if whole > room and open_pieces:
-            yield _as_pieces(open_pieces)
-            open_pieces, room = [], pack_tokens
+        start, end = int(requests.context_start[request]), int(requests.context_end[request])
+        context = prefix + int(history[end] - history[start])
+        joins = bool(pieces) and start < min(end, pieces[-1][1])
+        more = int(history[end] - history[pieces[-1][1]]) if joins else context
+        whole = more + int(ends[last] - ends[first])
+        if whole > room and pieces:
+            yield _as_pieces(pieces)
+            pieces, room, joins = [], pack_tokens, False
+            whole = context + int(ends[last] - ends[first])
         while whole > room:
-            holds = int(ends[first] + room - context[request])
-            end = max(int(np.searchsorted(ends, holds, side="right")) - 1, first + 1)
-            if end >= last:
+            holds = int(ends[first] + room - context)
+            part = max(int(np.searchsorted(ends, holds, side="right")) - 1, first + 1)
+            if part >= last:
                 break
-            yield _as_pieces([(request, first, end)])
-            first, whole = end, int(context[request] + ends[last] - ends[end])
-        open_pieces.append((request, first, last))
+            yield _as_pieces([[start, end, first, part]])
+            first, whole = part, context + int(ends[last] - ends[part])
+        if joins:
+            pieces[-1][1], pieces[-1][3] = end, last
+        else:
+            pieces.append([start, end, first, last])
         room -= whole
-    if open_pieces:
-        yield _as_pieces(open_pieces)
+    if pieces:
+        yield _as_pieces(pieces)
 
 
-def _as_pieces(pieces: list[tuple[int, int, int]]) -> Pieces:
+def _as_pieces(pieces: list[list[int]]) -> Pieces:
     return Pieces(*np.array(pieces, dtype=np.int64).T)
 
 
-def _sums(values: IntArray, offsets: IntArray) -> IntArray:
-    ends = np.concatenate([[0], np.cumsum(values)])
-    return ends[offsets[1:]] - ends[offsets[:-1]]
+def _ends(lengths: IntArray) -> IntArray:
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 @dataclass(frozen=True)
@@ -248,14 +317,14 @@ def build_request_pack(
 
 def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
     candidates = pieces.end - pieces.first
-    history = np.diff(requests.history_offsets)[pieces.request]
+    history = pieces.history_end - pieces.history_start
     count = history + candidates
     piece = np.arange(len(count)).repeat(count)
     nth = np.arange(len(piece)) - (count.cumsum() - count)[piece]
     is_candidate = nth >= history[piece]
-    from_history = (requests.history_offsets[pieces.request][piece] + nth)[~is_candidate]
-    from_candidates = (pieces.first[piece] + nth - history[piece])[is_candidate]
-    request = pieces.request[piece[is_candidate]]
+    from_history = ranges(pieces.history_start, history)
+    from_candidates = ranges(pieces.first, candidates)
+    request = np.searchsorted(requests.candidate_offsets, from_candidates, side="right") - 1
 
     def interactions(of_history: np.ndarray, of_candidates: np.ndarray | int) -> np.ndarray:
         values = np.empty(len(piece), dtype=of_history.dtype)
@@ -264,6 +333,7 @@ def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
         return values
 
     gaps = requests.history_gaps[from_history], requests.candidate_gaps[request]
+    place = interactions(requests.history_place[from_history], requests.context_end[request])
     return Prompts(
         count=count,
         prompt=piece,
@@ -276,5 +346,5 @@ def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
         target_row=request,
         target_position=from_candidates,
         candidates=candidates,
-        place=interactions(requests.history_place[from_history], history[piece[is_candidate]]),
+        place=np.maximum(place - pieces.history_start[piece], 0),
     )

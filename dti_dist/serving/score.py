@@ -40,7 +40,7 @@ from dti_dist.runs.trained import choose_checkpoint
 from dti_dist.serving.histories import Histories
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.request_files import RequestFiles, RequestRows
-from dti_dist.serving.requests import CutRequests, RawRequests
+from dti_dist.serving.requests import CutRequests, RawRequests, Whose
 from dti_dist.serving.scorer import Scorer
 from dti_dist.sql import open_workspace
 
@@ -73,7 +73,7 @@ def score(model: str, requests: str, out: str, options: ScoreOptions) -> dict[st
     """
     # A rank that is done waits for those that are not.
     ranks = join_process_group(
-        options.device, timeout_minutes=_LONGEST_WAIT_MINUTES, cpu_threads=None
+        options.device, _LONGEST_WAIT_MINUTES, options.threads or _threads_of_run(model)
     )
     try:
         return _score(model, requests, out, options, ranks)
@@ -95,11 +95,9 @@ def _score(
         with ExitStack() as stack:
             base = _base_model(model, ranks)
             scorer = ranks.first_on_node(lambda: _scorer(model, base, options))
-            opened: list[_PartScorer] = []
+            opened: list[PartScorer] = []
             ranks.each(
-                lambda: opened.append(
-                    _PartScorer.open(scorer, files, options, mine, out, stack, ranks)
-                )
+                lambda: opened.append(PartScorer.open(scorer, files, options, mine, stack, ranks))
             )
             _score_parts(opened[0], mine, out, options, ranks)
         ranks.barrier()  # all parts are there
@@ -107,6 +105,10 @@ def _score(
         lambda: _summarise(out, parts, files, options) if ranks.is_main else None
     )
     return summaries[0] if ranks.is_main else None
+
+
+def _threads_of_run(model: str) -> int | None:
+    return RunFolder(model).read_config().training.cpu_threads if is_run(model) else None
 
 
 def _with_step(model: str, options: ScoreOptions) -> ScoreOptions:
@@ -264,7 +266,7 @@ class _Catalogue:
 
 
 @dataclass(frozen=True)
-class _PartScorer:
+class PartScorer:
     """Requests in, a table of scores out."""
 
     scorer: Scorer
@@ -278,10 +280,9 @@ class _PartScorer:
         files: RequestFiles,
         options: ScoreOptions,
         mine: list[int],
-        out: str,
         stack: ExitStack,
         ranks: Ranks,
-    ) -> _PartScorer:
+    ) -> PartScorer:
         dataset = scorer.dataset
         catalogue = _Catalogue.open(dataset, scorer.items, options)
         if scorer.items.tokens.gaps and "timestamp" not in files.schema.names:
@@ -291,7 +292,7 @@ class _PartScorer:
             )
         histories = None
         if files.names_users and dataset is not None:
-            workspace = stack.enter_context(open_workspace())
+            workspace = stack.enter_context(open_workspace(threads=options.threads))
             rows = _rows_of_parts(files, mine, options.part_requests)
             time_gaps = bool(scorer.items.tokens.gaps)
             histories = Histories(workspace, dataset, rows, scorer.n, time_gaps, ranks.is_main)
@@ -300,7 +301,7 @@ class _PartScorer:
                 f"{files.files[0].uri}: expected 'history_items' and 'history_labels', or a data "
                 "set to look the users up in. Give it with --data."
             )
-        return _PartScorer(scorer, files, catalogue, histories)
+        return PartScorer(scorer, files, catalogue, histories)
 
     def part(
         self, first: int, end: int, on_scored: Callable[[int], None]
@@ -328,12 +329,15 @@ class _PartScorer:
         if timestamps is None and not len(items):
             timestamps = np.empty(0, dtype=np.int64)
         unknown = int((~rows.has_history).sum())
+        user, begins = np.arange(R), np.zeros(R, dtype=np.int64)
         if self.histories is not None and unknown:
             found = self.histories.of(rows.first, rows.first + R)
             unknown -= len(found.rows)
+            of_found = found.rows - rows.first
+            begins[of_found] = found.begins
+            user[of_found] = _first_of_user(rows.user_ids, of_found)
             given = np.arange(R).repeat(rows.items.lengths)
-            looked_up = (found.rows - rows.first).repeat(found.items.lengths)
-            of = np.concatenate([given, looked_up])
+            of = np.concatenate([given, of_found.repeat(found.items.lengths)])
             order = np.argsort(of, kind="stable")
             items = np.concatenate([items, self.catalogue.row_of_dense[found.items.values]])[order]
             labels = np.concatenate([labels, found.labels])[order]
@@ -356,9 +360,17 @@ class _PartScorer:
                 candidates=self.catalogue.rows_of(rows.candidates.values),
                 candidate_offsets=rows.candidates.offsets,
                 times=rows.times,
+                whose=Whose(user, begins),
             ),
             unknown,
         )
+
+
+def _first_of_user(user_ids: pa.Array, requests: IntArray) -> IntArray:
+    """[requests] the first of these requests that is of the same user."""
+    number = user_ids.take(pa.array(requests)).dictionary_encode().indices.to_numpy()
+    _, first = np.unique(number, return_index=True)
+    return requests[first[number]]
 
 
 def _rows_of_parts(
@@ -400,7 +412,7 @@ def _counts(rows: RequestRows, raw: RawRequests, cut: CutRequests, unknown: int)
 
 
 def _score_parts(
-    scorer: _PartScorer, mine: list[int], out: str, options: ScoreOptions, ranks: Ranks
+    scorer: PartScorer, mine: list[int], out: str, options: ScoreOptions, ranks: Ranks
 ) -> None:
     size, total = options.part_requests, scorer.files.total
     spans = {part: (part * size, min((part + 1) * size, total)) for part in mine}

@@ -188,7 +188,8 @@ class Scorer:
 
     def cut(self, raw: RawRequests) -> CutRequests:
         """Requests as the model reads them."""
-        return cut_requests(raw, self.n, bool(self.items.tokens.gaps), self.by_request)
+        exact = self.model.scheme.policy.exact
+        return cut_requests(raw, self.n, bool(self.items.tokens.gaps), self.by_request, exact)
 
     def score_requests(
         self, requests: Requests, on_scored: Callable[[int], None] = lambda requests: None
@@ -203,13 +204,15 @@ class Scorer:
             self.states.clear()
             self._generation = self.items.generation
         scores = np.full(len(requests.candidate_items), np.nan, dtype=np.float32)
+        ends = requests.candidate_offsets[1:]
         for pieces in pack_requests(requests, tokens, self.pack_tokens):
             built = build_request_pack(requests, pieces, tokens, self._shape_of)
             kept = self.states.of(built, tokens) if self.states is not None else None
             used = built.pack.used.numpy() > 0
             targets = built.pack.target_position.numpy()[used]
             scores[targets] = self._probabilities(built, kept)[used]
-            on_scored(int((pieces.end == requests.candidate_offsets[pieces.request + 1]).sum()))
+            done = np.searchsorted(ends, [pieces.first[0], pieces.end[-1]], side="right")
+            on_scored(int(done[1] - done[0]))
         return scores
 
     @torch.inference_mode()

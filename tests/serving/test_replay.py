@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from dti_dist.cli import main
 from dti_dist.data.dataset import iter_sequences
@@ -87,7 +88,9 @@ def test_a_trained_run_is_evaluated_and_replayed_alike(impressions, tmp_path, ca
     requests = requests.append_column("candidates", found["item_id_list"])
     pq.write_table(requests, tmp_path / "requests.parquet")
     command = ["score", of_run, "--requests", str(tmp_path / "requests.parquet")]
+    torch.set_num_threads(2)
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert torch.get_num_threads() == 1  # training.cpu_threads of the run
     capsys.readouterr()
     scores = np.concatenate(pq.read_table(tmp_path / "out")["scores"].to_pylist())
     expected = np.concatenate(found["probability_list"].to_pylist())

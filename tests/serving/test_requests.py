@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_dist.attention.policies import Budget
@@ -16,6 +16,7 @@ from dti_dist.serving.pretrained import Pretrained
 from dti_dist.serving.requests import (
     RawRequests,
     Requests,
+    Whose,
     build_request_pack,
     cut_requests,
     pack_requests,
@@ -31,7 +32,7 @@ def scorer_of(model, tokens, **settings):
     return Scorer(Pretrained(model, ItemTexts(tokens, None, None), N, None), **settings)
 
 
-def requests_of(block, tokens, candidates=()):
+def requests_of(block, tokens, candidates=(), share=False):
     """A request for each interaction but a user's first: what is before it, it, and others."""
     parts = []
     for row, (start, end) in enumerate(itertools.pairwise(block.offsets)):
@@ -46,8 +47,9 @@ def requests_of(block, tokens, candidates=()):
         candidates=np.concatenate([c for *_, c in parts]).astype(np.int64),
         candidate_offsets=np.cumsum([0, *(len(c) for *_, c in parts)]),
         times=np.array([block.timestamps[h.stop] for _, _, h, _ in parts]),
+        whose=Whose(np.array([row for row, *_ in parts]), np.zeros(len(parts), dtype=np.int64)),
     )
-    cut = cut_requests(raw, N, bool(tokens.gaps), by_request=False)
+    cut = cut_requests(raw, N, bool(tokens.gaps), by_request=False, share=share)
     keys = [(int(block.rows[row]), position) for row, position, _, _ in parts]
     return cut.requests, keys
 
@@ -66,7 +68,8 @@ def sliding_window_scores(model, block, tokens):
 
 def assert_equal_to_sliding_window(model, block, tokens, **settings):
     scorer = scorer_of(model, tokens, **settings)
-    requests, keys = requests_of(block, tokens, candidates=[3, 17, 8, 3])
+    share = model.scheme.policy.exact
+    requests, keys = requests_of(block, tokens, candidates=[3, 17, 8, 3], share=share)
     scores = scorer.score_requests(requests)[requests.candidate_offsets[:-1]]
     expected = sliding_window_scores(model, block, tokens)
     assert set(keys) == set(expected)
@@ -164,7 +167,8 @@ def test_a_score_is_the_same_alone_among_999_others_and_in_any_order(policy):
                 history_labels=np.array([1, 0, 0, 1], dtype=np.int8),
                 history_gaps=np.zeros(4, dtype=np.int64),
                 history_place=np.arange(4),
-                history_offsets=np.array([0, 4]),
+                context_start=np.array([0]),
+                context_end=np.array([4]),
                 candidate_items=np.asarray(items),
                 candidate_gaps=np.zeros(1, dtype=np.int64),
                 candidate_offsets=np.array([0, count]),
@@ -202,8 +206,9 @@ def test_packing_takes_each_candidate_once_in_order_with_its_context(shapes, roo
         history_items=rng.integers(0, 30, history.sum()),
         history_labels=rng.integers(0, 2, history.sum()).astype(np.int8),
         history_gaps=np.zeros(history.sum(), dtype=np.int64),
-        history_place=np.concatenate([np.arange(count) for count in history]),
-        history_offsets=np.concatenate([[0], history.cumsum()]),
+        history_place=np.arange(history.sum()),
+        context_start=history.cumsum() - history,
+        context_end=history.cumsum(),
         candidate_items=rng.integers(0, 30, candidates.sum()),
         candidate_gaps=np.zeros(len(shapes), dtype=np.int64),
         candidate_offsets=np.concatenate([[0], candidates.cumsum()]),
@@ -220,14 +225,78 @@ def test_packing_takes_each_candidate_once_in_order_with_its_context(shapes, roo
         ).all()
         size = len(pack.tokens)
         whole = all(
-            (requests.candidate_offsets[r] == f and requests.candidate_offsets[r + 1] == e)
-            for r, f, e in zip(pieces.request, pieces.first, pieces.end, strict=True)
+            f in requests.candidate_offsets and e in requests.candidate_offsets
+            for f, e in zip(pieces.first, pieces.end, strict=True)
         )
-        assert size <= room or len(pieces.request) == 1
+        assert size <= room or len(pieces.first) == 1
         if size > room:  # one candidate after a context that leaves no room
             assert whole or pieces.end[0] - pieces.first[0] == 1
             assert used.sum() == 1
     assert seen == list(range(candidates.sum()))
+
+
+def looked_up(rng, block, count, most):
+    """Requests at random moments of random users, as they are found in a data set: unordered."""
+    parts = []
+    for row in rng.integers(0, len(block.rows), count).tolist():
+        start, end = block.offsets[row : row + 2]
+        history = np.arange(start, end)[block.requests.history[start:end]]
+        time = int(rng.choice(block.timestamps[start:end])) + int(rng.integers(0, 2))
+        past = history[block.timestamps[history] < time]
+        begins = max(len(past) - most, 0)
+        if begins:  # what the time gap of the oldest is counted from
+            begins = int(np.sum(block.timestamps[past] < block.timestamps[past[begins]])) - 1
+        parts.append((row, begins, past[max(begins, 0) :], time, rng.integers(0, 30, 3)))
+    history = np.concatenate([h for _, _, h, *_ in parts])
+    return RawRequests(
+        items=block.item_ids[history].astype(np.int64),
+        labels=block.labels[history],
+        timestamps=block.timestamps[history],
+        offsets=np.cumsum([0, *(len(h) for _, _, h, *_ in parts)]),
+        candidates=np.concatenate([candidates for *_, candidates in parts]),
+        candidate_offsets=np.arange(count + 1) * 3,
+        times=np.array([time for *_, time, _ in parts]),
+        whose=Whose(
+            user=np.array([row for row, *_ in parts]),
+            begins=np.array([max(begins, 0) for _, begins, *_ in parts]),
+        ),
+    )
+
+
+@pytest.mark.parametrize("policy", ["budget", "isolated"])
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.sampled_from([60, 200, 4096]))
+@settings(max_examples=15)
+def test_requests_of_one_user_share_their_contexts_and_score_as_alone(policy, seed, n, room):
+    rng = np.random.default_rng(seed)
+    tokens = item_tokens(rng, prefix=2 * (policy == "isolated"), time_gaps=True)
+    block = users(rng, [40, 9, 2, 33], requests=True)
+    model = ctr_model("llama", policy, n, prefix=len(tokens.prefix))
+    raw = looked_up(rng, block, 40, n)
+    scores, history = [], []
+    for share in (True, False):
+        cut = cut_requests(raw, n, time_gaps=True, by_request=True, share=share)
+        assert cut.scored.tolist() != list(range(120)) or not share  # by user and time
+        found = np.empty(120, dtype=np.float32)
+        found[cut.scored] = scorer_of(model, tokens, pack_tokens=room).score_requests(cut.requests)
+        scores.append(found)
+        history.append(len(cut.requests.history_items))
+    assert np.abs(scores[0] - scores[1]).max() < 1e-6
+    assert np.std(scores[0]) > 0.01
+    assert history[0] <= block.offsets[-1]
+    assert history[1] == cut.context.sum() > history[0]
+
+
+def test_shared_contexts_take_fewer_tokens():
+    tokens, block = world()
+    sizes = []
+    for share in (True, False):
+        requests, _ = requests_of(block, tokens, share=share)
+        packs = [
+            build_request_pack(requests, pieces, tokens)
+            for pieces in pack_requests(requests, tokens, 4096)
+        ]
+        sizes.append(sum(built.pack.body_tokens for built in packs))
+    assert sizes[0] < 0.5 * sizes[1]
 
 
 def test_histories_are_sorted_and_cut_to_what_is_before_the_request():
@@ -243,7 +312,8 @@ def test_histories_are_sorted_and_cut_to_what_is_before_the_request():
     cut = cut_requests(raw, n=2, time_gaps=False, by_request=False)
     assert cut.requests.history_items.tolist() == [12, 10, 21, 22]
     assert cut.requests.history_labels.tolist() == [1, 0, 0, 1]
-    assert cut.requests.history_offsets.tolist() == [0, 2, 4, 4]
+    assert cut.requests.context_start.tolist() == [0, 2, 4]
+    assert cut.requests.context_end.tolist() == [2, 4, 4]
     assert cut.requests.candidate_items.tolist() == [1, 2, 3]
     assert cut.requests.candidate_offsets.tolist() == [0, 1, 3, 3]
     assert cut.scored.tolist() == [0, 2, 3]
@@ -260,7 +330,7 @@ def test_windows_reach_as_far_for_a_late_candidate_as_for_the_first():
     requests, _ = requests_of(block, tokens, candidates=list(range(25)))
     base = scorer.score_requests(requests)
     moved = requests.history_items.copy()
-    first = requests.history_offsets[N]  # the oldest interaction of a request with n of them
+    first = requests.context_start[N]  # the oldest interaction of a request with n of them
     moved[first] = (moved[first] + 1) % 30
     changed = scorer.score_requests(Requests(**{**vars(requests), "history_items": moved}))
     of_request = slice(*requests.candidate_offsets[N : N + 2])

@@ -361,14 +361,20 @@ def test_training_data_can_be_read_user_by_user_and_prompt_by_prompt(synthetic, 
 def test_the_benchmark_compares_shared_contexts_with_one_prompt_each(synthetic, tmp_path, capsys):
     threads = torch.get_num_threads()
     config = write_config(tmp_path / "config.yaml", synthetic)
-    arguments = ["--rounds", "1", "--candidates", "20", "--requests", "6", "--json"]
-    assert main(["benchmark", "scoring", str(config), *arguments]) == 0
+    arguments = ["--rounds", "1", "--candidates", "20", "--requests", "6", "--targets", "40"]
+    assert main(["benchmark", "scoring", str(config), *arguments, "--json"]) == 0
     torch.set_num_threads(threads)
     found = json.loads(capsys.readouterr().out)
     assert found["candidates"] == 20
     assert found["variants"]["one prompt per candidate"]["speedup"]["median"] == 1
     assert all(v["requests_per_s"]["median"] > 0 for v in found["variants"].values())
     assert len(found["variants"]) == 5
+    assert found["replay"].keys() == {"budget", "isolated"}
+    for replayed in found["replay"].values():
+        assert replayed["targets"] >= 40
+        assert replayed["requests"] <= replayed["targets"]
+        assert replayed["score_over_evaluate"]["median"] > 0
+        assert replayed["largest_difference"] < 1e-6
 
 
 def test_an_exported_folder_that_leads_elsewhere_is_refused(exported, tmp_path):
