@@ -27,6 +27,7 @@ class FoundHistories:
         rows: numbers of the requests whose users are known.
         items: Lists of dense item ids; labels, timestamps: of the same interactions.
         begins: interactions of the user's history that lie before these.
+        future: interactions of the user's history that are not before the request.
     """
 
     rows: IntArray
@@ -34,6 +35,7 @@ class FoundHistories:
     labels: npt.NDArray[np.int8]
     timestamps: IntArray
     begins: IntArray
+    future: IntArray
 
 
 class Histories:
@@ -121,7 +123,8 @@ class Histories:
             oldest = f"greatest(1, len([t FOR t IN timestamps IF t < timestamps[{oldest}]]))"
         slices = ", ".join(f"{name}[oldest:past] AS {name}" for name in columns)
         self._connection.execute(
-            f"CREATE TABLE found AS SELECT row, {slices}, oldest - 1 AS begins "
+            f"CREATE TABLE found AS SELECT row, {slices}, oldest - 1 AS begins, "
+            "len(timestamps) - past AS future "
             f"FROM (SELECT *, {oldest} AS oldest FROM ("
             "SELECT row, history.*, len([t FOR t IN timestamps IF t < time]) AS past "
             f"FROM wanted JOIN (SELECT user_id, {joined} FROM rows GROUP BY user_id) AS history "
@@ -149,4 +152,5 @@ class Histories:
             labels=flat("labels").astype(np.int8),
             timestamps=flat("timestamps").astype(np.int64),
             begins=found["begins"].to_numpy(),
+            future=found["future"].to_numpy(),
         )

@@ -308,7 +308,7 @@ class PartScorer:
     ) -> tuple[pa.Table, Counter[str], list[str]]:
         """Scores of requests first … end - 1, what was counted, and ids without a text."""
         rows = self.files.read(first, end)
-        raw, unknown = self._raw(rows)
+        raw, looked_up = self._raw(rows)
         cut = self.scorer.cut(raw)
         if self.scorer.states is not None:
             self.scorer.states.clear()  # so that a part does not depend on those before it
@@ -317,22 +317,24 @@ class PartScorer:
         without = pc.unique(rows.candidates.values.filter(pa.array(raw.candidates < 0)))
         return (
             _table(rows, cut, scores, raw.candidates < 0),
-            _counts(rows, raw, cut, unknown),
+            _counts(rows, raw, cut, looked_up),
             [str(one) for one in without[:_EXAMPLES].to_pylist()],
         )
 
-    def _raw(self, rows: RequestRows) -> tuple[RawRequests, int]:
-        """Requests as arrays, with the histories that were looked up; and users not found."""
+    def _raw(self, rows: RequestRows) -> tuple[RawRequests, Counter[str]]:
+        """Requests as arrays, with histories that are looked up; and what that leaves out."""
         R = len(rows.has_history)
         items = self.catalogue.rows_of(rows.items.values)
         labels, timestamps, offsets = rows.labels, rows.timestamps, rows.items.offsets
         if timestamps is None and not len(items):
             timestamps = np.empty(0, dtype=np.int64)
-        unknown = int((~rows.has_history).sum())
+        counts = Counter(unknown_users=int((~rows.has_history).sum()))
         user, begins = np.arange(R), np.zeros(R, dtype=np.int64)
-        if self.histories is not None and unknown:
+        if self.histories is not None and counts["unknown_users"]:
             found = self.histories.of(rows.first, rows.first + R)
-            unknown -= len(found.rows)
+            counts["unknown_users"] -= len(found.rows)
+            counts["history_not_before_request"] = int(found.future.sum())
+            counts["history_older_than_n"] = int(found.begins.sum())
             of_found = found.rows - rows.first
             begins[of_found] = found.begins
             user[of_found] = _first_of_user(rows.user_ids, of_found)
@@ -362,7 +364,7 @@ class PartScorer:
                 times=rows.times,
                 whose=Whose(user, begins),
             ),
-            unknown,
+            counts,
         )
 
 
@@ -394,7 +396,9 @@ def _table(
     return table
 
 
-def _counts(rows: RequestRows, raw: RawRequests, cut: CutRequests, unknown: int) -> Counter[str]:
+def _counts(
+    rows: RequestRows, raw: RawRequests, cut: CutRequests, looked_up: Counter[str]
+) -> Counter[str]:
     return Counter(
         {
             "requests": len(rows.has_history),
@@ -402,10 +406,10 @@ def _counts(rows: RequestRows, raw: RawRequests, cut: CutRequests, unknown: int)
             "candidates_without_text": int((raw.candidates < 0).sum()),
             "requests_without_candidates": int((rows.candidates.lengths == 0).sum()),
             "requests_without_context": int((cut.context == 0).sum()),
-            "unknown_users": unknown,
+            "unknown_users": looked_up["unknown_users"],
             "history_without_text": cut.without_text,
-            "history_not_before_request": cut.future,
-            "history_older_than_n": cut.older,
+            "history_not_before_request": cut.future + looked_up["history_not_before_request"],
+            "history_older_than_n": cut.older + looked_up["history_older_than_n"],
             "histories_sorted": cut.sorted,
         }
     )

@@ -55,6 +55,19 @@ def rows_of_test(synthetic):
     ]
 
 
+def interactions_of(synthetic, user_id):
+    """Times of all of a user's interactions, in all splits."""
+    dataset = Dataset.open(str(synthetic))
+    return sorted(
+        time
+        for split in ("train", "valid", "test")
+        for batch in iter_sequences(dataset, split)
+        for row in batch.rows.to_pylist()
+        if row["user_id"] == user_id
+        for time in row["timestamps"][row["target_start"] :]
+    )
+
+
 def requests_of_targets(synthetic, catalogue, others=3):
     """A request for each target of test, which is its first candidate: (keys, table)."""
     rng = np.random.default_rng(0)
@@ -202,6 +215,36 @@ def test_the_order_of_requests_in_a_file_changes_no_score(
     assert in_order["context"].equals(results[0]["context"])
     first, second = (np.concatenate(r["scores"].to_pylist()) for r in (results[0], in_order))
     assert np.abs(first - second).max() < 1e-5
+
+
+@pytest.mark.parametrize("which", ["model", "gap_model"])
+def test_what_is_left_out_of_histories_is_counted_given_and_looked_up(
+    request, which, synthetic, catalogue, tmp_path, capsys
+):
+    exported, _ = request.getfixturevalue(which)
+    user = rows_of_test(synthetic)[0]["user_id"]
+    times = interactions_of(synthetic, user)
+    moments = [times[3], times[3] + 1, times[-2], times[-1] + 1]
+    before = [sum(time < moment for time in times) for moment in moments]
+    expected = {
+        "requests_without_context": 0,
+        "history_not_before_request": sum(len(times) - past for past in before),
+        "history_older_than_n": sum(max(past - N, 0) for past in before),
+    }
+    named = pa.table(
+        {"user_id": [user] * 4, "timestamp": moments, "candidates": [[catalogue[0]]] * 4}
+    )
+    given = named.append_column("history_items", [[[catalogue[1]] * len(times)] * 4])
+    given = given.append_column("history_labels", [[[1] * len(times)] * 4])
+    given = given.append_column("history_timestamps", [[times] * 4])
+    for name, table in (("named", named), ("given", given)):
+        path = write(table, tmp_path / f"{name}.parquet")
+        summary, said = score(capsys, exported, path, tmp_path / name, "--data", synthetic)
+        assert {counted: summary[counted] for counted in expected} == expected
+        left_out = expected["history_not_before_request"]
+        assert f"{left_out:,} interactions of histories are not before their request" in said
+    assert before[0] == 3
+    assert before[-1] == len(times)
 
 
 def test_threads_are_those_that_are_given(model, synthetic, catalogue, tmp_path, capsys):
@@ -442,7 +485,7 @@ def test_every_odd_request_has_an_outcome(model, synthetic, catalogue, tmp_path,
         "unknown_users": 2,
         "history_without_text": 1,
         "history_not_before_request": 1,
-        "history_older_than_n": 27,
+        "history_older_than_n": 27 + len(interactions_of(synthetic, user["user_id"])) - N,
         "histories_sorted": 1,
     }
     for line in (
