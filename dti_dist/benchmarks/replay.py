@@ -40,7 +40,8 @@ def benchmark_replay(config: RunConfig, rounds: int, targets: int, scratch: Path
 
     Returns:
         by policy: targets, requests, seconds of both, their ratio, and the largest difference of
-        two probabilities.
+        two probabilities; None where the data set has no requests, and evaluation also sees what
+        has the target's time and stands before it.
     """
     return {
         policy: _replay(_with_policy(config, policy), rounds, targets, scratch / policy)
@@ -88,7 +89,7 @@ def _replay(config: RunConfig, rounds: int, targets: int, scratch: Path) -> dict
         "requests": pq.read_metadata(requests).num_rows,
         **{f"{name}_s": measure.spread(mine) for name, mine in seconds.items()},
         "score_over_evaluate": measure.ratios(seconds["score"], seconds["evaluate"]),
-        "largest_difference": float(difference),
+        "largest_difference": float(difference) if inputs.dataset.has_requests else None,
     }
 
 

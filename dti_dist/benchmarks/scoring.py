@@ -226,9 +226,10 @@ def scoring_table(result: dict[str, Any]) -> str:
             f"{figures['requests']:,}",
             *(measure.shown(figures[name], ",.2f") for name in ("evaluate_s", "score_s")),
             measure.shown(figures["score_over_evaluate"], ".2f"),
-            f"{figures['largest_difference']:.1e}",
+            "-" if difference is None else f"{difference:.1e}",
         )
         for policy, figures in result["replay"].items()
+        for difference in [figures["largest_difference"]]
     ]
     of_replay = (
         *("test", "targets", "requests", "evaluate, s", "score, s"),

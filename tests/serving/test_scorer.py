@@ -374,7 +374,7 @@ def test_the_benchmark_compares_shared_contexts_with_one_prompt_each(synthetic, 
         assert replayed["targets"] >= 40
         assert replayed["requests"] <= replayed["targets"]
         assert replayed["score_over_evaluate"]["median"] > 0
-        assert replayed["largest_difference"] < 1e-6
+        assert replayed["largest_difference"] is None  # a data set without requests
 
 
 def test_an_exported_folder_that_leads_elsewhere_is_refused(exported, tmp_path):
