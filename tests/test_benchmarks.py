@@ -76,7 +76,7 @@ def test_paradigm_on_requests_trains_one_prompt_a_request_beside(capsys, tmp_pat
     capsys.readouterr()
     assert main(["benchmark", "paradigm", str(config), *options]) == 0
     (result,) = json.loads(capsys.readouterr().out)["grid"]
-    assert result["ideal"] is None
+    assert result["ideal"] == 20 * 5 / 24
     variants = result["variants"]
     streaming = ["dti, isolated", "dti, isolated, not shared"]
     assert list(variants) == [BASELINE, BY_REQUEST, *streaming, TRAINER]
@@ -85,7 +85,7 @@ def test_paradigm_on_requests_trains_one_prompt_a_request_beside(capsys, tmp_pat
         variants[name]["tokens_per_target"] for name in (BASELINE, BY_REQUEST, *streaming)
     )
     assert shared < each < by_request < one / 2
-    assert paradigm_table({"grid": [result]}).startswith("n = 4, k = 20\n")
+    assert paradigm_table({"grid": [result]}).startswith("n = 4, k = 20, ideal 4.2\n")
 
 
 def test_a_grid_of_n_and_k_is_measured_and_drawn(capsys, synthetic, tmp_path):

@@ -82,8 +82,8 @@ def benchmark_paradigm(
         Surroundings and, per variant, targets/s and tokens/s with spread, tokens a target, the
         speed over sliding_window as measured, on a CPU by processor time too, and as token counts
         alone would have it, the speed over Trainer and, on data with requests, over one prompt a
-        request, the share of the ideal k(n+1)/(n+k) where each interaction is a request, memory
-        that a step adds, and energy where it can be read.
+        request, the share of the ideal k(n+1)/(n+k), memory that a step adds, and energy where it
+        can be read.
     """
     device, dtype = measure.device_and_dtype(config.training)
     has_requests = Dataset.open(config.data.path, storage=config.data.storage).has_requests
@@ -120,7 +120,7 @@ def benchmark_paradigm(
             for name, step in steps.items()
         }
     n, k = config.sample.context, config.sample.targets
-    ideal = None if has_requests else k * (n + 1) / (n + k)
+    ideal = k * (n + 1) / (n + k)
     return {
         "surroundings": measure.surroundings(device),
         "n": n,
@@ -199,7 +199,7 @@ def _step(
 def _figures(
     turns: dict[str, list[measure.Turn]],
     memory: dict[str, float | None],
-    ideal: float | None,
+    ideal: float,
     on_cpu: bool,
 ) -> dict[str, dict[str, Any]]:
     """Rates and ratios by round."""
@@ -231,9 +231,7 @@ def _figures(
             else None,
             "speedup_over_trainer": trainer and measure.ratios(rates[name], trainer),
             "speedup_over_request": by_request and measure.ratios(rates[name], by_request),
-            "share_of_ideal": speedup["median"] / ideal
-            if ideal and name.startswith("dti")
-            else None,
+            "share_of_ideal": speedup["median"] / ideal if name.startswith("dti") else None,
             "step_memory_mib": memory[name],
             "joules_per_target": measure.spread(joules) if joules else None,
         }
@@ -269,8 +267,7 @@ def draw_grid(result: dict[str, Any], path: Path) -> None:
                 continue
             middle, ends = measure.error_bars([c["variants"][name]["speedup"] for c in mine])
             panel.errorbar(ks, middle, ends, marker="o", markersize=4, capsize=2, label=name)
-        if mine[0]["ideal"] is not None:
-            panel.plot(ks, [c["ideal"] for c in mine], "k--", linewidth=1, label="k(n+1)/(n+k)")
+        panel.plot(ks, [c["ideal"] for c in mine], "k--", linewidth=1, label="k(n+1)/(n+k)")
         panel.set_title(f"n = {n}")
         panel.set_xlabel("k, targets a prompt")
         panel.set_xticks(ks)
@@ -284,7 +281,7 @@ def paradigm_table(result: dict[str, Any]) -> str:
     """The variants as aligned text."""
     if "grid" in result:
         return "\n\n".join(
-            f"n = {cell['n']}, k = {cell['k']}{_ideal(cell)}\n{paradigm_table(cell)}"
+            f"n = {cell['n']}, k = {cell['k']}, ideal {cell['ideal']:.1f}\n{paradigm_table(cell)}"
             for cell in result["grid"]
         )
 
@@ -325,7 +322,3 @@ def paradigm_table(result: dict[str, Any]) -> str:
         "J/target",
     )
     return table(header, rows)
-
-
-def _ideal(cell: dict[str, Any]) -> str:
-    return "" if cell["ideal"] is None else f", ideal {cell['ideal']:.1f}"

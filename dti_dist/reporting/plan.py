@@ -23,7 +23,9 @@ from dti_dist.costs.settings import (
 )
 from dti_dist.costs.shape import ModelShape
 from dti_dist.costs.workload import Pairs, Workload, count_pairs, first_packs, steps_for, workload
+from dti_dist.data.dataset import RequestStatistics
 from dti_dist.data.layout import PackShape
+from dti_dist.data.prepare.statistics import describe_requests
 from dti_dist.data.stream import StreamPlan
 from dti_dist.errors import UserError
 from dti_dist.gpus import CPU, Gpu, find_gpu, gpu_at_hand
@@ -110,6 +112,7 @@ def plan(
             as_baseline = replace(inputs, config=_as_baseline(config))
             variants[BASELINE] = _variant(as_baseline, gpus, room, mine.work.targets)
         measured = calibrate(config, inputs, mine.stream, gpus) if measure else None
+        statistics = inputs.dataset.manifest.statistics
     times = {
         name: _time(variant, mine, gpus, peak * mfu, price, measured)
         for name, variant in variants.items()
@@ -137,6 +140,9 @@ def plan(
             **{name: variant.work.as_dict() for name, variant in variants.items()},
             **_gains(config, variants),
         },
+        "requests": statistics.requests.model_dump()
+        if statistics and statistics.requests
+        else None,
         "flops": {
             "formula": FLOPS_FORMULA,
             **{name: _flops(variant) for name, variant in variants.items()},
@@ -411,7 +417,11 @@ def _data_text(found: dict[str, Any]) -> str:
             f"k(n+1)/(n+k) = {data['ideal']:.1f}"
         )
     title = f"Data, exactly: n={sample['n']}, k={sample['k']}, {sample['policy']}"
-    return f"{table((title, *names), rows)}{gain}"
+    requests = ""
+    if found["requests"]:
+        lines = describe_requests(RequestStatistics(**found["requests"]))
+        requests = "".join(f"\n{line}" for line in lines) + " (of all splits)"
+    return f"{table((title, *names), rows)}{gain}{requests}"
 
 
 def _flops_text(found: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from dti_dist.costs.goodput import Failures
 from dti_dist.costs.memory import checkpoint_bytes, states
 from dti_dist.costs.shape import ModelShape
 from dti_dist.costs.workload import count_pairs, steps_for, workload
+from dti_dist.data.dataset import Dataset
 from dti_dist.data.layout import PackShape
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.errors import UserError
@@ -28,6 +29,7 @@ from dti_dist.options import FailureOptions
 from dti_dist.reporting.plan import plan, plan_table
 from dti_dist.runs.commits import complete_checkpoints
 from tests import tiny
+from tests.impressions import prepare_impressions
 from tests.launching import job, metrics, run, train, write_config
 from tests.reporting.failing_job import simulated_goodput
 
@@ -62,11 +64,40 @@ RUNS = {
     "cut by max_steps": ["training.max_steps=7"],
     "isolated, cut": ["attention.policy=isolated", "training.max_steps=9"],
 }
+RUNS_WITH_REQUESTS = {  # of fewer steps
+    **RUNS,
+    "cut by max_steps": ["training.max_steps=3"],
+    "isolated, cut": ["attention.policy=isolated", "training.max_steps=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def impressions(tmp_path_factory):
+    return prepare_impressions(tmp_path_factory.mktemp("impressions"))
+
+
+@pytest.fixture
+def config_of_impressions(impressions, tmp_path):
+    def make(**training):
+        pack = {"length": 4096}  # one request shows 300 items
+        return write_config(tmp_path / "config.yaml", impressions, pack=pack, training=training)
+
+    return make
 
 
 @pytest.mark.parametrize("overrides", RUNS.values(), ids=RUNS)
 def test_counts_are_those_of_the_stream(config_of, tmp_path, overrides):
     config = load_config(config_of(), ["training.max_steps=1000", *overrides])
+    are_those_of_the_stream(config, tmp_path)
+
+
+@pytest.mark.parametrize("overrides", RUNS_WITH_REQUESTS.values(), ids=RUNS_WITH_REQUESTS)
+def test_counts_with_requests_are_those_of_the_stream(config_of_impressions, tmp_path, overrides):
+    config = load_config(config_of_impressions(max_steps=1000), overrides)
+    are_those_of_the_stream(config, tmp_path)
+
+
+def are_those_of_the_stream(config, tmp_path):
     plan_of_run = Inputs.open(config, tmp_path / "tokenizer").stream_plan(
         "train", epochs=2, shuffle=True
     )
@@ -89,7 +120,19 @@ def test_counts_are_those_of_the_stream(config_of, tmp_path, overrides):
 @pytest.mark.parametrize("name", ["dti", "sliding_window", "isolated, prefix, time gaps"])
 def test_a_run_takes_the_steps_tokens_and_targets_of_its_plan(config_of, tmp_path, name):
     path = config_of(training={"epochs": 2, "max_steps": None})
-    overrides = [*RUNS[name], "training.log_every=3"]
+    takes_what_is_planned(path, tmp_path, RUNS[name])
+
+
+@pytest.mark.slow
+def test_a_run_with_requests_takes_the_steps_tokens_and_targets_of_its_plan(
+    config_of_impressions, tmp_path
+):
+    path = config_of_impressions(epochs=2, max_steps=None)
+    takes_what_is_planned(path, tmp_path, RUNS["isolated, prefix, time gaps"])
+
+
+def takes_what_is_planned(path, tmp_path, overrides):
+    overrides = [*overrides, "training.log_every=3"]
     found = planned(path, *overrides, gpus=2)
     train(path, *overrides, ranks=2)
     lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
@@ -97,6 +140,17 @@ def test_a_run_takes_the_steps_tokens_and_targets_of_its_plan(config_of, tmp_pat
     assert lines[-1]["step"] == counted["steps"] == sum(e["steps"] for e in counted["epochs"])
     assert sum(line["tokens"] for line in lines) == counted["tokens"]
     assert sum(line["targets"] for line in lines) == counted["targets"]
+
+
+def test_a_plan_says_what_requests_there_are(config_of_impressions, config_of, impressions):
+    found = planned(config_of_impressions())
+    statistics = Dataset.open(str(impressions)).manifest.statistics
+    assert found["requests"] == statistics.requests.model_dump()
+    line = f"of {statistics.requests.requests:,} requests"
+    assert line in plan_table(found)
+    without = planned(config_of())
+    assert without["requests"] is None
+    assert "requests" not in plan_table(without)
 
 
 def test_sliding_window_beside_it_is_the_plan_of_a_sliding_window_run(config_of):

@@ -111,13 +111,14 @@ def describe(statistics: Statistics) -> list[str]:
         f"about {max(1, round(characters.mean / _CHARACTERS_PER_TOKEN)):,} tokens an interaction, "
         f"were a token {_CHARACTERS_PER_TOKEN} characters: an estimate, without template and "
         "tokenizer",
-        *(_describe_requests(statistics.requests) if statistics.requests else []),
+        *(describe_requests(statistics.requests) if statistics.requests else []),
         "",
         *label_rates(statistics.days),
     ]
 
 
-def _describe_requests(requests: RequestStatistics) -> list[str]:
+def describe_requests(requests: RequestStatistics) -> list[str]:
+    """Lines for people."""
     size, clicks = requests.targets_per_request, requests.clicks_per_request
     targets = round(size.mean * requests.requests)
     without = clicks.histogram.get(0, 0) / requests.requests
