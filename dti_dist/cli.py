@@ -757,6 +757,7 @@ def evaluation_of_many(
     targets: PositiveInt = options.EVALUATION_TARGETS,
     per_user: PositiveInt = options.EVALUATION_PER_USER,
     memory_limit: Annotated[str, Parameter(metavar="SIZE")] = options.EVALUATION_MEMORY,
+    shown: PositiveInt = 1,
     slice: bool = False,
 ) -> None:
     """Time and memory of the metrics of an evaluation, on synthetic predictions.
@@ -766,11 +767,12 @@ def evaluation_of_many(
         targets: Predictions.
         per_user: Targets of each user.
         memory_limit: Of DuckDB, such as 1GB.
+        shown: Targets of a request; with more than one, metrics by request are measured too.
         slice: Also measure by day.
     """
     from dti_dist.benchmarks.evaluation import benchmark_evaluation
 
-    benchmark_evaluation(targets, per_user, memory_limit, Path(work), slice)
+    benchmark_evaluation(targets, per_user, memory_limit, Path(work), slice, shown)
 
 
 app.command(benchmark)

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -336,3 +338,17 @@ def test_what_a_process_and_its_children_use_is_counted():
     while cpu_seconds(me) - before < 0.03:
         sum(range(1000))
     assert cpu_seconds(me, without=me) == resident_mib(me, without=me) == 0
+
+
+def test_evaluation_measures_metrics_by_request_where_several_were_shown(capsys, tmp_path):
+    size = ["--targets", "3000", "--per-user", "30", "--work", str(tmp_path)]
+    assert main(["benchmark", "evaluation", *size, "--shown", "7", "--slice"]) == 0
+    printed = capsys.readouterr().out
+    assert {"metrics by request", "ndcg@10", "request_auc"} < set(re.split(r"\s{2,}|\n", printed))
+    found = pq.read_table(tmp_path / "predictions.parquet", columns=["row", "timestamp"])
+    sizes = Counter(tuple(row.values()) for row in found.to_pylist())
+    assert max(sizes.values()) == 7
+    # 30 = 4 x 7 + 2, so requests go over into the next user's row.
+    assert len(sizes) == 3000 // 7 + 1 + sum(1 for end in range(30, 3000, 30) if end % 7)
+    assert main(["benchmark", "evaluation", *size]) == 0
+    assert "request" not in capsys.readouterr().out
