@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json as json_format
 import os
+import shlex
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -25,15 +28,18 @@ from cyclopts.validators import Number
 from dti_dist import __version__, options
 from dti_dist.attention.policies import POLICIES
 from dti_dist.console import say
-from dti_dist.data.prepare.command import prepare
+from dti_dist.data.prepare.command import event_reader, prepare
 from dti_dist.errors import OtherRankFailed, UserError
 from dti_dist.files import write_atomically
 from dti_dist.options import (
     LOCAL,
     PLACE,
+    AppendOptions,
+    EventOptions,
     FailureOptions,
     NodeOptions,
     PackChoice,
+    RequestOptions,
     ScoringOptions,
     split_at_commas,
 )
@@ -166,13 +172,22 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int | None]:
 # --- what the commands' signatures share ----------------------------------------------------
 
 _PACK, _SCORING, _FAILURES = PackChoice(), ScoringOptions(), FailureOptions()
-_NODE = NodeOptions()
+_NODE, _APPEND, _REQUESTS = NodeOptions(), AppendOptions(), RequestOptions()
 
 
 def _is_override(_: Any, words: tuple[str, ...] | str) -> None:
     for word in [words] if isinstance(words, str) else words:
         if "=" not in word:
             raise ValueError(f"expected key=value, such as seed=1; found {word!r}")
+
+
+def _is_date(_: Any, text: str) -> None:
+    try:
+        right = date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"expected a date such as 2024-05-03; found {text!r}")
 
 
 def _lengths(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
@@ -269,6 +284,7 @@ def evaluate(
     pictures: Annotated[bool | None, Parameter(negative="--no-pictures")] = None,
     bootstrap: Resamples = options.RESAMPLES,
     memory_limit: MemoryLimit = None,
+    out: Annotated[str | None, LOCAL, Parameter(metavar="DIR")] = None,
 ) -> None:
     """Measure a trained run on a split.
 
@@ -283,6 +299,7 @@ def evaluate(
             done unless --no-valid-threshold is given.
         predictions: Also write the predictions there, as Parquet.
         pictures: Reliability diagram and ROC in the run's eval/; default: if matplotlib is there.
+        out: A folder for figures, predictions and pictures, instead of the run's eval/.
     """
     from dti_dist.evaluation.evaluate import EvaluationOptions, evaluate
     from dti_dist.evaluation.summary import as_json, beside_ceilings, figures_table, slices_table
@@ -296,7 +313,7 @@ def evaluate(
         pictures=pictures,
         memory_limit=memory_limit,
     )
-    figures = evaluate(run, split, prompt, checkpoint, overrides, chosen)
+    figures = evaluate(run, split, prompt, checkpoint, overrides, chosen, out)
     if figures is None:
         return
     print(as_json(figures), flush=True)
@@ -305,7 +322,8 @@ def evaluate(
         say(f"{slices_table(figures['slices'])}\n")
     for said in beside_ceilings(figures):
         say(said)
-    _refresh_report(Path(run))
+    if out is None:
+        _refresh_report(Path(run))
 
 
 def _refresh_report(run_dir: Path) -> None:
@@ -395,6 +413,58 @@ def export(
 
     export(run, out, checkpoint, dtype, adapter_only, license)
     say(f"exported to {out}")
+
+
+@app.command(
+    help_epilogue="""\
+example:
+  dti-dist daily shop.yaml run_dir=runs/daily model.init_from=runs/shop \\
+    --day 2024-05-03 --events logs/2024-05-03/*.parquet --items items.parquet \\
+    --user-col user --item-col item --time-col ts --label "event = 'click'" \\
+    --text-cols title,brand"""
+)
+def daily(
+    config: Config,
+    /,
+    *overrides: Override,
+    day: Annotated[str, Parameter(metavar="DATE", validator=_is_date)],
+    events: Annotated[
+        tuple[str, ...], PLACE, Parameter(consume_multiple=True, metavar="PATH [PATH ...]")
+    ],
+    how: Annotated[EventOptions, Parameter(name="*")],
+    requests: Annotated[RequestOptions, Parameter(name="*")] = _REQUESTS,
+    build: Annotated[AppendOptions, Parameter(name="*")] = _APPEND,
+    launch: Annotated[str | None, Parameter(metavar="WORDS")] = None,
+) -> int:
+    """Append a day to the data set, and train the model of the day before on it.
+
+    That model predicts the day before it is trained on it, and after. days.csv in run_dir has a
+    line for each day. A command that was stopped or killed goes on when it is given again.
+
+    Args:
+        config: Of the days' runs, each a folder in its run_dir; on the first day model.init_from is
+            the run to begin with.
+        day: The day's name, such as 2024-05-03. The same is done once.
+        events: The day's interactions, all newer than the data set's: files, folders, globs, fsspec
+            URLs.
+        launch: The words that start a command of dti-dist, before its own, for several ranks, such
+            as "torchrun --standalone --nproc-per-node 8 -m dti_dist"; default: one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"expected one process, found {os.environ['WORLD_SIZE']} (WORLD_SIZE). Start this "
+            "command alone, and say by --launch how it starts the ranks that train."
+        )
+    settings = _config(config, overrides)
+    from dti_dist.daily import daily, start
+    from dti_dist.data.prepare.append import append_to_dataset
+
+    def append() -> None:
+        read = event_reader(events, how, requests)
+        say(str(append_to_dataset(read, settings.data.path, "roll", build, day)))
+
+    words = shlex.split(launch) if launch else [sys.executable, "-m", "dti_dist"]
+    return daily(day, settings, [config, *overrides], append, partial(start, words))
 
 
 @app.command(help_epilogue="example: dti-dist report runs/base runs/shop --out comparison.html")

@@ -118,6 +118,11 @@ def _is_gcs_method(options: dict[str, dict[str, Any]], name: str) -> bool:
 
 class DataConfig(Section):
     path: Place = Field(description="Prepared data set: a folder or any fsspec URL.")
+    train_on: Literal["train", "valid", "test"] = Field(
+        "train",
+        description="The split whose targets are trained on. Another than train is for what was "
+        "evaluated there before, as `dti-dist daily` does with a new day.",
+    )
     prefetch: NonNegative = Field(
         4, description="Micro-batches that a thread of the rank packs ahead; 0: none."
     )

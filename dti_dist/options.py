@@ -239,6 +239,54 @@ class PresplitOptions(BuildOptions):
     split_times: Annotated[tuple[int, int] | None, _NO_OPTION] = None
 
 
+@dataclass(frozen=True)
+class AppendOptions(PresplitOptions):
+    """Of interactions that are appended to a data set, whose settings stay."""
+
+    min_interactions: Annotated[int, _NO_OPTION] = 2
+    context_limit: Annotated[int, _NO_OPTION] = 256
+    force: Annotated[bool, _NO_OPTION] = False
+
+
+def _columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(split_at_commas(tokens[-1].value))
+
+
+_COLUMN = Parameter(metavar="COL")
+_COLUMNS = Parameter(converter=_columns, n_tokens=1, metavar="COL,COL")
+
+
+@dataclass(frozen=True)
+class EventOptions:
+    """How event logs and an item table are read.
+
+    Attributes:
+        items: The item table, likewise.
+        user_col: The user's id.
+        item_col: The item's id.
+        time_col: The timestamp.
+        label: One SQL expression over the events' columns: "rating >= 4", "clicked".
+        text_cols: The item table's texts, most telling first.
+        item_key: The item table's id (default: as --item-col).
+        time_unit: Unit of times that are numbers since 1970.
+        time_format: How times are written, for DuckDB's strptime: %d/%m/%Y %H:%M, %Y%m%d.
+        columns: Names of the columns of CSV files that have no header.
+    """
+
+    items: Annotated[
+        tuple[str, ...], PLACE, Parameter(consume_multiple=True, metavar="PATH [PATH ...]")
+    ]
+    user_col: Annotated[str, _COLUMN]
+    item_col: Annotated[str, _COLUMN]
+    time_col: Annotated[str, _COLUMN]
+    label: Annotated[str, Parameter(metavar="EXPR")]
+    text_cols: Annotated[tuple[str, ...], _COLUMNS]
+    item_key: Annotated[str | None, _COLUMN] = None
+    time_unit: TimeUnit | None = None
+    time_format: Annotated[str | None, Parameter(metavar="FORMAT")] = None
+    columns: Annotated[tuple[str, ...], _COLUMNS] = ()
+
+
 _OF_REQUESTS = Parameter(group=Group("Requests: what was shown at once"))
 
 

@@ -13,7 +13,9 @@ import pytest
 from dti_dist import cli
 from dti_dist.cli import check, main
 
-COMMANDS = "prepare train evaluate compare score export report verify inspect plan doctor benchmark"
+COMMANDS = (
+    "prepare train evaluate compare score export daily report verify inspect plan doctor benchmark"
+)
 PAGES = [
     [],
     *([name] for name in COMMANDS.split()),
@@ -101,10 +103,12 @@ def test_accepted_command_lines(line):
 
 PATHS = [
     "train ~/a",
-    "evaluate ~/a --predictions ~/b",
+    "evaluate ~/a --predictions ~/b --out ~/c",
     "compare ~/a ~/b",
     "score ~/a --requests ~/b --out ~/c --data ~/d --items ~/e ~/f",
     "export ~/a --out ~/b",
+    "daily ~/a --day 2024-05-03 --events ~/b ~/c --items ~/d --user-col u --item-col i "
+    "--time-col t --label l --text-cols x --temp-directory ~/e",
     "report ~/a ~/b --out ~/c",
     "verify ~/a",
     "inspect ~/a --out ~/b",

@@ -111,6 +111,23 @@ def test_a_data_set_that_was_appended_to_is_no_other(tmp_path, append_to):
         assert said.startswith("data was appended to 2 times since the run was trained")
 
 
+def test_what_a_run_was_trained_on_in_test_may_have_rolled_into_other_splits(tmp_path):
+    """`dti-dist daily` trains on a day that is test until the next one is."""
+    half, days = days_of(at_different_times(random_events(users=25)))
+    build(tmp_path, half, tmp_path / "data")
+    file = tmp_path / "dataset.json"
+    keep_manifest(file, Dataset.open(str(tmp_path / "data")).manifest)
+    for day, times in zip(days, ("once", "2 times"), strict=False):
+        append(tmp_path, day, tmp_path / "data", "roll")
+        now = Dataset.open(str(tmp_path / "data")).manifest
+        said = since_training(file, now, "data", "test")
+        assert said == f"data was appended to {times} since the run was trained."
+    build(tmp_path, half[10:], tmp_path / "other")
+    append(tmp_path, days[0], tmp_path / "other", "roll")
+    other = Dataset.open(str(tmp_path / "other")).manifest
+    assert "differ" in since_training(file, other, "data", "test")
+
+
 def test_targets_of_one_label_are_said_with_the_expression_that_made_it():
     said = of_one_label("test", False, {"kind": "events", "label": "event = 'click'"})
     assert said.startswith("WARNING: all targets of test have the label 0, so auc, gauc and ne")

@@ -224,7 +224,8 @@ class UnknownItems(_Record):
 
 
 class AppendRecord(_Record):
-    """What one ``prepare events --append`` added; the timestamps are its first and last."""
+    """What one ``prepare events --append`` added; the timestamps are its first and last. ``day``:
+    the one that ``dti-dist daily`` appended it for."""
 
     append_to: str
     interactions: int
@@ -233,6 +234,7 @@ class AppendRecord(_Record):
     new_items: int
     first_timestamp: int
     last_timestamp: int
+    day: str | None = None
     unknown_items: UnknownItems | None = None
     source: dict[str, Any] = {}
 

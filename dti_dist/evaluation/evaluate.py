@@ -70,6 +70,7 @@ def evaluate(
     which: str | None = None,
     overrides: dict[str, Any] | None = None,
     options: EvaluationOptions | None = None,
+    out: str | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a run's checkpoint and write eval/{split}.json, the predictions and pictures.
 
@@ -77,12 +78,14 @@ def evaluate(
         prompt: sliding_window (what inference does) or streaming; default from the config.
         which: best, last, or a step; default: best, or where there is none last.
         overrides: evaluation settings that replace the run's.
+        out: a folder for what is written, instead of the run's eval/.
 
     Returns:
         The figures on rank 0, None on the others. With synthetic data they include the CEILINGS
         that are known.
     """
     run = RunFolder(run_dir)
+    run.evaluations = Path(out) if out else run.evaluations
     config = run.read_config(DATA, MODEL, DEEPSPEED)
     evaluation = {**(overrides or {}), **({"prompt": prompt} if prompt else {})}
     config = config.model_copy(
@@ -122,7 +125,10 @@ class _Evaluation:
         self.inputs = Inputs.open_together(config, run.tokenizer, ranks)
         self.drawn = ranks.each(self._check_options)[0]
         manifest = self.inputs.dataset.manifest
-        if ranks.is_main and (said := since_training(run.dataset, manifest, config.data.path)):
+        data = config.data
+        if ranks.is_main and (
+            said := since_training(run.dataset, manifest, data.path, data.train_on)
+        ):
             say(said)
 
     def _check_options(self) -> bool:

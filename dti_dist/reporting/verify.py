@@ -113,7 +113,7 @@ class _Subject:
         cast_parameters(model, chosen)
         model = model.to(device).eval()
 
-        plan = inputs.stream_plan("train")
+        plan = inputs.stream_plan(config.data.train_on)
         block = read_block(plan.dataset, plan.index.row_groups[0], plan.tokens)
         n = config.sample.context
         settings = SampleSettings.of(config.sample)

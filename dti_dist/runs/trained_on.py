@@ -7,10 +7,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dti_dist.data.dataset import Manifest
+from dti_dist.data.dataset import SPLITS, Manifest
 from dti_dist.files import write_atomically
-
-_TRAINED_ON = ("items", "train")
 
 
 def keep_manifest(file: Path, manifest: Manifest) -> None:
@@ -18,29 +16,30 @@ def keep_manifest(file: Path, manifest: Manifest) -> None:
     write_atomically(file, manifest.model_dump_json(by_alias=True))
 
 
-def since_training(file: Path, now: Manifest, where: str) -> str | None:
-    """What to say where items or train are not those that the run was trained on; else None.
+def since_training(file: Path, now: Manifest, where: str, split: str = "train") -> str | None:
+    """What to say where items or targets are not those that the run was trained on; else None.
 
     Args:
         file: as of `keep_manifest`; runs of earlier versions have none, and nothing is said.
         now, where: the data set that is evaluated, and its path.
+        split: that the run was trained on.
     """
     try:
         then = Manifest.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return None
-    old = {folder: _contents(then, folder) for folder in _TRAINED_ON}
-    new = {folder: _contents(now, folder) for folder in _TRAINED_ON}
-    changed = [folder for folder in _TRAINED_ON if old[folder] != new[folder]]
+    old = {folder: _contents(then, folder) for folder in ("items", split)}
+    new = {folder: _contents(now, folder) for folder in old}
+    changed = [folder for folder in old if old[folder] != new[folder]]
     if not changed:
         return None
     appends = len(now.appends) - len(then.appends)
-    if appends > 0 and all(old[folder] <= new[folder] for folder in changed):
-        return (
-            f"{where} was appended to {'once' if appends == 1 else f'{appends} times'} since the "
-            "run was trained; what has joined train is new to the model."
-        )
-    sizes = [_size(then), _size(now)]
+    held = {**new, split: _contents(now, *SPLITS)}  # an append may move files to another split
+    if appends > 0 and all(old[folder] <= held[folder] for folder in changed):
+        times = "once" if appends == 1 else f"{appends} times"
+        news = "; what has joined train is new to the model" if split == "train" else ""
+        return f"{where} was appended to {times} since the run was trained{news}."
+    sizes = [_size(then, split), _size(now, split)]
     counted = f"{sizes[0]} then, {sizes[1]} now" if sizes[0] != sizes[1] else f"{sizes[0]}, as then"
     differ = f"{' and '.join(changed)} differ{'s' if len(changed) == 1 else ''} ({counted})"
     return (
@@ -50,14 +49,14 @@ def since_training(file: Path, now: Manifest, where: str) -> str | None:
     )
 
 
-def _contents(manifest: Manifest, folder: str) -> Counter[str]:
-    """Digests of a folder's files, whose names change when an append moves them."""
+def _contents(manifest: Manifest, *folders: str) -> Counter[str]:
+    """Digests of folders' files, whose names change when an append moves them."""
     return Counter(
-        entry.sha256 for path, entry in manifest.files.items() if path.startswith(f"{folder}/")
+        entry.sha256 for path, entry in manifest.files.items() if path.split("/")[0] in folders
     )
 
 
-def _size(manifest: Manifest) -> str:
+def _size(manifest: Manifest, split: str) -> str:
     counts = manifest.counts
-    targets = counts.splits["train"].targets if "train" in counts.splits else 0
-    return f"{counts.items:,} items and {targets:,} targets in train"
+    targets = counts.splits[split].targets if split in counts.splits else 0
+    return f"{counts.items:,} items and {targets:,} targets in {split}"

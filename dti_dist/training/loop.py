@@ -57,7 +57,9 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         job, initial = open_initial(job, commit)
         settings = job.config.training
         inputs = Inputs.open_together(config, folder.tokenizer, ranks)
-        plan = inputs.stream_plan("train", epochs=settings.epochs, shuffle=True, group=ranks)
+        plan = inputs.stream_plan(
+            config.data.train_on, epochs=settings.epochs, shuffle=True, group=ranks
+        )
         validation_plan = inputs.stream_plan(
             "valid", max_targets=config.validation.max_targets, group=ranks
         )

@@ -97,10 +97,11 @@ def append_to_dataset(
     uri: str,
     append_to: AppendTo | None,
     options: BuildOptions,
+    day: str | None = None,
 ) -> Summary:
     """Append a source's interactions to the data set at ``uri``; context_limit and split are the
     data set's. ``append_to`` is by default roll, or what the column says where one split the data
-    set.
+    set. ``day`` is kept in the record of the append.
 
     ``read_source`` also takes ``default_requests``, see ``read_events``. Users with a single new
     interaction are kept: it may be context of a later one. Raises UserError, and changes nothing,
@@ -178,6 +179,7 @@ def append_to_dataset(
         new_items=writer.items,
         first_timestamp=added.first_timestamp,
         last_timestamp=added.last_timestamp,
+        day=day,
         unknown_items=unknown_items,
         source=source.description,
     )

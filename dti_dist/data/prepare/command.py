@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Group, Parameter
 
@@ -15,14 +15,17 @@ from dti_dist.errors import UserError
 from dti_dist.options import (
     AppendTo,
     BuildOptions,
+    EventOptions,
     MindHistory,
     MovieLens,
     PresplitOptions,
     RequestOptions,
     SlateOptions,
     SyntheticOptions,
-    split_at_commas,
 )
+
+if TYPE_CHECKING:
+    from dti_dist.data.prepare.source import Source
 
 prepare = App(
     name="prepare",
@@ -38,13 +41,39 @@ Out = Annotated[
     Parameter(metavar="URI", group=options.OUTPUT, help="Folder or fsspec URL to write."),
 ]
 Build = Annotated[BuildOptions, Parameter(name="*")]
-Column = Annotated[str, Parameter(metavar="COL")]
 _DEFAULTS, _REQUESTS, _PRESPLIT = BuildOptions(), RequestOptions(), PresplitOptions()
 _GENERATED, _ONE_BY_ONE = SyntheticOptions(), SlateOptions()
 
 
-def _columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(split_at_commas(tokens[-1].value))
+def event_reader(
+    paths: Sequence[str],
+    how: EventOptions,
+    requests: RequestOptions,
+    name: str = options.EVENTS_NAME,
+    split_column: str | None = None,
+) -> Callable[..., Source]:
+    """`read_events` of these files, as the options say."""
+    from dti_dist.data.prepare.events import EventColumns, read_events
+    from dti_dist.data.prepare.times import TimeRule
+
+    return partial(
+        read_events,
+        paths=paths,
+        items=how.items,
+        columns=EventColumns(
+            how.user_col,
+            how.item_col,
+            how.time_col,
+            how.item_key or how.item_col,
+            how.text_cols,
+            TimeRule(how.time_unit, how.time_format),
+            how.columns,
+            split_column,
+        ),
+        label=how.label,
+        requests=requests,
+        name=name,
+    )
 
 
 @prepare.command
@@ -101,24 +130,7 @@ def events(
     paths: Annotated[tuple[str, ...], options.PLACE, Parameter(required=True)],
     /,
     *,
-    items: Annotated[
-        tuple[str, ...],
-        options.PLACE,
-        Parameter(consume_multiple=True, metavar="PATH [PATH ...]"),
-    ],
-    user_col: Column,
-    item_col: Column,
-    time_col: Column,
-    label: Annotated[str, Parameter(metavar="EXPR")],
-    text_cols: Annotated[
-        tuple[str, ...], Parameter(converter=_columns, n_tokens=1, metavar="COL,COL")
-    ],
-    item_key: Column | None = None,
-    time_unit: options.TimeUnit | None = None,
-    time_format: Annotated[str | None, Parameter(metavar="FORMAT")] = None,
-    columns: Annotated[
-        tuple[str, ...], Parameter(converter=_columns, n_tokens=1, metavar="COL,COL")
-    ] = (),
+    how: Annotated[EventOptions, Parameter(name="*")],
     split_column: Annotated[
         str | None, Parameter(metavar="COL", group=(options.OUTPUT, options.SPLITTING))
     ] = None,
@@ -138,16 +150,6 @@ def events(
 
     Args:
         paths: Files, folders, globs, fsspec URLs.
-        items: The item table, likewise.
-        user_col: The user's id.
-        item_col: The item's id.
-        time_col: The timestamp.
-        label: One SQL expression over the events' columns: "rating >= 4", "clicked".
-        text_cols: The item table's texts, most telling first.
-        item_key: The item table's id (default: as --item-col).
-        time_unit: Unit of times that are numbers since 1970.
-        time_format: How times are written, for DuckDB's strptime: %d/%m/%Y %H:%M, %Y%m%d.
-        columns: Names of the columns of CSV files that have no header.
         split_column: The column that says train, valid or test, instead of --split; a user's
             interactions must be in this order.
         name: The data set's name.
@@ -176,27 +178,7 @@ def events(
             f"--append-to {append_to}: expected --append with it; found none. Add --append, "
             "or leave it out."
         )
-    from dti_dist.data.prepare.events import EventColumns, read_events
-    from dti_dist.data.prepare.times import TimeRule
-
-    read = partial(
-        read_events,
-        paths=paths,
-        items=items,
-        columns=EventColumns(
-            user_col,
-            item_col,
-            time_col,
-            item_key or item_col,
-            text_cols,
-            TimeRule(time_unit, time_format),
-            columns,
-            split_column,
-        ),
-        label=label,
-        requests=requests,
-        name=name,
-    )
+    read = event_reader(paths, how, requests, name, split_column)
     if append:
         from dti_dist.data.prepare.append import append_to_dataset
 
