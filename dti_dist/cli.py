@@ -274,6 +274,7 @@ def evaluate(
     run: Run,
     /,
     *,
+    data: Annotated[str | None, PLACE, Uri] = None,
     split: options.Split = options.SPLIT,
     prompt: options.Prompt | None = None,
     max_targets: PositiveInt | None = None,
@@ -289,6 +290,8 @@ def evaluate(
     """Measure a trained run on a split.
 
     Args:
+        data: Another prepared data set than the run's, with the columns that the template names.
+            Its requests are its own. Needs --out, so that the run's figures stay.
         split: What to measure on.
         prompt: One target a prompt, as at inference, or k; default: the run's evaluation.prompt.
         max_targets: Measure only the first users, enough for this many targets.
@@ -304,6 +307,11 @@ def evaluate(
     from dti_dist.evaluation.evaluate import EvaluationOptions, evaluate
     from dti_dist.evaluation.summary import as_json, beside_ceilings, figures_table, slices_table
 
+    if data is not None and out is None:
+        raise UserError(
+            "--data needs --out, a folder for the figures: eval/ of the run holds those on the "
+            "run's own data. Add for example --out " + str(Path(run, "eval-other"))
+        )
     overrides = {"max_targets": max_targets} if max_targets else {}
     chosen = EvaluationOptions(
         valid_threshold=valid_threshold,
@@ -313,7 +321,7 @@ def evaluate(
         pictures=pictures,
         memory_limit=memory_limit,
     )
-    figures = evaluate(run, split, prompt, checkpoint, overrides, chosen, out)
+    figures = evaluate(run, split, prompt, checkpoint, overrides, chosen, out, data)
     if figures is None:
         return
     print(as_json(figures), flush=True)

@@ -71,6 +71,7 @@ def evaluate(
     overrides: dict[str, Any] | None = None,
     options: EvaluationOptions | None = None,
     out: str | None = None,
+    data: str | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a run's checkpoint and write eval/{split}.json, the predictions and pictures.
 
@@ -79,6 +80,7 @@ def evaluate(
         which: best, last, or a step; default: best, or where there is none last.
         overrides: evaluation settings that replace the run's.
         out: a folder for what is written, instead of the run's eval/.
+        data: the URI of another prepared data set than the run's.
 
     Returns:
         The figures on rank 0, None on the others. With synthetic data they include the CEILINGS
@@ -86,7 +88,9 @@ def evaluate(
     """
     run = RunFolder(run_dir)
     run.evaluations = Path(out) if out else run.evaluations
-    config = run.read_config(DATA, MODEL, DEEPSPEED)
+    config = run.read_config(*(() if data else (DATA,)), MODEL, DEEPSPEED)
+    if data:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": data})})
     evaluation = {**(overrides or {}), **({"prompt": prompt} if prompt else {})}
     config = config.model_copy(
         update={"evaluation": config.evaluation.model_copy(update=evaluation)}
@@ -97,7 +101,7 @@ def evaluate(
     )
     try:
         return _Evaluation(
-            run, config, split, which, options or EvaluationOptions(), ranks
+            run, config, split, which, options or EvaluationOptions(), ranks, data is None
         ).figures()
     except RuntimeError as error:
         if not lost_a_peer(error):
@@ -118,6 +122,7 @@ class _Evaluation:
         which: str | None,
         options: EvaluationOptions,
         ranks: Ranks,
+        on_own_data: bool,
     ):
         self.run, self.config, self.split, self.ranks = run, config, split, ranks
         self.options, self.prompt = options, config.evaluation.prompt
@@ -126,10 +131,9 @@ class _Evaluation:
         self.drawn = ranks.each(self._check_options)[0]
         manifest = self.inputs.dataset.manifest
         data = config.data
-        if ranks.is_main and (
-            said := since_training(run.dataset, manifest, data.path, data.train_on)
-        ):
-            say(said)
+        if ranks.is_main and on_own_data:
+            if said := since_training(run.dataset, manifest, data.path, data.train_on):
+                say(said)
 
     def _check_options(self) -> bool:
         """Whether to draw pictures. Rank 0 refuses bad options before any work."""

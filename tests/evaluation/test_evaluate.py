@@ -430,3 +430,35 @@ def test_metrics_by_request_from_evaluation_to_comparison_and_report(
     report = (one / "report.html").read_text()
     assert "AUC within requests" in report
     assert "By request place" in report
+
+
+def test_a_run_is_measured_on_another_data_set(trained, evaluated, tmp_path, capsys):
+    own = load_config(trained / "config.yaml").data.path
+    other, out = tmp_path / "other", tmp_path / "figures"
+    with_requests(Path(own), other, 30 * 86_400)
+    before = {file.name: file.stat().st_mtime_ns for file in (trained / "eval").iterdir()}
+    command = ["evaluate", str(trained), "--bootstrap", "0", "--no-pictures"]
+    assert main([*command, "--data", str(other), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)
+    assert figures["requests"]
+    assert figures["targets"] == evaluated["targets"]
+    assert "WARNING" not in printed.err
+    assert json.loads((out / "test.json").read_text()) == figures
+    assert main([*command, "--data", own, "--out", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)["auc"] == evaluated["auc"]
+    assert {f.name: f.stat().st_mtime_ns for f in (trained / "eval").iterdir()} == before
+
+    assert main([*command, "--data", own]) == 2
+    assert "--data needs --out" in capsys.readouterr().err
+    rows = "".join(f"u{i % 2},i{i % 3},{1_700_000_000 + i},{i % 2}\n" for i in range(20))
+    (tmp_path / "log.csv").write_text("user,item,time,click\n" + rows)
+    (tmp_path / "items.csv").write_text("item,name\ni0,boots\ni1,lamp\ni2,tent\n")
+    log = ["prepare", "events", f"{tmp_path}/log.csv", "--items", f"{tmp_path}/items.csv"]
+    log += ["--user-col", "user", "--item-col", "item", "--time-col", "time", "--label", "click"]
+    assert main([*log, "--text-cols", "name", "--out", str(tmp_path / "log")]) == 0
+    capsys.readouterr()
+    assert main([*command, "--data", str(tmp_path / "log"), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "title" in error
+    assert "name" in error
