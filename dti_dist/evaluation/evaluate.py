@@ -131,9 +131,12 @@ class _Evaluation:
         self.drawn = ranks.each(self._check_options)[0]
         manifest = self.inputs.dataset.manifest
         data = config.data
-        if ranks.is_main and on_own_data:
-            if said := since_training(run.dataset, manifest, data.path, data.train_on):
-                say(said)
+        if (
+            on_own_data
+            and ranks.is_main
+            and (said := since_training(run.dataset, manifest, data.path, data.train_on))
+        ):
+            say(said)
 
     def _check_options(self) -> bool:
         """Whether to draw pictures. Rank 0 refuses bad options before any work."""
