@@ -281,6 +281,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
     slices: Annotated[tuple[str, ...], Parameter(name="--slice", metavar="NAME")] = (),
     valid_threshold: Annotated[bool, Parameter(negative="--no-valid-threshold")] = True,
+    floor: Annotated[bool, Parameter(negative="--no-floor")] = True,
     predictions: Annotated[str | None, PLACE, Uri] = None,
     pictures: Annotated[bool | None, Parameter(negative="--no-pictures")] = None,
     bootstrap: Resamples = options.RESAMPLES,
@@ -300,12 +301,21 @@ def evaluate(
             request_size or request_place; may be repeated.
         valid_threshold: Predict valid too, to choose the threshold of f1_valid_threshold on it;
             done unless --no-valid-threshold is given.
+        floor: Also measure what simple counts of users and items reach on the same targets; done
+            unless --no-floor is given.
         predictions: Also write the predictions there, as Parquet.
         pictures: Reliability diagram and ROC in the run's eval/; default: if matplotlib is there.
         out: A folder for figures, predictions and pictures, instead of the run's eval/.
     """
     from dti_dist.evaluation.evaluate import EvaluationOptions, evaluate
-    from dti_dist.evaluation.summary import as_json, beside_ceilings, figures_table, slices_table
+    from dti_dist.evaluation.summary import (
+        as_json,
+        beside_ceilings,
+        figures_table,
+        floors_table,
+        slices_table,
+        worse_than_regression,
+    )
 
     if data is not None and out is None:
         raise UserError(
@@ -316,6 +326,7 @@ def evaluate(
     chosen = EvaluationOptions(
         valid_threshold=valid_threshold,
         slices=tuple(dict.fromkeys(slices)),
+        floor=floor,
         resamples=bootstrap,
         predictions=predictions,
         pictures=pictures,
@@ -326,6 +337,10 @@ def evaluate(
         return
     print(as_json(figures), flush=True)
     say(f"{figures_table(figures)}\n")
+    if "floors" in figures:
+        say(f"{floors_table(figures)}\n")
+    if worse := worse_than_regression(figures):
+        say(worse)
     if figures["slices"]:
         say(f"{slices_table(figures['slices'])}\n")
     for said in beside_ceilings(figures):

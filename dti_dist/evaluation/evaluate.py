@@ -18,11 +18,13 @@ import torch
 
 from dti_dist.config import RunConfig
 from dti_dist.console import progress, say
+from dti_dist.data.samples import SampleSettings
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan, batches
 from dti_dist.errors import OtherRankFailed
 from dti_dist.evaluation import pictures, predictions_file, summary
 from dti_dist.evaluation.bootstrap import CONFIDENCE, draw, intervals, read_groups
 from dti_dist.evaluation.curves import histogram, is_skewed, reliability, roc
+from dti_dist.evaluation.floors import Floors, find_floors
 from dti_dist.evaluation.metrics import best_threshold, measure, rows, sql_errors
 from dti_dist.evaluation.request_metrics import measure_requests
 from dti_dist.evaluation.slices import check_slices, measure_slices, slice_columns
@@ -49,6 +51,7 @@ class EvaluationOptions:
     Attributes:
         valid_threshold: also predict valid, when test is evaluated, and choose a threshold there.
         slices: names as of slices.check_slices.
+        floor: also measure FLOORS.
         resamples: of the bootstrap; 0 for none.
         predictions: where a copy of the predictions goes, a local path or URL.
         pictures: None means if matplotlib is there.
@@ -57,6 +60,7 @@ class EvaluationOptions:
 
     valid_threshold: bool = True
     slices: tuple[str, ...] = ()
+    floor: bool = True
     resamples: int = RESAMPLES
     predictions: str | None = None
     pictures: bool | None = None
@@ -226,7 +230,12 @@ class _Evaluation:
             skip_bad = self.config.data.on_bad_shard == "skip"
             columns = slice_columns(connection, options.slices, dataset, items, skip_bad)
             by_request = dataset.has_requests
-            predictions_file.load_targets(connection, file, columns.more, columns.joins, by_request)
+            more, joins = columns.more, columns.joins
+            floors = self._find_floors(connection, scratch) if options.floor else None
+            if floors:
+                more, joins = more + floors.more, joins + floors.joins
+            predictions_file.load_targets(connection, file, more, joins, by_request)
+            measured_floors = floors.measure(connection, by_request) if floors else None
             figures = measure(connection, "targets", threshold)
             if by_request:
                 figures |= measure_requests(connection, "targets")
@@ -248,6 +257,7 @@ class _Evaluation:
                     "groups": len(groups),
                     "confidence": CONFIDENCE,
                 },
+                **(measured_floors.beside(figures, groups, drawn) if measured_floors else {}),
                 "reliability": reliability(groups, drawn),
                 "slices": measure_slices(connection, options.slices, by_request),
             }
@@ -262,6 +272,17 @@ class _Evaluation:
             targets = histogram(connection, is_skewed(figures["reliability"]))
             self._draw(figures | {"roc": roc(groups), "histogram": targets}, scratch)
         return figures
+
+    def _find_floors(self, connection: duckdb.DuckDBPyConnection, scratch: Path) -> Floors | None:
+        return find_floors(
+            connection,
+            self.run.evaluations,
+            scratch,
+            self.inputs.dataset,
+            self.split,
+            SampleSettings.of(self.config.sample),
+            skip_bad=self.config.data.on_bad_shard == "skip",
+        )
 
     def _load_spools(
         self, connection: duckdb.DuckDBPyConnection, split: str, plan: StreamPlan, scratch: Path

@@ -41,6 +41,22 @@ LABELS = {
 }
 """In the order of a table's rows."""
 
+FLOORS = {
+    "train_rate": "label rate of train",
+    "item_rate": "rate of the item",
+    "user_rate": "rate of the user so far",
+    "regression": "regression on five counts",
+}
+"""What floors.py measures beside a model."""
+FLOOR_COLUMNS = ("auc", "log_loss", "ne", "request_auc")
+
+
+def beside_floors(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Names and figures of the model and of the floors; empty where no floors were measured."""
+    floors = figures.get("floors") or {}
+    found = [(text, floors[name]) for name, text in FLOORS.items() if name in floors]
+    return [("the model", figures), *found] if found else []
+
 
 def prompt_name(figures: dict[str, Any]) -> str:
     """``sliding-window prompts``"""

@@ -8,7 +8,7 @@ from typing import Any
 from dti_dist.console import table
 from dti_dist.data.dataset import CEILINGS
 from dti_dist.evaluation.bootstrap import METRICS
-from dti_dist.evaluation.labels import LABELS
+from dti_dist.evaluation.labels import FLOOR_COLUMNS, LABELS, beside_floors
 
 _SLICE_COLUMNS = (
     *("targets", "users", "label_rate", "mean_prediction", "calibration_ratio"),
@@ -73,6 +73,33 @@ def beside_ceilings(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
+def floors_table(figures: dict[str, Any]) -> str:
+    """The model beside the floors that were measured."""
+    beside, differences = beside_floors(figures), figures["model_minus_regression"]
+    shown = [name for name in FLOOR_COLUMNS if name in differences]
+    lines = [[text, *(_text(of.get(name), "{:.4f}") for name in shown)] for text, of in beside]
+    found = [differences[name] for name in shown]
+    lines.append(["model - regression", *(_text(one["difference"], "{:+.4f}") for one in found)])
+    if any(one["interval"] for one in found):
+        lines.append(["95 % over users", *(_interval(one, "{:+.4f}") for one in found)])
+    return table(["", *(LABELS[name].text for name in shown)], lines)
+
+
+def worse_than_regression(figures: dict[str, Any]) -> str | None:
+    """What to say where the regression on counts is better than the model."""
+    worse = []
+    for name, better in (("auc", 1), ("log_loss", -1), ("request_auc", 1)):
+        found = figures.get("model_minus_regression", {}).get(name)
+        if found and found["difference"] is not None and found["difference"] * better < 0:
+            theirs = figures["floors"]["regression"][name]
+            text = f"{LABELS[name].text} {figures[name]:.4f} against {theirs:.4f}"
+            low, high = found["interval"] or (None, None)
+            worse.append(text + (" (may be chance)" if low is not None and low <= 0 <= high else ""))
+    if not worse:
+        return None
+    return f"WARNING: the model is worse than the regression on five counts: {', '.join(worse)}"
+
+
 def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
     tables = []
     for name, entries in slices.items():
@@ -92,14 +119,14 @@ def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
 def comparison_table(found: dict[str, Any]) -> str:
     header, lines = ["", "A", "B", "B - A", "95 % over users", "p"], []
     for name, entry in found["differences"].items():
-        bounds, p_value = entry["interval"], entry["p_value"]
+        p_value = entry["p_value"]
         lines.append(
             [
                 name,
                 _text(found["a"][name], "{:.5f}"),
                 _text(found["b"][name], "{:.5f}"),
                 _text(entry["difference"], "{:+.5f}"),
-                f"{bounds[0]:+.5f} to {bounds[1]:+.5f}" if bounds else "",
+                _interval(entry, "{:+.5f}"),
                 _text(p_value, "{:.4f}"),
             ]
         )
@@ -116,6 +143,11 @@ def comparison_table(found: dict[str, Any]) -> str:
 
 def _text(value: float | int | None, form: str) -> str:
     return "undefined" if value is None else form.format(value)
+
+
+def _interval(difference: dict[str, Any], form: str) -> str:
+    bounds = difference["interval"]
+    return f"{form.format(bounds[0])} to {form.format(bounds[1])}" if bounds else ""
 
 
 def _cut(text: str) -> str:
