@@ -308,13 +308,13 @@ def evaluate(
         out: A folder for figures, predictions and pictures, instead of the run's eval/.
     """
     from dti_dist.evaluation.evaluate import EvaluationOptions, evaluate
+    from dti_dist.evaluation.labels import worse_than_regression
     from dti_dist.evaluation.summary import (
         as_json,
         beside_ceilings,
         figures_table,
         floors_table,
         slices_table,
-        worse_than_regression,
     )
 
     if data is not None and out is None:
@@ -340,7 +340,7 @@ def evaluate(
     if "floors" in figures:
         say(f"{floors_table(figures)}\n")
     if worse := worse_than_regression(figures):
-        say(worse)
+        say(f"WARNING: {worse}")
     if figures["slices"]:
         say(f"{slices_table(figures['slices'])}\n")
     for said in beside_ceilings(figures):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from dti_dist.evaluation.metrics import measure, rows, sql_errors
 from dti_dist.evaluation.predictions_file import About, number_users, predictions_path, read_about
 from dti_dist.evaluation.request_metrics import measure_requests
 from dti_dist.options import PROMPT, RESAMPLES, SPLIT
-from dti_dist.runs.folder import RunFolder
+from dti_dist.runs.folder import RunFolder, read_json_object
 from dti_dist.sql import open_workspace, parquet
 
 
@@ -39,7 +40,7 @@ def compare(
     """The metrics of two runs, and of each the second minus the first, by a paired bootstrap.
 
     Targets are the same where user, item, time and label are. Metrics by request are compared where
-    both were evaluated on data with requests.
+    both were evaluated on data with requests. Floors are those that the runs were measured beside.
 
     Raises:
         UserError: where a run was not evaluated so, or the targets differ.
@@ -81,6 +82,7 @@ def compare(
             )
         },
         "differences": {name: asdict(difference) for name, difference in found.items()},
+        **_floors([first, second], split, prompt, measured[0][0]),
         "bootstrap": {
             "resamples": resamples,
             "groups": len(measured[0][1]),
@@ -99,6 +101,18 @@ def _predictions(run_dir: str, split: str, prompt: str) -> Path:
             f"them with: dti-dist evaluate {shlex.quote(run_dir)} --split {split} --prompt {prompt}"
         )
     return file
+
+
+def _floors(
+    runs: Sequence[str], split: str, prompt: str, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the first evaluation of these targets that has floors says of them."""
+    for run in runs:
+        kept = read_json_object(RunFolder(run).evaluations / f"{split}.{prompt}.json")
+        same = all(kept.get(name) == measured[name] for name in ("targets", "clicks", "users"))
+        if same and "floors" in kept:
+            return {"floors": kept["floors"]}
+    return {}
 
 
 def _pair(

@@ -268,5 +268,3 @@ def _write(
             columns = {name: batch[name].to_numpy() for name in batch.schema.names}
             places = {name: columns[name] for name in ("row", "position")}
             writer.write_table(pa.table(places | fit.predict(columns)).cast(schema))
-
-

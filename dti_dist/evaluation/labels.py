@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -51,11 +52,25 @@ FLOORS = {
 FLOOR_COLUMNS = ("auc", "log_loss", "ne", "request_auc")
 
 
-def beside_floors(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Names and figures of the model and of the floors; empty where no floors were measured."""
+def floor_rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Names and figures of the floors of an evaluation; empty where none were measured."""
     floors = figures.get("floors") or {}
-    found = [(text, floors[name]) for name, text in FLOORS.items() if name in floors]
-    return [("the model", figures), *found] if found else []
+    return [(text, floors[name]) for name, text in FLOORS.items() if name in floors]
+
+
+def worse_than_regression(figures: dict[str, Any]) -> str | None:
+    """What to say of an evaluation in which the regression on counts is better than the model."""
+    worse = []
+    for name, better in (("auc", 1), ("log_loss", -1), ("request_auc", 1)):
+        found = (figures.get("model_minus_regression") or {}).get(name)
+        if found and found["difference"] is not None and found["difference"] * better < 0:
+            theirs = figures["floors"]["regression"][name]
+            low, high = found["interval"] or (math.nan, math.nan)
+            chance = " (may be chance)" if low <= 0 <= high else ""
+            worse.append(f"{LABELS[name].text} {figures[name]:.4f} against {theirs:.4f}{chance}")
+    if not worse:
+        return None
+    return f"the model is worse than the regression on five counts: {', '.join(worse)}"
 
 
 def prompt_name(figures: dict[str, Any]) -> str:

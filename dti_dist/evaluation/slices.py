@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from dti_dist.console import progress, say
-from dti_dist.data.dataset import BadShard, Dataset, SequenceBatch, iter_sequences
+from dti_dist.console import progress
+from dti_dist.data.dataset import Dataset
 from dti_dist.data.prepare.statistics import date_of_day
 from dti_dist.errors import UserError, nearest
+from dti_dist.evaluation.counts import read_sequences
 from dti_dist.evaluation.metrics import (
     Sums,
     curve_query,
@@ -119,22 +120,23 @@ def _count_train(
     of_items = np.zeros(len(source_ids), dtype=np.int64)
     total = sum(part.rows for part in dataset.parts("train"))
     with progress("counting train", total, "users") as bar:
-        for batch in _train(dataset, skip_bad):
-            lengths = batch.rows["item_ids"].value_lengths().to_numpy()
-            start = batch.rows["target_start"].to_numpy()
+        columns = ["user_id", "item_ids", "target_start"]
+        for _, batch in read_sequences(dataset, "train", columns, skip_bad):
+            lengths = batch["item_ids"].value_lengths().to_numpy()
+            start = batch["target_start"].to_numpy()
             ends = np.cumsum(lengths)
             place = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
-            items = batch.rows["item_ids"].flatten().to_numpy()
+            items = batch["item_ids"].flatten().to_numpy()
             of_items += np.bincount(
                 items[place >= np.repeat(start, lengths)], minlength=len(of_items)
             )
-            users = pa.table({"user_id": batch.rows["user_id"], "interactions": lengths - start})
+            users = pa.table({"user_id": batch["user_id"], "interactions": lengths - start})
             connection.register("batch_of_users", users)
             connection.execute(
                 "INSERT INTO counted SELECT user_id, interactions FROM batch_of_users"
             )
             connection.unregister("batch_of_users")
-            bar.advance(len(batch.rows))
+            bar.advance(len(batch))
     connection.execute(
         "CREATE OR REPLACE TABLE train_users AS SELECT user_id, sum(interactions)::BIGINT AS "
         "interactions FROM counted GROUP BY user_id"
@@ -145,29 +147,6 @@ def _count_train(
         "counts_of_items"
     )
     connection.unregister("counts_of_items")
-
-
-def _train(dataset: Dataset, skip_bad: bool) -> Iterator[SequenceBatch]:
-    for part in dataset.parts("train"):
-        try:
-            with dataset.open_part(part) as file:
-                groups = [(part.path, number) for number in range(file.num_row_groups)]
-        except BadShard as error:
-            _pass_over(error, skip_bad)
-            continue
-        for group in groups:
-            try:
-                yield from iter_sequences(
-                    dataset, "train", ["user_id", "item_ids", "target_start"], [group]
-                )
-            except BadShard as error:
-                _pass_over(error, skip_bad)
-
-
-def _pass_over(error: BadShard, skip_bad: bool) -> None:
-    if not skip_bad:
-        raise error
-    say(f"left out of the counts of train: {error}")
 
 
 def measure_slices(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from dti_dist.console import table
 from dti_dist.data.dataset import CEILINGS
 from dti_dist.evaluation.bootstrap import METRICS
-from dti_dist.evaluation.labels import FLOOR_COLUMNS, LABELS, beside_floors
+from dti_dist.evaluation.labels import FLOOR_COLUMNS, LABELS, floor_rows
 
 _SLICE_COLUMNS = (
     *("targets", "users", "label_rate", "mean_prediction", "calibration_ratio"),
@@ -75,29 +76,12 @@ def beside_ceilings(figures: dict[str, Any]) -> list[str]:
 
 def floors_table(figures: dict[str, Any]) -> str:
     """The model beside the floors that were measured."""
-    beside, differences = beside_floors(figures), figures["model_minus_regression"]
-    shown = [name for name in FLOOR_COLUMNS if name in differences]
-    lines = [[text, *(_text(of.get(name), "{:.4f}") for name in shown)] for text, of in beside]
-    found = [differences[name] for name in shown]
+    shown, lines = _beside_floors([("the model", figures)], figures)
+    found = [figures["model_minus_regression"][name] for name in shown]
     lines.append(["model - regression", *(_text(one["difference"], "{:+.4f}") for one in found)])
     if any(one["interval"] for one in found):
         lines.append(["95 % over users", *(_interval(one, "{:+.4f}") for one in found)])
-    return table(["", *(LABELS[name].text for name in shown)], lines)
-
-
-def worse_than_regression(figures: dict[str, Any]) -> str | None:
-    """What to say where the regression on counts is better than the model."""
-    worse = []
-    for name, better in (("auc", 1), ("log_loss", -1), ("request_auc", 1)):
-        found = figures.get("model_minus_regression", {}).get(name)
-        if found and found["difference"] is not None and found["difference"] * better < 0:
-            theirs = figures["floors"]["regression"][name]
-            text = f"{LABELS[name].text} {figures[name]:.4f} against {theirs:.4f}"
-            low, high = found["interval"] or (None, None)
-            worse.append(text + (" (may be chance)" if low is not None and low <= 0 <= high else ""))
-    if not worse:
-        return None
-    return f"WARNING: the model is worse than the regression on five counts: {', '.join(worse)}"
+    return table(_floor_header(shown), lines)
 
 
 def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
@@ -130,19 +114,40 @@ def comparison_table(found: dict[str, Any]) -> str:
                 _text(p_value, "{:.4f}"),
             ]
         )
+    tables = [table(header, lines)]
+    if "floors" in found:
+        shown, lines = _beside_floors([("A", found["a"]), ("B", found["b"])], found)
+        tables += ["", table(_floor_header(shown), lines)]
     return "\n".join(
         [
             f"{found['split']}, {found['prompt']} prompts: {found['targets']:,} targets of "
             f"{found['users']:,} users",
             f"A: {found['a']['run']}, {found['a']['checkpoint']}",
             f"B: {found['b']['run']}, {found['b']['checkpoint']}",
-            table(header, lines),
+            *tables,
         ]
     )
 
 
 def _text(value: float | int | None, form: str) -> str:
     return "undefined" if value is None else form.format(value)
+
+
+def _beside_floors(
+    models: Sequence[tuple[str, dict[str, Any]]], figures: dict[str, Any]
+) -> tuple[list[str], list[list[str]]]:
+    """Names of the metrics, and a table of models and of the floors in `figures`."""
+    floors = floor_rows(figures)
+    shown = [name for name in FLOOR_COLUMNS if any(name in of for _, of in floors)]
+    lines = [
+        [text, *(_text(of.get(name), "{:.4f}") for name in shown)]
+        for text, of in [*models, *floors]
+    ]
+    return shown, lines
+
+
+def _floor_header(shown: Sequence[str]) -> list[str]:
+    return ["", *(LABELS[name].text for name in shown)]
 
 
 def _interval(difference: dict[str, Any], form: str) -> str:

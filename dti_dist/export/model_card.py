@@ -17,7 +17,12 @@ import dti_dist
 from dti_dist.config import RunConfig, TemplateConfig
 from dti_dist.data.dataset import CEILINGS
 from dti_dist.data.template import TIME_GAPS
-from dti_dist.evaluation.labels import LABELS
+from dti_dist.evaluation.labels import (
+    FLOOR_COLUMNS,
+    LABELS,
+    floor_rows,
+    worse_than_regression,
+)
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.heads import HEADS
@@ -79,6 +84,12 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
         head=HEADS[config.model.head],
         licence=licence,
         evaluations=evaluations,
+        beside=[
+            (of, [("this model", of), *rows], worse_than_regression(of))
+            for of in evaluations
+            if of["checkpoint"] == made.commit.folder.name and (rows := floor_rows(of))
+        ],
+        floor_columns={k: LABELS[k] for k in FLOOR_COLUMNS if any(k in e for e in evaluations)},
         figures={k: LABELS[k] for k in _FIGURES if any(k in e for e in evaluations)},
         prompt=prompt,
         fence="`" * (3 + prompt.count("`")),

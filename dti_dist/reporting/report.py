@@ -24,7 +24,13 @@ from dti_dist import words
 from dti_dist.config import RunConfig
 from dti_dist.data.dataset import CEILINGS
 from dti_dist.errors import UserError
-from dti_dist.evaluation.labels import LABELS, prompt_name
+from dti_dist.evaluation.labels import (
+    FLOOR_COLUMNS,
+    LABELS,
+    floor_rows,
+    prompt_name,
+    worse_than_regression,
+)
 from dti_dist.files import write_out
 from dti_dist.redaction import redact
 from dti_dist.reporting.charts import Chart, draw_calibration
@@ -128,6 +134,7 @@ def _one(run: History) -> dict[str, Any]:
         "most_events": _MOST_EVENTS,
         "validations": _validation_rows(run),
         "evaluation": _evaluation_table(run),
+        "floors": list(_floor_tables(run)),
         "calibration": _calibrations(run),
         "slices": list(_slice_tables(run)),
         "settings": _settings(run.config),
@@ -208,6 +215,9 @@ def _warnings(run: History) -> list[str]:
         found.append(f"{parts} of the data could not be read and were left out")
     if counts["restart"]:
         found.append(f"{words.plural(counts['restart'], 'restart')}")
+    for figures in run.evaluations:
+        if worse := worse_than_regression(figures):
+            found.append(f"{_evaluation_name(figures)}: {worse}")
     if run.broken:
         found.append(f"{words.plural(run.broken, 'line')} of metrics.jsonl could not be read")
     return found
@@ -242,6 +252,30 @@ def _evaluation_table(run: History) -> dict[str, Any] | None:
     return {"heads": [_evaluation_name(figures) for figures in run.evaluations], "rows": rows}
 
 
+def _floor_tables(run: History) -> Iterable[dict[str, Any]]:
+    """The model beside floors, of each evaluation that measured them."""
+    for figures in run.evaluations:
+        if floors := floor_rows(figures):
+            shown = [key for key in FLOOR_COLUMNS if any(key in of for _, of in floors)]
+            rows = [
+                (name, [Cell(_shown(of.get(key), LABELS[key].form)) for key in shown])
+                for name, of in [("the model", figures), *floors]
+            ]
+            rows.append(("model − regression", [_above_regression(figures, key) for key in shown]))
+            yield {
+                "name": f"Beside simple counts: {_evaluation_name(figures)}",
+                "heads": [LABELS[key].text for key in shown],
+                "rows": rows,
+            }
+
+
+def _above_regression(figures: dict[str, Any], key: str) -> Cell:
+    found = (figures.get("model_minus_regression") or {}).get(key) or {}
+    return Cell(
+        _shown(found.get("difference"), "{:+.4f}"), _bounds(found.get("interval"), "{:+.4f}")
+    )
+
+
 def _metric_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, list[Cell]]]:
     """The metrics that some evaluation has, a column for each evaluation."""
     rows = [
@@ -249,6 +283,15 @@ def _metric_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, list[
         for key, label in LABELS.items()
         if key not in CEILINGS
     ]
+    return [row for row in rows if any(cell.text != words.NONE for cell in row[1])]
+
+
+def _above_regression_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, list[Cell]]]:
+    rows = [
+        (f"{LABELS[key].text}, model − regression",
+         [_above_regression(figures, key) for figures in evaluations])
+        for key in FLOOR_COLUMNS
+    ]  # fmt: skip
     return [row for row in rows if any(cell.text != words.NONE for cell in row[1])]
 
 
@@ -263,11 +306,15 @@ def _metric(figures: dict[str, Any], key: str) -> Cell:
 
 
 def _interval(figures: dict[str, Any], key: str, before: str = "") -> str:
-    found = (figures.get("intervals") or {}).get(key)
+    found = _bounds((figures.get("intervals") or {}).get(key), "{:.4f}")
+    return f"{before}{found}" if found else ""
+
+
+def _bounds(found: Any, form: str) -> str:
     if not isinstance(found, list) or len(found) != 2:
         return ""
     low, high = map(number, found)
-    return f"{before}{low:.4f} to {high:.4f}" if math.isfinite(low + high) else ""
+    return f"{form.format(low)} to {form.format(high)}" if math.isfinite(low + high) else ""
 
 
 def _ceiling(figures: dict[str, Any]) -> float:
@@ -508,7 +555,7 @@ def _evaluations_beside(runs: Sequence[History]) -> list[dict[str, Any]]:
         tables.append(
             {
                 "name": f"{split}, {prompt_name({'prompt': prompt})}",
-                "rows": _metric_rows(found),
+                "rows": _metric_rows(found) + _above_regression_rows(found),
                 "unequal": len(targets) > 1,
             }
         )

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from dti_dist.evaluation.labels import FLOORS
 from tests.launching import write_config
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\"'&"
@@ -81,6 +82,21 @@ def evaluation() -> dict[str, Any]:
         "ceiling": 0.8687, "intervals": {"auc": [0.7201, 0.7425], "log_loss": [0.54, 0.56]},
         "reliability": bins, "slices": {"activity": [{"value": "1 to 9", **part}], "title": []},
     }  # fmt: skip
+
+
+def beside_floors(better: float, interval: list[float] | None) -> dict[str, Any]:
+    """Figures of a model and of floors that it beats by so much, or is worse than."""
+    floors = {"auc": 0.7, "log_loss": 0.5, "ne": 0.9}
+    model = {"auc": 0.7 + better, "log_loss": 0.5 - better, "ne": 0.9 - better}
+    differences = {
+        name: {"difference": model[name] - floors[name], "interval": interval, "p_value": 0.5}
+        for name in floors
+    }
+    return {
+        **model,
+        "floors": dict.fromkeys(FLOORS, floors),
+        "model_minus_regression": differences,
+    }
 
 
 def realistic(path: Path, seed: int = 0, better: float = 0.0, **sections: Any) -> RunFolder:

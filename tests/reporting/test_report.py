@@ -17,7 +17,14 @@ from dti_dist.reporting.history import History
 from dti_dist.reporting.report import page, report
 from tests import browser
 from tests.launching import job, job_with, metrics, run, run_dir, train, write_config
-from tests.reporting.run_folders import HOSTILE, RunFolder, logged, realistic, troubled
+from tests.reporting.run_folders import (
+    HOSTILE,
+    RunFolder,
+    beside_floors,
+    logged,
+    realistic,
+    troubled,
+)
 
 
 class Parsed(HTMLParser):
@@ -77,6 +84,22 @@ def test_the_way_is_measured_to_the_lowest_ceiling(tmp_path):
     text = read(run).text
     assert "of the way to the ceiling | 77.1% | from 0.5 to 0.8000" in text
     assert "AUC's ceiling | 0.8000 | 0.8687" in text
+
+
+def test_a_model_stands_beside_floors_and_one_that_counts_beat_is_warned_of(tmp_path):
+    run = realistic(tmp_path / "shop")
+    assert "regression" not in read(run).text
+    run.evaluated(**beside_floors(-0.02, [-0.03, -0.01]))
+    text = read(run).text
+    assert "test, sliding-window prompts: the model is worse than the regression on five" in text
+    assert "regression on five counts | 0.7000 | 0.5000 | 0.9000" in text
+    assert "model − regression | -0.0200 | -0.0300 to -0.0100 | +0.0200" in text
+    better = realistic(tmp_path / "better")
+    better.evaluated(**beside_floors(0.02, None))
+    assert "is worse than" not in read(better).text
+    assert "AUC, model − regression | -0.0200 | -0.0300 to -0.0100 | +0.0200 |" in (
+        read(run, better).text
+    )
 
 
 def write_ended(run, how, why=None):
