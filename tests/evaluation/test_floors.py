@@ -34,7 +34,7 @@ def find(uri, folder, split="test", settings=SETTINGS, skip_bad=False):
             workspace.connection,
             folder,
             workspace.folder,
-            Dataset.open(str(uri), check_files=not skip_bad),
+            Dataset.open(str(uri), check_files=False),
             split,
             settings,
             skip_bad,
