@@ -43,11 +43,10 @@ MEASURED = ("auc", "log_loss", "ne", *REQUEST_METRICS)
 _FORMAT = 1  # raise when what floors are, or how they are stored, changes
 _ABOUT = b"dti_dist"
 _PRIORS = (1, 3, 10, 30, 100, 300, 1_000)  # interactions
-_MOST_FITTED = 1_000_000  # targets: more change no weight by more than about 0.01; 0.2 GB
+_MOST_FITTED = 1_000_000  # targets: enough for six numbers, and held in memory
 _TARGETS_AT_A_TIME = 1 << 20
 
 Floats = npt.NDArray[np.float64]
-
 
 _SCHEMA = pa.schema(
     [("row", pa.int64()), ("position", pa.int32()), *((name, pa.float32()) for name in FLOORS)]
@@ -94,7 +93,9 @@ class Fit:
     def predict(self, counts: Mapping[str, np.ndarray]) -> dict[str, Floats]:
         """[targets] probabilities by FLOORS, of columns of the table ``counts``."""
         features = _features(counts, self.rate, self.priors)
-        logit = self.intercept + sum(self.weights[name] * features[name] for name in features)
+        logit = np.full(len(features["item_rate"]), self.intercept)
+        for name, values in features.items():
+            logit += self.weights[name] * values
         return {
             "train_rate": np.full(len(logit), self.rate),
             **{f"{name}_rate": _rate(counts, name, self.rate, self.priors[name])
@@ -146,19 +147,19 @@ class Floors:
         Returns:
             None, and says so, where the floors of some targets are not known.
         """
-        (found,) = rows(connection, "SELECT count(*) - count(regression) AS unknown FROM targets")
-        if found["unknown"]:
-            say(f"no floors: {found['unknown']:,} targets could not be read again")
+        (counts,) = rows(connection, "SELECT count(*) - count(regression) AS unknown FROM targets")
+        if counts["unknown"]:
+            say(f"no floors: {counts['unknown']:,} targets could not be read again")
             return None
-        measured = {}
+        measured: dict[str, dict[str, Any]] = {}
         for name in FLOORS:
             targets = f"(SELECT * REPLACE ({name} AS probability) FROM targets)"
             with sql_errors(f"measuring {name}"):
                 (sums,) = rows(connection, sums_query(f"({curve_query(targets)})"))
-            figures = Sums(**sums).figures()
+            found = Sums(**sums).figures()
             if by_request:
-                figures |= measure_requests(connection, targets)
-            measured[name] = {key: figures[key] for key in MEASURED if key in figures}
+                found |= measure_requests(connection, targets)
+            measured[name] = {key: found[key] for key in MEASURED if key in found}
         figures = measure(connection, targets) | measured["regression"]
         groups = read_groups(connection, targets, figures["users"], by_request=by_request)
         return MeasuredFloors(measured, self.fit, (figures, groups))
@@ -213,16 +214,17 @@ def find_floors(
     say("fitting floors: what simple counts predict of the same targets")
     whole = count_before(connection, dataset, split, settings, skip_bad)
     with sql_errors("fitting floors"):
-        found = rows(connection, "SELECT DISTINCT label FROM counts WHERE split = 'train'")
-        if len(found) < 2:
-            say("no floors: the targets of train have not both labels")
-            return None
-        fit = Fit.to(_fitted(connection))
-        if not whole:
-            file = scratch / file.name
-        with replacing(file, staging_folder=scratch) as staging:
-            _write(connection, split, fit, fingerprint, staging)
+        fitted = _fitted(connection)
+        fit = Fit.to(fitted) if len(np.unique(fitted["label"])) == 2 else None
+        if fit:
+            if not whole:
+                file = scratch / file.name
+            with replacing(file, staging_folder=scratch) as staging:
+                _write(connection, split, fit, fingerprint, staging)
         connection.execute("DROP TABLE counts")
+    if fit is None:
+        say("no floors: the targets of train have not both labels")
+        return None
     return Floors(file, fit)
 
 
@@ -245,7 +247,7 @@ def _fingerprint(dataset: Dataset, split: str, settings: SampleSettings) -> str:
 def _fitted(connection: duckdb.DuckDBPyConnection) -> dict[str, np.ndarray]:
     """Columns of the targets of train: of all, or of users drawn at random if they are too many."""
     (found,) = rows(connection, "SELECT count(*) AS targets FROM counts WHERE split = 'train'")
-    share = min(1.0, _MOST_FITTED / found["targets"])
+    share = min(1.0, _MOST_FITTED / max(found["targets"], 1))
     return connection.sql(
         f"SELECT label, {', '.join(COLUMNS)} FROM counts WHERE split = 'train' "
         f"AND md5_number(user_id) % 1000000 < {round(share * 1_000_000)} ORDER BY row, position"
