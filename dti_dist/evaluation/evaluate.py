@@ -20,7 +20,7 @@ from dti_dist.config import RunConfig
 from dti_dist.console import progress, say
 from dti_dist.data.samples import SampleSettings
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan, batches
-from dti_dist.errors import OtherRankFailed
+from dti_dist.errors import OtherRankFailed, UserError
 from dti_dist.evaluation import pictures, predictions_file, summary
 from dti_dist.evaluation.bootstrap import CONFIDENCE, draw, intervals, read_groups
 from dti_dist.evaluation.curves import histogram, is_skewed, reliability, roc
@@ -274,15 +274,20 @@ class _Evaluation:
         return figures
 
     def _find_floors(self, connection: duckdb.DuckDBPyConnection, scratch: Path) -> Floors | None:
-        return find_floors(
-            connection,
-            self.run.evaluations,
-            scratch,
-            self.inputs.dataset,
-            self.split,
-            SampleSettings.of(self.config.sample),
-            skip_bad=self.config.data.on_bad_shard == "skip",
-        )
+        """None where they can't be found, which is said: the predictions are worth more."""
+        try:
+            return find_floors(
+                connection,
+                self.run.evaluations,
+                scratch,
+                self.inputs.dataset,
+                self.split,
+                SampleSettings.of(self.config.sample),
+                skip_bad=self.config.data.on_bad_shard == "skip",
+            )
+        except UserError as error:
+            say(f"WARNING: no floors: {error}")
+            return None
 
     def _load_spools(
         self, connection: duckdb.DuckDBPyConnection, split: str, plan: StreamPlan, scratch: Path

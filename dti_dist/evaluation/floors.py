@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from dti_dist.console import say
 from dti_dist.data.dataset import SPLITS, Dataset
 from dti_dist.data.samples import SampleSettings
+from dti_dist.errors import UserError
 from dti_dist.evaluation.bootstrap import Groups, differences, draw, read_groups
 from dti_dist.evaluation.counts import COLUMNS, COUNTED, count_before
 from dti_dist.evaluation.labels import FLOORS
@@ -206,6 +207,9 @@ def find_floors(
 
     Returns:
         None, and says why, where the targets of train have not both labels.
+
+    Raises:
+        UserError: where the file can't be written, or DuckDB runs out of memory or disk.
     """
     file = folder / f"{split}.floors.parquet"
     fingerprint = _fingerprint(dataset, split, settings)
@@ -219,8 +223,7 @@ def find_floors(
         if fit:
             if not whole:
                 file = scratch / file.name
-            with replacing(file, staging_folder=scratch) as staging:
-                _write(connection, split, fit, fingerprint, staging)
+            _write(connection, split, fit, fingerprint, file, scratch)
         connection.execute("DROP TABLE counts")
     if fit is None:
         say("no floors: the targets of train have not both labels")
@@ -255,7 +258,12 @@ def _fitted(connection: duckdb.DuckDBPyConnection) -> dict[str, np.ndarray]:
 
 
 def _write(
-    connection: duckdb.DuckDBPyConnection, split: str, fit: Fit, fingerprint: str, file: Path
+    connection: duckdb.DuckDBPyConnection,
+    split: str,
+    fit: Fit,
+    fingerprint: str,
+    file: Path,
+    scratch: Path,
 ) -> None:
     about = json.dumps({"fingerprint": fingerprint, "fit": asdict(fit)})
     schema = _SCHEMA.with_metadata({_ABOUT: about.encode()})
@@ -265,8 +273,17 @@ def _write(
         "ORDER BY row, position",
         _TARGETS_AT_A_TIME,
     )
-    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for batch in found:
-            columns = {name: batch[name].to_numpy() for name in batch.schema.names}
-            places = {name: columns[name] for name in ("row", "position")}
-            writer.write_table(pa.table(places | fit.predict(columns)).cast(schema))
+    try:
+        with (
+            replacing(file, staging_folder=scratch) as staging,
+            pq.ParquetWriter(staging, schema, compression="zstd") as writer,
+        ):
+            for batch in found:
+                columns = {name: batch[name].to_numpy() for name in batch.schema.names}
+                places = {name: columns[name] for name in ("row", "position")}
+                writer.write_table(pa.table(places | fit.predict(columns)).cast(schema))
+    except OSError as error:
+        raise UserError(
+            f"{file} can't be written: {error.strerror or error}. Free some space there, or leave "
+            "floors out: --no-floor."
+        ) from error

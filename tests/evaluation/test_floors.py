@@ -15,6 +15,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 from dti_dist.cli import main
 from dti_dist.data.dataset import BadShard, Dataset
 from dti_dist.data.samples import SampleSettings
+from dti_dist.errors import UserError
+from dti_dist.evaluation import evaluate as evaluation
 from dti_dist.evaluation.counts import count_before
 from dti_dist.evaluation.floors import find_floors
 from dti_dist.evaluation.labels import FLOORS, worse_than_regression
@@ -220,6 +222,19 @@ def test_floors_can_be_left_out_and_are_found_again(evaluated, capsys):
         json.loads((folder / "eval" / "valid.json").read_text())
     )
     assert not (folder / "eval" / "valid.floors.parquet").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_on_where_floors_cannot_be_had(evaluated, monkeypatch, capsys):
+    def full(*_, **__):
+        raise UserError("counting interactions ran out of memory or disk")
+
+    folder, _ = evaluated
+    monkeypatch.setattr(evaluation, "find_floors", full)
+    quick = ["--no-valid-threshold", "--no-pictures", "--bootstrap", "0", "--split", "valid"]
+    assert main(["evaluate", str(folder), *quick]) == 0
+    assert "no floors: counting interactions ran out of memory" in capsys.readouterr().err
+    assert "floors" not in json.loads((folder / "eval" / "valid.json").read_text())
 
 
 @pytest.mark.slow
