@@ -350,6 +350,7 @@ def test_what_a_user_should_know_of_checkpoint_and_data_is_said_on_stderr(
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     few = ["evaluate", str(copy), "--max-targets", "30", "--bootstrap", "0", "--no-pictures"]
+    few += ["--no-floor"]
     assert main(few) == 0
     assert "WARNING" not in capsys.readouterr().err
     manifest = json.loads((copy / "dataset.json").read_text())
