@@ -425,7 +425,7 @@ def test_metrics_by_request_from_evaluation_to_comparison_and_report(
     assert compare(one, other, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     for name in REQUEST_METRICS:
-        assert found["differences"][name]["difference"] == 0
+        assert found["differences"][name]["difference"] == pytest.approx(0, abs=1e-12)
         assert found["a"][name] == pytest.approx(figures[name], abs=1e-12)
     assert main(["report", str(one)]) == 0
     report = (one / "report.html").read_text()
