@@ -3,8 +3,8 @@
 Nobody can predict such clicks, so any AUC but 0.5 is a leak. A small model is trained and evaluated
 on them without requests, and with requests under every leakage policy.
 
-    python docs/make_requests_picture.py --measure runs/requests  # prints the table
-    python docs/make_requests_picture.py                          # draws that of requests.md
+    python docs/make_requests_picture.py --measure runs/requests   # prints the table of requests.md
+    python docs/make_requests_picture.py                           # draws it
 """
 
 from __future__ import annotations
