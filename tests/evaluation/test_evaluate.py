@@ -438,7 +438,7 @@ def test_a_run_is_measured_on_another_data_set(trained, evaluated, tmp_path, cap
     other, out = tmp_path / "other", tmp_path / "figures"
     with_requests(Path(own), other, 30 * 86_400)
     before = {file.name: file.stat().st_mtime_ns for file in (trained / "eval").iterdir()}
-    command = ["evaluate", str(trained), "--bootstrap", "0", "--no-pictures"]
+    command = ["evaluate", str(trained), "--bootstrap", "0", "--no-pictures", "--no-floor"]
     assert main([*command, "--data", str(other), "--out", str(out)]) == 0
     printed = capsys.readouterr()
     figures = json.loads(printed.out)
