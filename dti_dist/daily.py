@@ -252,7 +252,8 @@ class _Work:
             return 0
         folder, evaluation = self._today.run / "eval" / when, self._config.evaluation
         words = ["--split", "test", "--prompt", evaluation.prompt, "--out", str(folder)]
-        words += ["--no-valid-threshold", "--no-pictures"]
+        # Floors would count the whole data set again, twice a day.
+        words += ["--no-valid-threshold", "--no-pictures", "--no-floor"]
         if evaluation.max_targets:
             words += ["--max-targets", str(evaluation.max_targets)]
         if which := self._config.model.init_checkpoint:

@@ -351,7 +351,8 @@ def test_what_each_stage_is_told(small, faked):
     assert after[1] == str(own)
     assert before[2:] == [
         *("--split", "test", "--prompt", "sliding_window", "--out", str(own / "eval/before")),
-        *("--no-valid-threshold", "--no-pictures", "--max-targets", "500", "--checkpoint", "last"),
+        *("--no-valid-threshold", "--no-pictures", "--no-floor"),
+        *("--max-targets", "500", "--checkpoint", "last"),
     ]
     config = load_config(train[1], train[2:])
     assert config.run_dir == str(own)

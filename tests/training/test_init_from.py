@@ -57,23 +57,11 @@ def exported(source, tmp_path_factory):
 def linear(synthetic, tmp_path_factory):
     """A run with the head `linear`, whose weight has moved from zero, and its export."""
     folder = tmp_path_factory.mktemp("linear")
-    config = write_config(folder / "config.yaml", synthetic, model=of_scratch("linear"))
+    config = write_config(folder / "config.yaml", synthetic, model={"head": "linear"})
     train(config, "training.max_steps=3")
     exported = folder / "exported"
     assert main(["export", str(folder / "run"), "--out", str(exported), "--dtype", "fp32"]) == 0
     return folder / "run", exported
-
-
-def of_scratch(head):
-    sizes = {
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "layers": 2,
-        "heads": 2,
-        "key_value_heads": 1,
-    }
-    return {"name": "scratch", "head": head, "scratch": sizes}
 
 
 def beginning(tmp_path, synthetic, place, *overrides, ranks=1, expect=0, **sections):
@@ -122,7 +110,7 @@ def test_the_first_loss_and_all_predictions_are_those_of_the_source(
     head = "linear" if "linear" in kind else "yes_no"
     # Another seed than the source's: random weights would be others.
     new, printed = beginning(
-        tmp_path, synthetic, place, *STAY, "seed=7", model=of_scratch(head), ranks=2
+        tmp_path, synthetic, place, *STAY, "seed=7", model={"head": head}, ranks=2
     )
     inputs, _ = opened(new)
     _, model = opened(trained)
