@@ -85,8 +85,10 @@ def users(
     block = replace(
         block,
         by_request=True,
-        is_history=rng.random(total) < rng.choice([0.3, 0.7, 1.0]),
-        is_target=rng.random(total) < rng.choice([0.8, 1.0]),
+        stored={
+            "is_history": rng.random(total) < rng.choice([0.3, 0.7, 1.0]),
+            "is_target": rng.random(total) < rng.choice([0.8, 1.0]),
+        },
     )
     starts = [
         int(block.requests.start[first + target_start] - first) if target_start < length else length

@@ -92,27 +92,52 @@ class RequestRule(_Record):
     context_only: str | None = None
 
 
-def sequence_schema(rule: RequestRule | None = None) -> pa.Schema:
-    """The columns of sequences under a rule for requests; None: each interaction is a request."""
-    fields = [
-        ("user_id", pa.string()),  # the id in the source
-        ("item_ids", pa.list_(pa.int32())),  # dense ids, rows of the item table
-        ("labels", pa.list_(pa.int8())),  # 0 or 1
-        ("timestamps", pa.list_(pa.int64())),  # seconds since 1970-01-01 UTC, of the request
-        ("target_start", pa.int32()),  # number of context-only interactions
-    ]
-    if rule and rule.history:
-        fields.append(("is_history", pa.list_(pa.bool_())))  # whether later targets see it
-    if rule and rule.context_only:
-        fields.append(("is_target", pa.list_(pa.bool_())))  # false: not one even from target_start
-    return pa.schema(fields)
+@dataclass(frozen=True)
+class StoredColumn:
+    """A list of sequences beside ``item_ids``, ``labels`` and ``timestamps``: a value for each
+    interaction, null only where ``nullable``."""
+
+    name: str
+    type: pa.DataType
+    nullable: bool = False
 
 
-def interaction_flags(
-    rows: pa.RecordBatch, name: Literal["is_history", "is_target"]
-) -> np.ndarray | None:
-    """[interactions of all rows] the flag of each; None where there is no such column, that is,
-    where all are true."""
+class InteractionRules(_Record):
+    """What interactions have beside item, label and time; see the fields' own classes."""
+
+    requests: RequestRule | None = None
+
+    @property
+    def stored(self) -> tuple[StoredColumn, ...]:
+        """What sequences hold for it."""
+        rule = self.requests
+        columns = []
+        if rule and rule.history:  # whether later targets see it; no column: all
+            columns.append(StoredColumn("is_history", pa.bool_()))
+        if rule and rule.context_only:  # false: not a target even from target_start; no column: all
+            columns.append(StoredColumn("is_target", pa.bool_()))
+        return tuple(columns)
+
+
+NO_RULES = InteractionRules()
+
+
+def sequence_schema(rules: InteractionRules = NO_RULES) -> pa.Schema:
+    """The columns of sequences."""
+    return pa.schema(
+        [
+            ("user_id", pa.string()),  # the id in the source
+            ("item_ids", pa.list_(pa.int32())),  # dense ids, rows of the item table
+            ("labels", pa.list_(pa.int8())),  # 0 or 1
+            ("timestamps", pa.list_(pa.int64())),  # seconds since 1970-01-01 UTC, of the request
+            ("target_start", pa.int32()),  # number of context-only interactions
+            *((column.name, pa.list_(column.type)) for column in rules.stored),
+        ]
+    )
+
+
+def stored_values(rows: pa.RecordBatch, name: str) -> np.ndarray | None:
+    """[interactions of all rows] of a StoredColumn; None where there is none of the name."""
     if name not in rows.schema.names:
         return None
     return rows[name].flatten().to_numpy(zero_copy_only=False)
@@ -239,7 +264,7 @@ class AppendRecord(_Record):
     source: dict[str, Any] = {}
 
 
-class Manifest(_Record):
+class Manifest(InteractionRules):
     """The content of ``dataset.json``. Fields with a default may be absent in older ones."""
 
     format_version: int = FORMAT_VERSION
@@ -250,7 +275,6 @@ class Manifest(_Record):
     label_rate: float
     context_limit: int
     split: SplitRule
-    requests: RequestRule | None = None
     item_text_columns: list[str]
     unknown_items: UnknownItems | None = None
     source: dict[str, Any] = {}
@@ -397,7 +421,7 @@ class Dataset:
     @property
     def sequence_columns(self) -> list[str]:
         """Names of the columns that its sequences have; see sequence_schema."""
-        return sequence_schema(self.manifest.requests).names
+        return sequence_schema(self.manifest).names
 
     @property
     def ceilings(self) -> dict[str, dict[str, float]]:
@@ -441,7 +465,7 @@ class Dataset:
     def _schema(self, folder: str) -> pa.Schema:
         if folder == "items":
             return item_schema(self.manifest.item_text_columns)
-        return sequence_schema(self.manifest.requests)
+        return sequence_schema(self.manifest)
 
     def _folder(self, folder: str) -> list[Part]:
         return self._parts.get(folder, [])

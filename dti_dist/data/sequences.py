@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dti_dist.data.dataset import interaction_flags
+from dti_dist.data.dataset import sequence_schema, stored_values
 from dti_dist.data.template import TIME_GAPS
+
+_OWN = set(sequence_schema().names)  # columns that a block has a field for
 
 
 def gap_bucket(seconds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -49,8 +51,7 @@ class SequenceBlock:
         rows: [rows] int64, row numbers in the whole split.
         by_request: a row's interactions of one time are a request: none knows another's label.
             Else each is a request of its own.
-        is_history: [interactions] whether later targets may see it; None: all.
-        is_target: [interactions] whether it may be a target; None: all.
+        stored: [interactions] each StoredColumn of the data set, by name.
     """
 
     item_ids: npt.NDArray[np.int32]
@@ -60,8 +61,17 @@ class SequenceBlock:
     target_start: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
     by_request: bool = False
-    is_history: npt.NDArray[np.bool_] | None = None
-    is_target: npt.NDArray[np.bool_] | None = None
+    stored: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def is_history(self) -> npt.NDArray[np.bool_] | None:
+        """[interactions] whether later targets may see it; None: all."""
+        return self.stored.get("is_history")
+
+    @property
+    def is_target(self) -> npt.NDArray[np.bool_] | None:
+        """[interactions] whether it may be a target; None: all."""
+        return self.stored.get("is_target")
 
     @cached_property
     def requests(self) -> RequestBounds:
@@ -120,8 +130,11 @@ class SequenceBlock:
             target_start=rows["target_start"].to_numpy().astype(np.int64),
             rows=np.arange(first_row, first_row + rows.num_rows),
             by_request=by_request,
-            is_history=interaction_flags(rows, "is_history"),
-            is_target=interaction_flags(rows, "is_target"),
+            stored={
+                name: values
+                for name in rows.schema.names
+                if name not in _OWN and (values := stored_values(rows, name)) is not None
+            },
         )
 
     @staticmethod
@@ -143,8 +156,10 @@ class SequenceBlock:
             target_start=np.concatenate([block.target_start for block in blocks]),
             rows=np.concatenate([block.rows for block in blocks]),
             by_request=blocks[0].by_request,
-            is_history=joined(block.is_history for block in blocks),
-            is_target=joined(block.is_target for block in blocks),
+            stored={
+                name: np.concatenate([block.stored[name] for block in blocks])
+                for name in blocks[0].stored
+            },
         )
 
 

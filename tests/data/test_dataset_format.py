@@ -14,9 +14,9 @@ from dti_dist.data.dataset import (
     MANIFEST,
     BadShard,
     Dataset,
-    interaction_flags,
     iter_sequences,
     sequence_schema,
+    stored_values,
 )
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
@@ -155,7 +155,7 @@ def test_format_version_1_is_read_as_what_it_meant(tmp_path):
     assert dataset.sequence_columns == [name for name, _ in COLUMNS_OF_VERSION_1]
     (batch,) = iter_sequences(dataset, "train")
     assert batch.rows.to_pylist() == [ROW]
-    assert interaction_flags(batch.rows, "is_history") is None
+    assert stored_values(batch.rows, "is_history") is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_data_set_has_the_columns_that_its_rule_for_requests_uses(tmp_path, fl
     (batch,) = iter_sequences(dataset, "train")
     assert batch.rows.to_pylist() == [row]
     for flag in flags:
-        assert interaction_flags(batch.rows, flag).tolist() == [True, False, True]
+        assert stored_values(batch.rows, flag).tolist() == [True, False, True]
         (alone,) = iter_sequences(dataset, "train", [flag])
         assert alone.rows.schema.names == [flag]
 

@@ -206,7 +206,7 @@ def test_the_same_day_twice_is_refused(prepared, tmp_path):
     ("changed", "message"),
     [
         ({"columns": EventColumns("user", "item", "time", "item", ("item",))}, "--text-cols title"),
-        ({"label": "rating"}, "expected every label to be 0 or 1"),
+        ({"label": "rating"}, "expected a label of 0 or 1 in every"),
     ],
 )
 def test_what_does_not_fit_is_refused(prepared, tmp_path, changed, message):

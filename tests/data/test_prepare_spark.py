@@ -20,7 +20,7 @@ import pytest
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
-from dti_dist.data.dataset import SPLITS, Dataset, SplitRule
+from dti_dist.data.dataset import NO_RULES, SPLITS, Dataset, SplitRule
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.data.prepare.findings import Findings
@@ -255,7 +255,7 @@ def test_both_engines_refuse_alike(spark, tmp_path):
     for change, message in [
         (
             {"label": "rating"},
-            r"expected every label to be 0 or 1; \d+ are not. The first is \d in row \d+ of",
+            r"expected a label of 0 or 1 in every interaction; \d+ have something else. The first is \d in row \d+ of",
         ),
         (
             {"label": "user[1:1]::INTEGER"},
@@ -288,7 +288,7 @@ def test_histories_that_reach_over_batches_are_cut_as_one(at_a_time):
 
     def cut(rows_of_a_batch, at_a_time):
         batches = rows.to_batches(max_chunksize=rows_of_a_batch)
-        found = pa.Table.from_batches(_cut(rule, None, 4, plan, at_a_time, batches))
+        found = pa.Table.from_batches(_cut(rule, NO_RULES, 4, plan, at_a_time, batches))
         findings = map(json.loads, found["findings"].drop_null().to_pylist())
         summed = sum(map(Findings.from_json, findings), Findings())
         return summed, found.drop(["findings"]).sort_by(

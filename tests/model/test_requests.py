@@ -144,13 +144,16 @@ def test_the_order_and_number_of_a_request_reach_none_of_its_targets(policy, k):
 
     def logits(order, without=()):
         """Logits by which interaction it was, where the request holds these and in this order."""
-        columns = {}
-        for name in ("item_ids", "labels", "is_history", "is_target"):
-            columns[name] = getattr(block, name).copy()
-            columns[name][mine] = columns[name][mine[order]]
+        own, stored = (
+            {name: values.copy() for name, values in columns.items()}
+            for columns in ({"item_ids": block.item_ids, "labels": block.labels}, block.stored)
+        )
+        for values in (*own.values(), *stored.values()):
+            values[mine] = values[mine[order]]
         gone = mine[[position for position, was in enumerate(order) if was in without]]
-        columns["is_history"][gone] = columns["is_target"][gone] = False
-        found = logits_by_target(model, batch_of(replace(block, **columns), tokens, N, k, SHAPE))
+        stored["is_history"][gone] = stored["is_target"][gone] = False
+        changed = replace(block, **own, stored=stored)
+        found = logits_by_target(model, batch_of(changed, tokens, N, k, SHAPE))
         position = {int(place): was for place, was in zip(mine, order, strict=True)}
         return {
             position[at]: float(logit.detach())

@@ -52,6 +52,7 @@ from dti_dist.data.prepare.build import (
     Summary,
     workspace_beside,
 )
+from dti_dist.data.prepare.columns import split_place
 from dti_dist.data.prepare.duck import DuckTables, RowStream, histories, load_events
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.items import (
@@ -61,7 +62,7 @@ from dti_dist.data.prepare.items import (
     load_items,
     number_items,
 )
-from dti_dist.data.prepare.requests import flags, form_requests
+from dti_dist.data.prepare.requests import form_requests
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.split import (
     Histories,
@@ -78,7 +79,6 @@ from dti_dist.data.prepare.tables import (
     count_users,
     date_and_time,
     read_statistics,
-    split_place,
     targets_of,
 )
 from dti_dist.data.prepare.writer import DatasetWriter, add_counts, write_manifest
@@ -241,7 +241,7 @@ def _check_texts(dataset: Dataset, source: Source) -> None:
 
 
 def _check_requests(dataset: Dataset, source: Source) -> None:
-    wanted, found = (_in_words(rule) for rule in (dataset.manifest.requests, source.requests))
+    wanted, found = (_in_words(rules.requests) for rules in (dataset.manifest, source.rules))
     if wanted != found:
         raise UserError(
             f"{dataset.uri}: expected requests as the data set has them; found {found}. Give "
@@ -281,7 +281,8 @@ class _OldTables:
 
     def __init__(self, tables: DuckTables, dataset: Dataset):
         self._tables, self._limit = tables, dataset.manifest.context_limit
-        self._columns = ["item_ids", "labels", "timestamps", *flags(dataset.manifest.requests)]
+        stored = (column.name for column in dataset.manifest.stored)
+        self._columns = ["item_ids", "labels", "timestamps", *stored]
         storage.register(tables.connection, dataset.uri)
 
         def read(folder: str, options: str = "") -> str:
@@ -383,7 +384,7 @@ def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> 
     if "split" in new.columns:
         columns["split"] = np.zeros(len(is_context), dtype=np.int8)  # before any new one's
         columns["split"][~is_context] = new.columns["split"]
-    return Histories(new.user_ids, lengths, columns, new.requests)
+    return Histories(new.user_ids, lengths, columns, new.rules)
 
 
 def _new_targets(

@@ -153,7 +153,7 @@ def build_dataset(
             interactions_left_out=users.interactions_left_out,
             context_limit=options.context_limit,
             split=rule,
-            requests=source.requests,
+            rules=source.rules,
             item_text_columns=source.text_columns,
             unknown_items=unknown_items,
             source=source.description | ceilings,

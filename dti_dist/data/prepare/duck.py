@@ -18,12 +18,12 @@ import pyarrow as pa
 from dti_dist.console import progress, say
 from dti_dist.data.dataset import SplitRule
 from dti_dist.data.prepare import statistics
+from dti_dist.data.prepare.columns import NUMBER_OR_BOOLEAN
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan, naming_the_file
-from dti_dist.data.prepare.requests import flags
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.split import Histories, cut_sequences, inside, target_ranges
-from dti_dist.data.prepare.tables import UserCounts, split_place
+from dti_dist.data.prepare.tables import UserCounts
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.errors import UserError
 from dti_dist.options import BuildOptions
@@ -43,8 +43,7 @@ class DuckTables:
         self.connection = workspace.connection
         self.name, self.text_columns = source.name, source.text_columns
         self.split_column = source.split_column
-        self.requests = source.requests
-        self.probabilities = tuple(source.ceilings.values())
+        self.rules, self.columns = source.rules, source.columns
         self._ceilings = source.ceilings
         self._event_files = source.event_files
 
@@ -120,30 +119,23 @@ class DuckTables:
 
 def events_query(tables: DuckTables, source: Source, scan: str) -> str:
     """A SELECT for the table ``events`` over ``scan``, which is the source's. Raises UserError for
-    a label that is no number."""
+    a label that is no number, or a column that is not of its kind."""
     with sql_errors(f"{source.name}: reading the interactions"):
         found = tables.connection.sql(source.events)
         types = dict(zip(found.columns, map(str, found.types), strict=True))
-    if not re.match(r"BOOL|U?[A-Z]*INT|FLOAT|DOUBLE|DECIMAL", types["label"]):
+    if not re.fullmatch(NUMBER_OR_BOOLEAN, types["label"]):
         raise UserError(
             f"{source.name}: expected the label to be a boolean, or a number that is 0 or 1; found "
             f'{types["label"]}. Use a comparison, e.g. --label "rating >= 4" or '
             "\"event = 'click'\"."
         )
-    for flag, option in [("is_history", "--history"), ("is_target", "--context-only")]:
-        if types.get(flag, "BOOLEAN") != "BOOLEAN":
-            raise UserError(
-                f"{source.name}: expected {option} to be a condition; found {types[flag]}. Use a "
-                f'comparison, e.g. {option} "label = 1".'
-            )
-    known = "".join(
-        f", {name}"
-        for name in (*tables.probabilities, "split", "request", "is_history", "is_target")
-        if name in types
-    )
+    try:
+        others = "".join(f", {column.read(types[column.name])}" for column in source.columns)
+    except UserError as error:
+        raise UserError(f"{source.name}: {error}") from error
     return (
         "SELECT user_id, item_id, time_us, CAST(floor(time_us / 1000000) AS BIGINT) AS timestamp, "
-        f"CAST(label AS DOUBLE) AS label{known} FROM ({scan})"
+        f"CAST(label AS DOUBLE) AS label{others} FROM ({scan})"
     )
 
 
@@ -177,7 +169,7 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
             taken = interactions.take(int(ends[end - 1] - before))
             columns = {name: taken[name].to_numpy() for name in taken.column_names}
             user_ids = batch["user_id"].slice(start, end - start)
-            yield Histories(user_ids, lengths[start:end], columns, tables.requests)
+            yield Histories(user_ids, lengths[start:end], columns, tables.rules)
             start = end
 
 
@@ -194,10 +186,7 @@ def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
         "timestamp": "interactions.timestamp",
         "input_order": "interactions.input_order",
     }
-    columns |= {column: f"interactions.{column}" for column in tables.probabilities}
-    if tables.split_column:
-        columns["split"] = f"({split_place('interactions.split')})::TINYINT"
-    columns |= {flag: f"interactions.{flag}" for flag in flags(tables.requests)}
+    columns |= {column.name: column.kept for column in tables.columns if column.kept}
     values = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
     ranked = (
         f"SELECT ranks.rank, interactions.time_us, {values} FROM interactions "

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dti_dist.data.dataset import RequestRule
+from dti_dist.data.dataset import InteractionRules, RequestRule
 from dti_dist.data.prepare.input_table import (
     Column,
     FileScan,
@@ -141,7 +141,7 @@ def read_events(
         item_files=item_files,
         text_columns=list(columns.texts),
         split_column=columns.split,
-        requests=rule,
+        rules=InteractionRules(requests=rule),
         description={
             "kind": "events",
             "paths": list(paths),

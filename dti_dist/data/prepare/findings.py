@@ -45,7 +45,7 @@ class Findings:
         found = cls(interactions=count)
         if "input_order" in histories.columns:
             found.out_of_order = disorder(histories)
-        if histories.requests is None:
+        if not histories.by_request:
             found.targets = count
             found.targets_without_history = int(np.count_nonzero(begin == 0))
             found.at_shared_times = _at_shared_times(histories)

@@ -21,7 +21,7 @@ from pathlib import Path
 import duckdb
 
 from dti_dist.console import say
-from dti_dist.data.dataset import RequestRule
+from dti_dist.data.dataset import InteractionRules, RequestRule
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.tables import date_and_time
 from dti_dist.errors import UserError
@@ -110,11 +110,13 @@ def read_mind(
             "QUALIFY row_number() OVER (PARTITION BY news_id ORDER BY rowid) = 1"
         ),
         text_columns=_TEXTS,
-        requests=RequestRule(
-            by="column",
-            column="impression_id",
-            history="label = 1" if history == "clicks" else "from_history",
-            context_only="from_history",
+        rules=InteractionRules(
+            requests=RequestRule(
+                by="column",
+                column="impression_id",
+                history="label = 1" if history == "clicks" else "from_history",
+                context_only="from_history",
+            )
         ),
         description={"kind": "mind", **folders, "history": history},
         notes=notes,

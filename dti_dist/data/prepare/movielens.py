@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import pyarrow as pa
 
 from dti_dist.console import progress, say
-from dti_dist.data.dataset import RequestRule
+from dti_dist.data.dataset import InteractionRules, RequestRule
 from dti_dist.data.prepare.label import Expression
 from dti_dist.data.prepare.source import Source
 from dti_dist.errors import UserError
@@ -136,7 +136,7 @@ def read_movielens(
         ),
         items="SELECT * FROM movielens_items",
         text_columns=["title", "genres"],
-        requests=RequestRule(by="time") if requests == "time" else None,
+        rules=InteractionRules(requests=RequestRule(by="time") if requests == "time" else None),
         description={"kind": "movielens", "path": str(path), "label": label},
     )
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from dti_dist.data.dataset import RequestRule
 from dti_dist.data.prepare.tables import Tables, date_and_time
 from dti_dist.errors import UserError
 
 _SAME = "user_id, item_id, timestamp"  # rows that are equal in these are one interaction
-
-
-def flags(rule: RequestRule | None) -> list[str]:
-    """The flags that interactions have under a rule."""
-    given = {"is_history": rule and rule.history, "is_target": rule and rule.context_only}
-    return [flag for flag, expression in given.items() if expression]
 
 
 def form_requests(tables: Tables) -> list[str]:
@@ -22,13 +15,12 @@ def form_requests(tables: Tables) -> list[str]:
     rows of one user, item and request are one interaction, and what is neither history nor a target
     is left out. Raises UserError for a request with two splits.
     """
-    rule = tables.requests
+    rule = tables.rules.requests
     if rule is None:
         tables.define("interactions", "SELECT * FROM known_events")
         return []
     # All but the time, which is the request's.
-    values = ["label", *flags(rule), *tables.probabilities]
-    values += ["split"] if tables.split_column else []
+    values = ["label", *(column.name for column in tables.columns if column.kept)]
     rows, notes = "known_events", []
     if rule.by == "column":
         notes += _take_times_of_requests(tables, values)

@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from dti_dist.data.dataset import RequestRule
+from dti_dist.data.dataset import InteractionRules, RequestRule
 from dti_dist.data.prepare import synthetic
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.synthetic import COLOURS, IDS, PERIOD_S, START, refuse_small
@@ -89,7 +89,9 @@ def read_slates(
         events=f"{select} FROM {events}",
         items="SELECT * FROM synthetic_items",
         text_columns=["title"],
-        requests=RequestRule(by="time", history="label = 1") if requests == "time" else None,
+        rules=InteractionRules(
+            requests=RequestRule(by="time", history="label = 1") if requests == "time" else None
+        ),
         ceilings=(
             {"ceiling": "probability", "history_ceiling": "history_probability"}
             if requests == "time"

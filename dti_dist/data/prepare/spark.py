@@ -44,7 +44,7 @@ from dti_dist.data import storage
 from dti_dist.data.dataset import (
     SPLITS,
     FileEntry,
-    RequestRule,
+    InteractionRules,
     SplitCounts,
     SplitRule,
     sequence_schema,
@@ -58,7 +58,6 @@ from dti_dist.data.prepare.duck import DuckTables, events_query
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan
 from dti_dist.data.prepare.items import is_blank
-from dti_dist.data.prepare.requests import flags
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.split import (
     Histories,
@@ -69,7 +68,6 @@ from dti_dist.data.prepare.split import (
 from dti_dist.data.prepare.tables import (
     UserCounts,
     before_split,
-    split_place,
 )
 from dti_dist.data.prepare.writer import Cutter, DatasetWriter
 from dti_dist.errors import UserError
@@ -89,6 +87,7 @@ _EVENT_SCHEMA = pa.schema(
         ("input_order", pa.int64()),
     ]
 )
+_ARROW_TYPES = {"condition": pa.bool_(), "number": pa.float64(), "text": pa.string()}
 _ITEM_SCHEMA = pa.schema([("item_id", pa.int64()), ("source_id", pa.string())])
 Key = tuple[str, str]  # MD5 of the user's id, and the id: the order of rows
 Batches = Iterable[pa.RecordBatch]
@@ -183,8 +182,7 @@ class _SparkTables:
         self._spark, self._duck = spark, duck
         self.name, self.text_columns = source.name, source.text_columns
         self.split_column = source.split_column
-        self.requests = source.requests
-        self.probabilities: tuple[str, ...] = ()
+        self.rules, self.columns = source.rules, source.columns
         self._persisted: list[Any] = []
         if source.event_files is None:
             raise UserError(f"{self.name}: --engine spark reads event files; use --engine duckdb.")
@@ -237,21 +235,27 @@ class _SparkTables:
     ) -> tuple[Findings, dict[str, dict[str, float]]]:
         limits = (options.shard_interactions, options.row_group_interactions)
         plan = self._plan_parts(users, rule, options.context_limit, limits)
-        columns = ", ".join(["timestamp", "time_us", "input_order", *flags(self.requests)])
-        split = f", CAST({split_place('split')} AS TINYINT) AS split" if self.split_column else ""
+        columns = ["timestamp", "time_us", "input_order"]
+        kept = {column.name: column.kept for column in self.columns if column.kept}
+        values = [*columns, *(f"{sql} AS {name}" for name, sql in kept.items())]
         interactions = self._spark.sql(
             "SELECT user_id, CAST(told_items.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
-            f"label, {columns}{', split' if split else ''} FROM (SELECT interactions.user_id, "
-            f"interactions.item_id AS source_id, label, {columns}{split} FROM {users.kept_events}) "
-            "AS kept JOIN told_items USING (source_id)"
+            f"label, {', '.join([*columns, *kept])} FROM (SELECT interactions.user_id, "
+            f"interactions.item_id AS source_id, label, {', '.join(values)} FROM "
+            f"{users.kept_events}) AS kept JOIN told_items USING (source_id)"
         )
         cut = partial(
-            _cut, rule, self.requests, options.context_limit, plan, _INTERACTIONS_AT_A_TIME
+            _cut,
+            rule,
+            self.rules,
+            options.context_limit,
+            plan,
+            _INTERACTIONS_AT_A_TIME,
         )
         sequences = (
             interactions.repartition("user_id")
             .sortWithinPartitions("user_id", "time_us", "input_order")
-            .mapInArrow(cut, _spark_schema(_placed_schema(self.requests)))
+            .mapInArrow(cut, _spark_schema(_placed_schema(self.rules)))
         )
         parts = sum(map(len, plan.values()))
         written = (
@@ -259,7 +263,7 @@ class _SparkTables:
             .repartition(parts, "split", "part")
             .sortWithinPartitions("split", "part", "md5", "user_id")
             .drop("md5")
-            .mapInArrow(partial(_write, writer.uri, self.requests, limits), "report string")
+            .mapInArrow(partial(_write, writer.uri, self.rules, limits), "report string")
         )
         with _task_errors():
             reports = [json.loads(row.report) for row in written.collect()]
@@ -307,7 +311,7 @@ class _SparkTables:
     def _bounds(self, users: UserCounts, rule: SplitRule) -> str:
         """A SELECT of each user's interactions: all, those before valid and test, and those of
         them that are history."""
-        if rule.rule == "leave-last" and self.requests is None:
+        if rule.rule == "leave-last" and self.rules.requests is None:
             valid, test = (f"greatest(interactions - {last}, 0)" for last in (2, 1))
             return (
                 f"SELECT user_id, interactions, {valid} AS valid, {test} AS test, "
@@ -315,7 +319,7 @@ class _SparkTables:
             )
         interactions = users.kept_events
         if rule.rule == "leave-last":
-            is_target = "is_target" if "is_target" in flags(self.requests) else "true"
+            is_target = self._flag("is_target")
             # A user's last request with targets, and the one before: those before both are train's.
             last = (
                 f"SELECT user_id, max(timestamp) AS test FROM {interactions} WHERE {is_target} "
@@ -336,7 +340,7 @@ class _SparkTables:
             }
         else:
             before = {split: before_split(rule, split) for split in ("valid", "test")}
-        is_history = "is_history" if "is_history" in flags(self.requests) else "true"
+        is_history = self._flag("is_history")
         counts = ", ".join(
             f"count(CASE WHEN {before[split]} AND {condition} THEN 1 END) AS {name}"
             for split in ("valid", "test")
@@ -347,24 +351,21 @@ class _SparkTables:
             "GROUP BY user_id"
         )
 
+    def _flag(self, name: str) -> str:
+        """SQL for a condition of interactions, which holds for all where there is no column."""
+        return name if name in {column.name for column in self.columns} else "true"
+
 
 def _event_schema(tables: _SparkTables) -> pa.Schema:
     """Of ``events``; see Tables."""
-    rule = tables.requests
-    texts = {"split": tables.split_column, "request": rule and rule.column}
-    return pa.schema(
-        [
-            *_EVENT_SCHEMA,
-            *((name, pa.string()) for name, column in texts.items() if column),
-            *((flag, pa.bool_()) for flag in flags(rule)),
-        ]
-    )
+    columns = [(column.name, _ARROW_TYPES[column.kind]) for column in tables.columns]
+    return pa.schema([*_EVENT_SCHEMA, *columns])
 
 
-def _placed_schema(rule: RequestRule | None) -> pa.Schema:
+def _placed_schema(rules: InteractionRules) -> pa.Schema:
     """Of a sequence, the part it belongs to, and what its task found (JSON, or nothing)."""
     place = [("split", pa.string()), ("part", pa.int32()), ("findings", pa.string())]
-    return pa.schema([*place, *sequence_schema(rule)])
+    return pa.schema([*place, *sequence_schema(rules)])
 
 
 class _Planner:
@@ -458,7 +459,7 @@ def _serialise(batches: Batches) -> Iterator[pa.RecordBatch]:
 
 def _cut(
     rule: SplitRule,
-    requests: RequestRule | None,
+    rules: InteractionRules,
     context_limit: int,
     plan: dict[str, list[Key]],
     at_a_time: int,
@@ -473,16 +474,16 @@ def _cut(
             # The last user may have more interactions in the next batch.
             last = int(_starts(rows)[-1])
             if last:
-                yield from _sequences(rule, requests, context_limit, plan, rows.slice(0, last))
+                yield from _sequences(rule, rules, context_limit, plan, rows.slice(0, last))
             held = rows.slice(last).to_batches()
     if held:
         rows = pa.Table.from_batches(held).combine_chunks()
-        yield from _sequences(rule, requests, context_limit, plan, rows)
+        yield from _sequences(rule, rules, context_limit, plan, rows)
 
 
 def _sequences(
     rule: SplitRule,
-    requests: RequestRule | None,
+    rules: InteractionRules,
     context_limit: int,
     plan: dict[str, list[Key]],
     rows: pa.Table,
@@ -493,10 +494,10 @@ def _sequences(
         lengths=np.diff([*starts, len(rows)]),
         columns={
             name: rows[name].to_numpy()
-            for name in ("item_id", "label", "timestamp", "input_order", "split", *flags(requests))
-            if name in rows.column_names
+            for name in rows.column_names
+            if name not in ("user_id", "time_us")
         },
-        requests=requests,
+        rules=rules,
     )
     findings: str | None = json.dumps(Findings.of(histories).to_json())
     for split, begin, end in target_ranges(histories, rule):
@@ -514,7 +515,7 @@ def _sequences(
                 pa.array(found, type=pa.string()),
                 *batch.columns,
             ],
-            schema=_placed_schema(requests),
+            schema=_placed_schema(rules),
         )
 
 
@@ -530,7 +531,7 @@ def _key(user: str) -> Key:
 
 
 def _write(
-    uri: str, requests: RequestRule | None, limits: tuple[int, int], batches: Batches
+    uri: str, rules: InteractionRules, limits: tuple[int, int], batches: Batches
 ) -> Iterator[pa.RecordBatch]:
     """Writes parts from sequences sorted by split, part and key, and gives a report of each.
 
@@ -539,7 +540,7 @@ def _write(
     for (split, number), pieces in groupby(_pieces(batches), key=itemgetter(0)):
         writer, findings = DatasetWriter(uri, *limits, {split: number}), Findings()
         for _, piece in pieces:
-            schema = sequence_schema(requests)
+            schema = sequence_schema(rules)
             rows = piece.select(schema.names).cast(schema)
             writer.write_sequences(split, rows.combine_chunks().to_batches()[0])
             for found in piece["findings"].drop_null().to_pylist():

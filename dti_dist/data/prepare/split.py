@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from dti_dist.data.dataset import SPLITS, RequestRule, SplitRule, sequence_schema
+from dti_dist.data.dataset import NO_RULES, SPLITS, InteractionRules, SplitRule, sequence_schema
 
 # Lists of sequences, and what they list; the others have the name of what they list.
 _LISTED = {"item_ids": "item_id", "labels": "label", "timestamps": "timestamp"}
@@ -26,15 +26,19 @@ class Histories:
     Attributes:
         user_ids: [users]
         lengths: [users] interactions of each
-        columns: [interactions] item_id, label, timestamp, input_order (and known
-            probabilities; what ``requests`` asks for of is_history and is_target; and, where a
-            column says it, split as its place in SPLITS, which never falls within a history)
+        columns: [interactions] item_id, label, timestamp, input_order, and what is kept of each
+            EventColumn; split is a place in SPLITS, which never falls within a history
     """
 
     user_ids: pa.Array
     lengths: np.ndarray
     columns: dict[str, np.ndarray]
-    requests: RequestRule | None = None
+    rules: InteractionRules = NO_RULES
+
+    @property
+    def by_request(self) -> bool:
+        """Whether interactions of one time are a request; else each one is."""
+        return self.rules.requests is not None
 
     @property
     def starts(self) -> np.ndarray:
@@ -43,7 +47,7 @@ class Histories:
 
     def begins_request(self) -> np.ndarray:
         """[interactions] whether each is the first of its request."""
-        if self.requests is None:
+        if not self.by_request:
             return np.ones(int(self.lengths.sum()), dtype=bool)
         return (positions(self.lengths) == 0) | self.changes_time()
 
@@ -119,7 +123,7 @@ def _last_two(histories: Histories) -> list[np.ndarray]:
     """[users] where the last request but one that has targets begins, and where the last one. A
     user who has only one has it for both."""
     lengths = histories.lengths
-    if histories.requests is None:
+    if not histories.by_request:
         return [np.maximum(lengths - 2, 0), np.maximum(lengths - 1, 0)]
     firsts = np.flatnonzero(histories.begins_request())
     firsts = firsts[np.logical_or.reduceat(histories.is_target(), firsts)]
@@ -166,7 +170,7 @@ def cut_sequences(
         values = pa.array(histories.columns[column][kept], type=kind.value_type)
         return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
 
-    schema = sequence_schema(histories.requests)
+    schema = sequence_schema(histories.rules)
     columns = {
         "user_id": histories.user_ids.filter(pa.array(has_row)),
         "target_start": pa.array(context[has_row], type=pa.int32()),

@@ -15,12 +15,13 @@ from typing import Any, Literal, Protocol
 from dti_dist.data.dataset import (
     SPLITS,
     DayCounts,
-    RequestRule,
+    InteractionRules,
     RequestStatistics,
     SplitCounts,
     SplitRule,
     Statistics,
 )
+from dti_dist.data.prepare.columns import EventColumn, split_place
 from dti_dist.data.prepare.statistics import date_of_day, distribution, sizes
 from dti_dist.errors import UserError
 from dti_dist.sql import literal
@@ -33,10 +34,8 @@ class Tables(Protocol):
 
     ::
 
-        events        user_id, item_id, time_us, timestamp (seconds), label (double), input_order;
-                      where ``split_column`` names a column of the input, its text as split; as
-                      ``requests`` says, request (string), is_history, is_target; the columns
-                      ``probabilities``
+        events        user_id, item_id, time_us, timestamp (seconds), label (double), input_order,
+                      and ``columns``
         told_items    item_id (dense), source_id, of the items that have text
         known_events  those of events whose item is among them: ``keep_known`` makes them
         interactions  as these, without request: ``form_requests`` makes them
@@ -47,8 +46,8 @@ class Tables(Protocol):
     name: str
     text_columns: list[str]
     split_column: str | None
-    requests: RequestRule | None
-    probabilities: tuple[str, ...]
+    rules: InteractionRules
+    columns: tuple[EventColumn, ...]
 
     def rows(self, query: str, doing: str) -> list[dict[str, Any]]:
         """A small result. ``doing`` says in an error what failed, e.g. "ranking the users"."""
@@ -68,69 +67,58 @@ class Tables(Protocol):
 
 
 def check_events(tables: Tables) -> None:
-    """Refuse interactions without user, item, time, label, or what requests and splits ask for."""
-    wrong = {
-        "user_id": "coalesce(user_id, '') = ''",
-        "item_id": "coalesce(item_id, '') = ''",
-        "time_us": "time_us IS NULL",
-        "label": "label IS NULL",
-        "value": "label NOT IN (0, 1)",
-    }
-    if tables.split_column:
-        wrong["split"] = f"coalesce(split, '') NOT IN ({', '.join(map(literal, SPLITS))})"
-    rule = tables.requests
+    """Refuse interactions without user, item, time, label, or what their other columns must be."""
     missing = {
-        "user_id": ("a user", "null or empty"),
-        "item_id": ("an item", "null or empty"),
-        "time_us": ("a timestamp", "null"),
-        "label": ("a label", "null"),
+        "user_id": (("a user", "null or empty"), "coalesce(user_id, '') = ''"),
+        "item_id": (("an item", "null or empty"), "coalesce(item_id, '') = ''"),
+        "time_us": (("a timestamp", "null"), "time_us IS NULL"),
+        "label": (("a label", "null"), "label IS NULL"),
+    } | {
+        column.name: (column.missing, column.is_missing)
+        for column in tables.columns
+        if column.missing
     }
-    if rule and rule.by == "column":
-        wrong["request"] = "coalesce(request, '') = ''"
-        missing["request"] = (f"a request in {rule.column}", "null or empty")
-    for flag, option, expression in [
-        ("is_history", "--history", rule and rule.history),
-        ("is_target", "--context-only", rule and rule.context_only),
-    ]:
-        if expression:
-            wrong[flag] = f"{flag} IS NULL"
-            missing[flag] = (f"true or false of {option} {expression!r}", "null")
-    columns = ", ".join(
+    refused = {
+        "label": EventColumn(
+            "label",
+            "number",
+            tables.name,
+            allowed="label IN (0, 1)",
+            expected="a label of 0 or 1",
+            remedy='Use an expression that is true for a click, e.g. --label "rating >= 4".',
+        )
+    } | {column.name: column for column in tables.columns if column.allowed}
+    wrong = {f"{name}_missing": condition for name, (_, condition) in missing.items()}
+    wrong |= {f"{name}_refused": f"NOT ({column.allowed})" for name, column in refused.items()}
+    counts = ", ".join(
         f"count(CASE WHEN {condition} THEN 1 END) AS {name}_count, "
         f"min(CASE WHEN {condition} THEN input_order END) AS {name}_first"
         for name, condition in wrong.items()
     )
     (found,) = tables.rows(
-        f"SELECT count(*) AS total, {columns} FROM events", "checking the interactions"
+        f"SELECT count(*) AS total, {counts} FROM events", "checking the interactions"
     )
     if not found["total"]:
         raise UserError(
             f"{tables.name}: expected interactions, found none: the input has no rows. Check the "
             "paths."
         )
-    for column, (what, none) in missing.items():
-        if count := found[f"{column}_count"]:
-            place, _ = _interaction(tables, found[f"{column}_first"])
+    for name, ((what, none), _) in missing.items():
+        if count := found[f"{name}_missing_count"]:
+            place, _ = _interaction(tables, found[f"{name}_missing_first"])
             raise UserError(
                 f"{tables.name}: expected {what} in every interaction; {count:,} have none "
                 f"({none}). The first is {place}. Remove or fill these rows, or check which "
                 "column the command reads."
             )
-    if count := found["value_count"]:
-        place, event = _interaction(tables, found["value_first"])
-        raise UserError(
-            f"{tables.name}: expected every label to be 0 or 1; {count:,} are not. The first is "
-            f"{repr(event['label']).removesuffix('.0')} in {place}. Use an expression that is true "
-            'for a click, e.g. --label "rating >= 4".'
-        )
-    if tables.split_column and (count := found["split_count"]):
-        place, event = _interaction(tables, found["split_first"])
-        value = "null" if event["split"] is None else repr(event["split"])
-        raise UserError(
-            f"--split-column {tables.split_column}: expected train, valid or test, in these "
-            f"letters, in every interaction; {count:,} have something else. The first is {value} "
-            f"in {place}. Rename the values, or remove these rows."
-        )
+    for name, column in refused.items():
+        if count := found[f"{name}_refused_count"]:
+            place, event = _interaction(tables, found[f"{name}_refused_first"])
+            value = "null" if event[name] is None else repr(event[name]).removesuffix(".0")
+            raise UserError(
+                f"{column.option}: expected {column.expected} in every interaction; {count:,} have "
+                f"something else. The first is {value} in {place}. {column.remedy}"
+            )
 
 
 def _interaction(tables: Tables, input_order: int) -> tuple[str, dict[str, Any]]:
@@ -209,7 +197,7 @@ class Day:
 
 def targets_of(tables: Tables, interactions: str) -> str:
     """A FROM clause of the targets among those of a FROM clause."""
-    if not (tables.requests and tables.requests.context_only):
+    if "is_target" not in {column.name for column in tables.columns}:
         return interactions
     return f"(SELECT * FROM {interactions} WHERE is_target) AS targets"
 
@@ -222,10 +210,11 @@ def count_days(tables: Tables, targets: str) -> dict[int, Day]:
         f"max(timestamp) AS last_timestamp FROM {targets} GROUP BY 1",
         "counting the days",
     )
-    if not found and tables.requests:
+    if not found and tables.rules.requests:
         raise UserError(
-            f"{tables.name}: expected targets; --context-only {tables.requests.context_only!r} "
-            "holds for all interactions. Change the expression, or leave it out."
+            f"{tables.name}: expected targets; --context-only "
+            f"{tables.rules.requests.context_only!r} holds for all interactions. Change the "
+            "expression, or leave it out."
         )
     return {row.pop("day"): Day(**row) for row in sorted(found, key=lambda row: row["day"])}
 
@@ -306,12 +295,6 @@ def check_split_order(tables: Tables, events: str) -> None:
         f"{found['users']:,} users have another order. User {first['user_id']} has "
         f"{step('_before')} before {step('')}. {remedy}"
     )
-
-
-def split_place(column: str) -> str:
-    """SQL for the place in SPLITS of what a column says."""
-    cases = " ".join(f"WHEN {literal(split)} THEN {n}" for n, split in enumerate(SPLITS))
-    return f"CASE {column} {cases} END"
 
 
 def before_split(rule: SplitRule, split: str) -> str:

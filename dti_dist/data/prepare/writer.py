@@ -17,11 +17,12 @@ from dti_dist.data.dataset import (
     SPLITS,
     Counts,
     FileEntry,
+    InteractionRules,
     Manifest,
     SplitCounts,
-    interaction_flags,
     item_schema,
     sequence_schema,
+    stored_values,
 )
 from dti_dist.data.prepare.split import positions
 
@@ -86,7 +87,7 @@ class DatasetWriter:
         self.files[path] = entry
         self.splits[split] = add_counts(self.splits[split], counts)
 
-    def finish(self, **fields: Any) -> Manifest:
+    def finish(self, rules: InteractionRules, **fields: Any) -> Manifest:
         """Close the parts and write ``dataset.json``; ``fields`` are those of Manifest and Counts
         that the writer can't know."""
         self.close()
@@ -94,7 +95,7 @@ class DatasetWriter:
         manifest = Manifest(
             schema={
                 "items": _type_names(item_schema(fields["item_text_columns"])),
-                "sequences": _type_names(sequence_schema(fields["requests"])),
+                "sequences": _type_names(sequence_schema(rules)),
             },
             counts=Counts(
                 items=self.items,
@@ -103,6 +104,7 @@ class DatasetWriter:
             ),
             label_rate=sum(counts.clicks for counts in self.splits.values()) / targets,
             files=dict(sorted(self.files.items())),
+            **dict(rules),
             **fields,
         )
         write_manifest(self.uri, manifest)
@@ -134,7 +136,7 @@ def count_targets(batch: pa.RecordBatch) -> SplitCounts:
     lengths = sequence_lengths(batch)
     is_new = positions(lengths) >= np.repeat(np.asarray(batch["target_start"]), lengths)
     timestamps = np.asarray(batch["timestamps"].flatten())[is_new]
-    flags = interaction_flags(batch, "is_target")
+    flags = stored_values(batch, "is_target")
     is_target = is_new if flags is None else is_new & flags
     return SplitCounts(
         rows=len(batch),

@@ -1,0 +1,101 @@
+"""Columns that interactions have beside user, item, time and label: one declaration of each.
+
+Engines read, check, join and keep the columns of a Source by these declarations, and name none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from dti_dist.data.dataset import SPLITS, InteractionRules
+from dti_dist.errors import UserError
+from dti_dist.sql import literal
+
+_NUMBERS = r"U?[A-Z]*INT(EGER)?|FLOAT|DOUBLE|DECIMAL.*"
+NUMBER_OR_BOOLEAN = rf"BOOLEAN|{_NUMBERS}"
+
+
+@dataclass(frozen=True)
+class EventColumn:
+    """A column of the table ``events``. Its values are those of one interaction.
+
+    Attributes:
+        name: there, and in ``interactions``.
+        kind: condition: true or false; number: kept as a double; text.
+        option: what asked for it, for messages: ``--history 'label = 1'``.
+        missing: what every interaction must have, in words, and what having none looks like; None:
+            it may be null.
+        allowed: SQL condition that holds for values; None: all are allowed.
+        expected: what those are, in words; remedy: what to do about others.
+        kept: SQL for the value that histories and sequences hold; None: they hold none.
+    """
+
+    name: str
+    kind: Literal["condition", "number", "text"]
+    option: str
+    missing: tuple[str, str] | None = None
+    allowed: str | None = None
+    expected: str = ""
+    remedy: str = ""
+    kept: str | None = None
+
+    @property
+    def is_missing(self) -> str:
+        """SQL condition: an interaction lacks it."""
+        return f"coalesce({self.name}, '') = ''" if self.kind == "text" else f"{self.name} IS NULL"
+
+    def read(self, found: str) -> str:
+        """SQL for it in a SELECT of ``events``, where DuckDB has found this type.
+
+        Raises:
+            UserError: it is another type than its kind.
+        """
+        if self.kind == "condition" and found != "BOOLEAN":
+            option = self.option.split()[0]
+            raise UserError(
+                f"expected {option} to be a condition; found {found}. Use a comparison, e.g. "
+                f'{option} "label = 1".'
+            )
+        return f"CAST({self.name} AS DOUBLE) AS {self.name}" if self.kind == "number" else self.name
+
+
+def split_place(column: str) -> str:
+    """SQL for the place in SPLITS of what a column says."""
+    cases = " ".join(f"WHEN {literal(split)} THEN {n}" for n, split in enumerate(SPLITS))
+    return f"CASE {column} {cases} END"
+
+
+def event_columns(
+    rules: InteractionRules, split_column: str | None, probabilities: Iterable[str]
+) -> tuple[EventColumn, ...]:
+    """What ``events`` has for the rules, for the splits and of known click probabilities."""
+    columns = []
+    if split_column:
+        columns.append(
+            EventColumn(
+                "split",
+                "text",
+                f"--split-column {split_column}",
+                allowed=f"coalesce(split, '') IN ({', '.join(map(literal, SPLITS))})",
+                expected="train, valid or test, in these letters,",
+                remedy="Rename the values, or remove these rows.",
+                kept=f"CAST({split_place('split')} AS TINYINT)",
+            )
+        )
+    requests = rules.requests
+    if requests and requests.by == "column":
+        what = (f"a request in {requests.column}", "null or empty")
+        columns.append(EventColumn("request", "text", f"--request-col {requests.column}", what))
+    for name, option, expression in [
+        ("is_history", "--history", requests and requests.history),
+        ("is_target", "--context-only", requests and requests.context_only),
+    ]:
+        if expression:
+            what = (f"true or false of {option} {expression!r}", "null")
+            columns.append(
+                EventColumn(name, "condition", f"{option} {expression!r}", what, kept=name)
+            )
+    columns += [EventColumn(name, "number", "", kept=name) for name in probabilities]
+    return tuple(columns)
