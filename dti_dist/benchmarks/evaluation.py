@@ -95,11 +95,10 @@ def benchmark_evaluation(
             "sums of groups of users",
             lambda: read_groups(connection, "targets", figures["users"], by_request=by_request),
         )
-        found = timed(
-            "1,000 resamples", lambda: intervals(figures, groups, draw(len(groups), 1_000))
-        )
+        drawn = draw(len(groups), 1_000)
+        found = timed("1,000 resamples", lambda: intervals(figures, groups, drawn))
         if by_day:
-            timed("a slice", lambda: measure_slices(connection, ["day"], by_request))
+            timed("a slice", lambda: measure_slices(connection, ["day"], by_request, drawn))
     for name, bounds in found.items():
         interval = "" if bounds is None else f"   {bounds[0]:.6f} to {bounds[1]:.6f}"
         print(f"{name:<20} {figures[name]:.6f}{interval}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import duckdb
@@ -21,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dti_dist.console import progress
-from dti_dist.evaluation.metrics import gauc_query, rows, sql_errors
+from dti_dist.evaluation.metrics import gauc_query, sql_errors
 from dti_dist.evaluation.request_metrics import REQUEST_METRICS, request_means, request_sums_query
 from dti_dist.sql import stream
 
 MOST_GROUPS = 2_000
 SCORE_BINS = 4_096
+PART_BINS = 256  # of each part: a slice of 21 parts holds 86 MB
 CONFIDENCE = 0.95
 METRICS = ("auc", "log_loss", "gauc", "uauc", "ne", "calibration_ratio", *REQUEST_METRICS)
 _RESAMPLES_AT_A_TIME = 128
@@ -94,6 +96,22 @@ class Groups:
         return counts.astype(np.float64).reshape(-1, 2, bins).transpose(1, 0, 2)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Relations of parts of the targets, each with the number from 0 of its ``part``.
+
+    Attributes:
+        targets: with ``user``, ``label`` and ``probability``.
+        curve, per_user, per_request: of each part as of curve_query, sums_query by user, and
+            request_query; the last is None where no metrics by request are wanted.
+    """
+
+    targets: str
+    curve: str
+    per_user: str
+    per_request: str | None = None
+
+
 def read_groups(
     connection: duckdb.DuckDBPyConnection,
     targets: str,
@@ -102,76 +120,91 @@ def read_groups(
     by_request: bool = False,
 ) -> Groups:
     """The groups of a relation of targets that was just measured: of the tables curve, per_user
-    and, `by_request`, per_request.
+    and, `by_request`, per_request."""
+    measured = (targets, "curve", "per_user", *(["per_request"] if by_request else []))
+    whole = Parts(*(f"(SELECT *, 0 AS part FROM {name})" for name in measured))
+    return read_groups_of_parts(connection, whole, 1, min(users, most), SCORE_BINS)[0]
+
+
+def read_groups_of_parts(
+    connection: duckdb.DuckDBPyConnection,
+    parts: Parts,
+    number_of_parts: int,
+    groups: int,
+    bins: int = PART_BINS,
+) -> list[Groups]:
+    """The same groups of users in each part of the targets; one without any has no bins.
 
     Users have the numbers from 0 in random order, so that a number's remainder is a group drawn at
     random, and groups have equally many users, to one.
+
+    Args:
+        bins: of the probability in a part, at most.
     """
-    number = min(users, most)
+    keys = ["part", "number"]
+
+    def numbered(relation: str) -> str:
+        return f"(SELECT *, user % {groups} AS number FROM {relation})"
+
+    def by_part(query: str) -> list[dict[str, Floats]]:
+        """Columns of a query, as [groups] of each part; 0 where a group has no row."""
+        found = connection.sql(query).fetchnumpy()
+        at = tuple(found.pop(key) for key in keys)
+        sums = {name: np.zeros((number_of_parts, groups)) for name in found}
+        for name, values in found.items():
+            sums[name][at] = values
+        return [{name: of[part] for name, of in sums.items()} for part in range(number_of_parts)]
+
     with sql_errors("summing up groups of users"):
-        sums = (
-            f"(SELECT user % {number} AS number, sum(targets) AS targets, sum(clicks) AS clicks, "
-            "fsum(predicted) AS predicted, fsum(loss) AS loss FROM per_user GROUP BY number)"
+        per_user = numbered(parts.per_user)
+        sums = by_part(
+            "SELECT part, number, targets, clicks, predicted, loss, gauc_sum, gauc_targets, "
+            "uauc_sum, uauc_users FROM (SELECT part, number, sum(targets)::DOUBLE AS targets, "
+            "sum(clicks)::DOUBLE AS clicks, fsum(predicted) AS predicted, fsum(loss) AS loss "
+            f"FROM {per_user} GROUP BY part, number) "
+            f"JOIN ({gauc_query(per_user, keys)}) USING (part, number)"
         )
-        keyed = f"(SELECT *, user % {number} AS number FROM per_user)"
-        found = connection.sql(
-            "SELECT targets::DOUBLE AS targets, clicks::DOUBLE AS clicks, predicted, loss, "
-            "gauc_sum, gauc_targets::DOUBLE AS gauc_targets, uauc_sum, "
-            f"uauc_users::DOUBLE AS uauc_users FROM {sums} JOIN "
-            f"({gauc_query(keyed, ['number'])}) USING (number) ORDER BY number"
-        ).fetchnumpy()
-        requests = _sums_of_requests(connection, number) if by_request else {}
-        highest = _bins(connection)
-        counts = np.zeros((number, 2, len(highest)), dtype=np.float32)
-        predicted_in_bin = np.zeros(len(highest))
+        requests: list[dict[str, Floats]] = [{}] * number_of_parts
+        if parts.per_request:
+            requests = by_part(request_sums_query(numbered(parts.per_request), keys))
+        part_of_bin, highest = _bins(connection, parts.curve, bins)
+        # All bins in one order, by part and probability. Probabilities are at most 1.
+        ends = 2.0 * part_of_bin + highest
+        counts = np.zeros((groups, 2, len(ends)), dtype=np.float32)
+        predicted_in_bin = np.zeros(len(ends))
         read = stream(
             connection,
-            f"SELECT (user % {number})::INTEGER AS number, label::INTEGER AS label, probability "
-            f"FROM {targets}",
+            f"SELECT (user % {groups})::INTEGER AS number, label::INTEGER AS label, probability, "
+            f"part::INTEGER AS part FROM {parts.targets}",
             _TARGETS_AT_A_TIME,
         )
-        total = int(found["targets"].sum())
+        total = int(sum(of["targets"].sum() for of in sums))
         with progress("counting predictions", total, "targets") as bar:
             for batch in read:
-                group, label, probability = (batch[at].to_numpy() for at in range(3))
-                at = np.searchsorted(highest, probability)
-                np.add.at(
-                    counts.reshape(-1), (2 * group + label) * len(highest) + at, np.float32(1)
-                )
-                predicted_in_bin += np.bincount(at, probability, len(highest))
+                group, label, probability, part = (batch[at].to_numpy() for at in range(4))
+                at = np.searchsorted(ends, 2.0 * part + probability)
+                np.add.at(counts.reshape(-1), (2 * group + label) * len(ends) + at, np.float32(1))
+                predicted_in_bin += np.bincount(at, probability, len(ends))
                 bar.advance(len(batch))
-    return Groups(
-        sums={name: np.asarray(values) for name, values in found.items()},
-        requests=requests,
-        counts=counts,
-        predicted_in_bin=predicted_in_bin,
-    )
+    first = np.searchsorted(part_of_bin, np.arange(number_of_parts + 1)).tolist()
+    return [
+        Groups(sums[part], requests[part], counts[:, :, low:high], predicted_in_bin[low:high])
+        for part, (low, high) in enumerate(pairwise(first))
+    ]
 
 
-def _sums_of_requests(connection: duckdb.DuckDBPyConnection, number: int) -> dict[str, Floats]:
-    """Of each of `number` groups; empty where no request has both labels."""
-    keyed = f"(SELECT *, user % {number} AS number FROM per_request)"
-    found = connection.sql(request_sums_query(keyed, ["number"])).fetchnumpy()
-    group = found.pop("number")
-    if not len(group):
-        return {}
-    sums = {name: np.zeros(number) for name in found}
-    for name, values in found.items():
-        sums[name][group] = values
-    return sums
-
-
-def _bins(connection: duckdb.DuckDBPyConnection) -> npt.NDArray[np.float32]:
-    """[bins] the highest probability in each; equal ones are never parted."""
-    found = rows(
-        connection,
-        "SELECT max(probability) AS highest FROM (SELECT probability, "
-        f"(before * {SCORE_BINS} // total)::INTEGER AS bin FROM (SELECT probability, "
-        "sum(clicks + others) OVER (ORDER BY probability ROWS UNBOUNDED PRECEDING) - clicks - "
-        "others AS before, sum(clicks + others) OVER () AS total FROM curve)) GROUP BY bin "
-        "ORDER BY bin",
-    )
-    return np.array([row["highest"] for row in found], dtype=np.float32)
+def _bins(
+    connection: duckdb.DuckDBPyConnection, curve: str, most: int
+) -> tuple[npt.NDArray[np.integer], Floats]:
+    """[bins] part, and highest probability in each; equal ones of a part are never parted."""
+    found = connection.sql(
+        "SELECT part, max(probability)::DOUBLE AS highest FROM (SELECT part, probability, "
+        f"(before * {most} // total)::INTEGER AS bin FROM (SELECT part, probability, "
+        "sum(clicks + others) OVER (PARTITION BY part ORDER BY probability ROWS UNBOUNDED "
+        "PRECEDING) - clicks - others AS before, sum(clicks + others) OVER (PARTITION BY part) "
+        f"AS total FROM {curve})) GROUP BY part, bin ORDER BY part, bin"
+    ).fetchnumpy()
+    return found["part"], found["highest"]
 
 
 def draw(groups: int, resamples: int, seed: int = 0) -> npt.NDArray[np.int64]:

@@ -259,7 +259,7 @@ class _Evaluation:
                 },
                 **(measured_floors.beside(figures, groups, drawn) if measured_floors else {}),
                 "reliability": reliability(groups, drawn),
-                "slices": measure_slices(connection, options.slices, by_request),
+                "slices": measure_slices(connection, options.slices, by_request, drawn),
             }
             if options.predictions:
                 predictions_file.copy_to(file, options.predictions, self.config.data.storage)

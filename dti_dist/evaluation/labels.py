@@ -51,6 +51,9 @@ FLOORS = {
 """What floors.py measures beside a model."""
 FLOOR_COLUMNS = ("auc", "log_loss", "ne", "request_auc")
 
+SLICE_INTERVALS = ("auc", "request_auc", "mrr", "ndcg@10")
+"""Of the metrics of slices, those whose intervals have room in tables."""
+
 
 def floor_rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Names and figures of the floors of an evaluation; empty where none were measured."""

@@ -9,12 +9,14 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from dti_dist.console import progress
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.prepare.statistics import date_of_day
 from dti_dist.errors import UserError, nearest
+from dti_dist.evaluation.bootstrap import Parts, intervals, read_groups_of_parts
 from dti_dist.evaluation.counts import read_sequences
 from dti_dist.evaluation.metrics import (
     Sums,
@@ -150,9 +152,12 @@ def _count_train(
 
 
 def measure_slices(
-    connection: duckdb.DuckDBPyConnection, names: Sequence[str], by_request: bool = False
+    connection: duckdb.DuckDBPyConnection,
+    names: Sequence[str],
+    by_request: bool = False,
+    drawn: npt.NDArray[np.integer] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """For each slice its values, each with ``value`` and metrics.
+    """For each slice its values, each with ``value``, metrics, and their ``intervals``.
 
     Counts of interactions are bins of about equally many targets; sizes of requests and places in
     them have given ranges. Of others the most frequent values stand alone, the rest together. Bins,
@@ -161,77 +166,93 @@ def measure_slices(
     Args:
         by_request: also REQUEST_METRICS, where no request is in several parts: measure_requests has
             measured the targets.
+        drawn: [resamples, groups] how often groups of users are drawn; None for no intervals.
     """
     found = {}
     with progress("slices", len(names), "slices") as bar:
         for number, name in enumerate(names):
             with sql_errors(f"computing the slice {name}"):
                 whole = by_request and name in _WITH_WHOLE_REQUESTS
-                found[name] = _measure(connection, name, f"slice_{number}", whole)
+                found[name] = _measure(connection, name, f"slice_{number}", whole, drawn)
             bar.advance()
     return found
 
 
 def _measure(
-    connection: duckdb.DuckDBPyConnection, name: str, column: str, by_request: bool
+    connection: duckdb.DuckDBPyConnection,
+    name: str,
+    column: str,
+    by_request: bool,
+    drawn: npt.NDArray[np.integer] | None,
 ) -> list[dict[str, Any]]:
     cut = _ranges if name in _OF_REQUESTS else _count_bins if name in _COUNTED else _most_frequent
     shown, rest = cut(connection, name, column)
-    values = [value for value, _, _ in shown]
-    kind = pa.int64() if values and isinstance(values[0], int) else pa.string()
-    names = pa.table(
-        {
-            "original": pa.array(values, kind),
-            "place": pa.array([place for _, place, _ in shown], pa.int32()),
-        }
-    )
-    connection.register("shown", names)
-    named = {place: text for _, place, text in shown}
-    last = len(named)
-    targets = (
-        f"(SELECT targets.*, coalesce(shown.place, {last}) AS place "
-        f"FROM targets LEFT JOIN shown ON targets.{column} = shown.original)"
-    )
-    try:
-        by_value, by_user = (
-            sums_query(f"({curve_query(targets, keys)})", keys)
-            for keys in (["place"], ["place", "user"])
-        )
-        whole = rows(connection, by_value)
-        users = {
-            row.pop("place"): row for row in rows(connection, gauc_query(f"({by_user})", ["place"]))
-        }
-        requests = {}
-        if by_request:
-            per_request = f"({request_query(targets, ['place'])})"
-            for row in rows(connection, request_sums_query(per_request, ["place"])):
-                requests[row["place"]] = request_means(row)
-    finally:
-        connection.unregister("shown")
+    called = {part: text for _, part, text in shown}
+    of_rest = max(called) + 1
+    parts = _make_parts(connection, shown, of_rest, column, by_request)
+    users = {row["part"]: row for row in rows(connection, gauc_query(parts.per_user, ["part"]))}
+    requests = {}
+    if parts.per_request:
+        summed = rows(connection, request_sums_query(parts.per_request, ["part"]))
+        requests = {row["part"]: request_means(row) for row in summed}
+    groups = []
+    if drawn is not None:
+        groups = read_groups_of_parts(connection, parts, of_rest + 1, drawn.shape[1])
     result = []
-    for sums in sorted(whole, key=lambda row: row["place"]):
-        place = sums.pop("place")
-        figures, of_users = Sums(**sums).figures(), users[place]
-        result.append(
-            {
-                "value": named.get(place, rest),
-                "targets": figures["targets"],
-                "users": of_users["users"],
-                "label_rate": figures["label_rate"],
-                "mean_prediction": figures["mean_prediction"],
-                "calibration_ratio": figures["calibration_ratio"],
-                "auc": figures["auc"],
-                "log_loss": figures["log_loss"],
-                "ne": figures["ne"],
-                "gauc": quotient(of_users["gauc_sum"], of_users["gauc_targets"]),
-                "uauc": quotient(of_users["uauc_sum"], of_users["uauc_users"]),
-                **requests.get(place, {}),
-            }
-        )
+    whole = rows(connection, sums_query(parts.curve, ["part"]))
+    for sums in sorted(whole, key=lambda row: row["part"]):
+        part = sums.pop("part")
+        figures, of_users = Sums(**sums).figures(), users[part]
+        entry = {
+            "value": called.get(part, rest),
+            "targets": figures["targets"],
+            "users": of_users["users"],
+            "label_rate": figures["label_rate"],
+            "mean_prediction": figures["mean_prediction"],
+            "calibration_ratio": figures["calibration_ratio"],
+            "auc": figures["auc"],
+            "log_loss": figures["log_loss"],
+            "ne": figures["ne"],
+            "gauc": quotient(of_users["gauc_sum"], of_users["gauc_targets"]),
+            "uauc": quotient(of_users["uauc_sum"], of_users["uauc_users"]),
+            **requests.get(part, {}),
+        }
+        entry["intervals"] = None if drawn is None else intervals(entry, groups[part], drawn)
+        result.append(entry)
     return result
 
 
-_Shown = tuple[list[tuple[Any, int, str]], str]  # (value, its place, what it is called); the rest
+def _make_parts(
+    connection: duckdb.DuckDBPyConnection,
+    shown: Sequence[tuple[Any, int, str]],
+    of_rest: int,
+    column: str,
+    by_request: bool,
+) -> Parts:
+    """Make the tables of the parts, in place of those of another slice."""
+    values = [value for value, _, _ in shown]
+    kind = pa.int64() if isinstance(values[0], int) else pa.string()
+    numbers = pa.array([part for _, part, _ in shown], pa.int32())
+    connection.register("given", pa.table({"original": pa.array(values, kind), "part": numbers}))
+    connection.execute("CREATE OR REPLACE TABLE shown AS SELECT * FROM given")
+    connection.unregister("given")
+    targets = (
+        f"(SELECT targets.*, coalesce(shown.part, {of_rest}) AS part "
+        f"FROM targets LEFT JOIN shown ON targets.{column} = shown.original)"
+    )
+    by_user = curve_query(targets, ["part", "user"])
+    queries = {
+        "curve": curve_query(targets, ["part"]),
+        "per_user": sums_query(f"({by_user})", ["part", "user"]),
+    }
+    if by_request:
+        queries["per_request"] = request_query(targets, ["part"])
+    for name, query in queries.items():
+        connection.execute(f"CREATE OR REPLACE TABLE parts_{name} AS {query}")
+    return Parts(targets, *(f"parts_{name}" for name in queries))
+
+
+_Shown = tuple[list[tuple[Any, int, str]], str]  # (value, its part, what it is called); the rest
 
 
 def _most_frequent(connection: duckdb.DuckDBPyConnection, name: str, column: str) -> _Shown:

@@ -9,7 +9,7 @@ from typing import Any
 from dti_dist.console import table
 from dti_dist.data.dataset import CEILINGS
 from dti_dist.evaluation.bootstrap import METRICS
-from dti_dist.evaluation.labels import FLOOR_COLUMNS, LABELS, floor_rows
+from dti_dist.evaluation.labels import FLOOR_COLUMNS, LABELS, SLICE_INTERVALS, floor_rows
 
 _SLICE_COLUMNS = (
     *("targets", "users", "label_rate", "mean_prediction", "calibration_ratio"),
@@ -85,15 +85,13 @@ def floors_table(figures: dict[str, Any]) -> str:
 
 
 def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
+    """A table for each slice; 95 % intervals, where they are known, behind SLICE_INTERVALS."""
     tables = []
     for name, entries in slices.items():
         columns = [c for c in _SLICE_COLUMNS if any(c in entry for entry in entries)]
         header = [name, *(column.replace("_", " ") for column in columns)]
         lines = [
-            [
-                _cut(entry["value"]),
-                *(_text(entry.get(column), LABELS[column].form) for column in columns),
-            ]
+            [_cut(entry["value"]), *(_of_part(entry, column) for column in columns)]
             for entry in entries
         ]
         tables.append(table(header, lines))
@@ -153,6 +151,12 @@ def _floor_header(shown: Sequence[str]) -> list[str]:
 def _interval(difference: dict[str, Any], form: str) -> str:
     bounds = difference["interval"]
     return f"{form.format(bounds[0])} to {form.format(bounds[1])}" if bounds else ""
+
+
+def _of_part(entry: dict[str, Any], column: str) -> str:
+    text = _text(entry.get(column), LABELS[column].form)
+    bounds = (entry["intervals"] or {}).get(column) if column in SLICE_INTERVALS else None
+    return f"{text} ({bounds[0]:.4f} to {bounds[1]:.4f})" if bounds else text
 
 
 def _cut(text: str) -> str:

@@ -26,6 +26,7 @@ MOST_POINTS = 1000  # of a path: more than a screen has columns
 _TICKS = 4
 _ROOM = 0.06  # above and below the curves, as a share of their range
 _FAR = 2.0  # beyond so many ranges of the middle 98 % a value is cut off, so that the rest is seen
+_LETTERS = 44  # of ticks below a chart, also on a phone
 _LABEL_WIDTH, _LABEL_HEIGHT = 20.0, 9.0  # of a name, percent of a chart
 
 
@@ -181,6 +182,56 @@ def draw_calibration(bins: Sequence[dict[str, Any]]) -> Chart:
         drawn=[_draw(one, both, both) for one in series],
         notes=["Bars: 95 % over users."] * with_bars + ["Logarithmic axes."] * logarithmic,
         description=f"Label rate over mean prediction: {description}",
+        shape="square",
+    )
+
+
+def draw_parts(what: str, parts: Sequence[dict[str, Any]], whole: float) -> Chart | None:
+    """The AUC of parts of the targets, in their order; None where no two have one.
+
+    Args:
+        what: the parts are of.
+        parts: each with its name as `value`, an `auc`, and an `interval`, which may be missing.
+        whole: the AUC of all targets.
+    """
+    values = np.array(
+        [[one["auc"], *(one.get("interval") or (math.nan, math.nan))] for one in parts],
+        dtype=np.float64,
+    ).reshape(-1, 3)
+    y, low, high = values.T
+    if np.isfinite(y).sum() < 2:
+        return None
+    x = np.arange(1.0, len(parts) + 1)
+    ends = (0.25, len(parts) + 0.75)
+    series = [
+        Series(f"all targets: {whole:.4f}", np.array(ends), np.array([whole] * 2), 0, "reference"),
+        Series("95 % over users", x, high, 0, "bars", low),
+        Series("AUC", x, y, 0, "dots"),
+    ]
+    series = [one for one in series if np.isfinite(one.y).any()]
+    seen = np.array([whole, *values.flat])
+    seen = seen[np.isfinite(seen)]
+    room = max(float(np.ptp(seen)) * _ROOM, 1e-3)
+    heights = (float(seen.min()) - room, float(seen.max()) + room)
+    names = [one["value"].replace(" to ", "–").replace(" or more", "+") for one in parts]
+    every = math.ceil(len(names) * (max(map(len, names)) + 1) / _LETTERS)
+    x_ticks = [
+        Tick(round(100 * _share(at, ends), 2), name)
+        for at, name in list(zip(x.tolist(), names, strict=True))[::every]
+    ]
+    return Chart(
+        title=f"AUC by {what}",
+        x_label=what,
+        y_label="",
+        x_range=ends,
+        y_range=heights,
+        x_ticks=x_ticks,
+        y_ticks=_ticks(heights),
+        drawn=[_draw(one, ends, heights) for one in series],
+        notes=["Bars: 95 % over users."] if np.isfinite(low + high).any() else [],
+        description=", ".join(
+            f"{name}: {value_words(auc)}" for name, auc in zip(names, y.tolist(), strict=True)
+        ),
         shape="square",
     )
 

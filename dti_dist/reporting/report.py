@@ -27,13 +27,14 @@ from dti_dist.errors import UserError
 from dti_dist.evaluation.labels import (
     FLOOR_COLUMNS,
     LABELS,
+    SLICE_INTERVALS,
     floor_rows,
     prompt_name,
     worse_than_regression,
 )
 from dti_dist.files import write_out
 from dti_dist.redaction import redact
-from dti_dist.reporting.charts import Chart, draw_calibration
+from dti_dist.reporting.charts import Chart, draw_calibration, draw_parts
 from dti_dist.reporting.curves import curves
 from dti_dist.reporting.history import History, number
 from dti_dist.runs.folder import RunFolder
@@ -47,6 +48,7 @@ _SLICE_COLUMNS = (
     *("targets", "users", "label_rate", "mean_prediction"),
     *("auc", "gauc", "log_loss", "ne", "request_auc", "mrr", "ndcg@10"),
 )
+_SLICES_DRAWN = {"request_place": "place in the request", "request_size": "size of the request"}
 _KINDS = {
     "restart": "restart",
     "failed_save": "failed save",
@@ -135,7 +137,7 @@ def _one(run: History) -> dict[str, Any]:
         "validations": _validation_rows(run),
         "evaluation": _evaluation_table(run),
         "floors": list(_floor_tables(run)),
-        "calibration": _calibrations(run),
+        "diagrams": [*_calibrations(run), *_slice_charts(run)],
         "slices": list(_slice_tables(run)),
         "settings": _settings(run.config),
         "changed": [row for s in _settings(run.config) for row in s["rows"] if row["changed"]],
@@ -349,29 +351,59 @@ def _bin(entry: Any) -> dict[str, Any]:
     return {
         "mean_prediction": number(found.get("mean_prediction")),
         "label_rate": number(found.get("label_rate")),
-        "interval": [number(end) for end in found.get("interval") or (None, None)],
+        "interval": _ends(found.get("interval")),
+    }
+
+
+def _ends(interval: Any) -> list[float]:
+    return [number(end) for end in interval or (None, None)]
+
+
+def _slice_charts(run: History) -> Iterable[tuple[str, Chart]]:
+    for figures in run.evaluations:
+        slices = _slices(figures)
+        for name in [name for name in _SLICES_DRAWN if name in slices]:
+            parts = [
+                {
+                    "value": str(part.get("value", words.NONE)),
+                    "auc": number(part.get("auc")),
+                    "interval": _ends((part.get("intervals") or {}).get("auc")),
+                }
+                for part in slices[name]
+            ]
+            if chart := draw_parts(_SLICES_DRAWN[name], parts, number(figures.get("auc"))):
+                yield _evaluation_name(figures), chart
+
+
+def _slices(figures: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    slices = figures.get("slices")
+    return {
+        str(name): [part for part in parts if isinstance(part, dict)]
+        for name, parts in (slices.items() if isinstance(slices, dict) else ())
     }
 
 
 def _slice_tables(run: History) -> Iterable[dict[str, Any]]:
     for figures in run.evaluations:
-        slices = figures.get("slices")
-        for name, parts in slices.items() if isinstance(slices, dict) else ():
-            parts = [part for part in parts if isinstance(part, dict)]
+        for name, parts in _slices(figures).items():
             columns = [
                 key for key in _SLICE_COLUMNS if any(part.get(key) is not None for part in parts)
             ]
-            kind = str(name).replace("_", " ")
+            kind = name.replace("_", " ")
             yield {
                 "name": f"By {kind}: {_evaluation_name(figures)}",
                 "head": kind,
                 "heads": [LABELS[key].text for key in columns],
                 "rows": [
-                    (str(part.get("value", words.NONE)),
-                     [_metric(part, key).text for key in columns])
+                    (str(part.get("value", words.NONE)), [_of_part(part, key) for key in columns])
                     for part in parts
                 ],
-            }  # fmt: skip
+            }
+
+
+def _of_part(part: dict[str, Any], key: str) -> Cell:
+    cell = _metric(part, key)
+    return cell if key in SLICE_INTERVALS else Cell(cell.text)
 
 
 def _jobs(run: History) -> list[dict[str, str]]:

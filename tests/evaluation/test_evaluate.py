@@ -419,6 +419,8 @@ def test_metrics_by_request_from_evaluation_to_comparison_and_report(
     assert f"{len(requests):,} requests, of which {len(both):,} have both labels" in printed.err
     places = figures["slices"]["request_place"]
     assert places[0]["targets"] == len(requests)
+    low, high = places[0]["intervals"]["auc"]
+    assert f" {places[0]['auc']:.4f} ({low:.4f} to {high:.4f}) " in printed.err
     assert "mrr" in figures["slices"]["request_size"][-1]
 
     shutil.copytree(one, other)

@@ -196,7 +196,8 @@ def test_targets_of_one_class_make_no_library_warn(clicks, users, resamples):
     found = intervals(figures, groups, drawn)
     bins = reliability(groups, drawn)
     histogram(connection, is_skewed(bins))
-    parts = measure_slices(connection, ["title"])["title"]
+    parts = measure_slices(connection, ["title"], drawn=drawn)["title"]
+    assert {part["intervals"]["auc"] for part in parts} == {None}
     assert {part["auc"] for part in parts} == {None}
     if clicks in (0, 12):
         assert found["auc"] is None

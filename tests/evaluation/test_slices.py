@@ -16,6 +16,7 @@ from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.index import RowGroup
 from dti_dist.errors import UserError
 from dti_dist.evaluation import predictions_file, slices
+from dti_dist.evaluation.bootstrap import METRICS, draw, intervals, read_groups
 from dti_dist.evaluation.metrics import measure
 from dti_dist.evaluation.request_metrics import REQUEST_METRICS, measure_requests
 from dti_dist.evaluation.slices import check_slices, measure_slices, slice_columns
@@ -26,6 +27,7 @@ from tests.metrics_oracle import click_metrics, request_metrics
 NAMES = ("activity", "popularity", "day", "title", "user_id", "item_id")
 OF_REQUESTS = ("request_size", "request_place")
 SIX_HOURS = 21_600
+RESAMPLES = 60
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +166,13 @@ def of_requests(connection):
 
 
 @pytest.fixture(scope="module")
-def measured(connection, of_requests):
-    return measure_slices(connection, [*NAMES, *OF_REQUESTS], by_request=True)
+def drawn(targets):
+    return draw(len(by(targets, "user_id")), RESAMPLES)
+
+
+@pytest.fixture(scope="module")
+def measured(connection, of_requests, drawn):
+    return measure_slices(connection, [*NAMES, *OF_REQUESTS], by_request=True, drawn=drawn)
 
 
 def assert_same(entry, expected):
@@ -236,17 +243,21 @@ def test_slices_by_size_of_the_request_and_place_in_it(name, measured, targets):
     assert sum(entry["targets"] for entry in measured[name]) == len(targets)
 
 
+def part(targets, name, value):
+    """The targets of a part that is a value, or a range of numbers."""
+    low, *high = value.split(" to ")
+    return [
+        target
+        for target in targets
+        if target[name] == low
+        or (low.isdecimal() and int(low) <= target[name] <= int((high or [low])[0]))
+    ]
+
+
 @pytest.mark.parametrize("name", ["request_size", "day", "activity"])
 def test_slices_of_whole_requests_have_metrics_by_request(name, measured, targets):
     for entry in measured[name]:
-        low, *high = entry["value"].split(" to ")
-        inside = [
-            target
-            for target in targets
-            if target[name] == low
-            or (name != "day" and int(low) <= target[name] <= int((high or [low])[0]))
-        ]
-        expected, _ = requests_by_hand(inside)
+        expected, _ = requests_by_hand(part(targets, name, entry["value"]))
         assert {key: entry[key] for key in REQUEST_METRICS if key in entry} == pytest.approx(
             expected, abs=1e-9
         )
@@ -257,6 +268,89 @@ def test_slices_that_part_requests_have_none(measured):
     for name in ("request_place", "item_id", "title"):
         assert not any(entry.keys() & set(REQUEST_METRICS) for entry in measured[name])
     assert not any("mrr" in entry for entry in measured["request_size"] if entry["value"] == "1")
+
+
+@pytest.mark.parametrize("name", ["request_place", "request_size", "day"])
+def test_intervals_are_those_of_resampled_users(name, measured, targets, connection, drawn):
+    """All users are drawn, also those without a target in the part."""
+    numbers = dict(connection.sql("SELECT user_id, user FROM users").fetchall())
+    assert len(numbers) == drawn.shape[1]
+    some = 0
+    for entry in measured[name]:
+        inside = part(targets, name, entry["value"])
+        auc, by_request = [], defaultdict(list)
+        for once in drawn:
+            often = {user: int(once[number]) for user, number in numbers.items()}
+            auc.append(auc_by_hand([t for t in inside for _ in range(often[t["user_id"]])]))
+            for metric, value in resampled_requests(inside, often).items():
+                by_request[metric].append(value)
+        assert entry["intervals"]["auc"] == middle(auc)
+        for metric in entry["intervals"].keys() & set(REQUEST_METRICS):
+            assert entry["intervals"][metric] == middle(by_request[metric]), metric
+            some += 1
+    assert (some > 0) == (name != "request_place")
+
+
+def auc_by_hand(targets):
+    """None where only one label occurs."""
+    clicks, others = ([t["probability"] for t in targets if t["label"] == y] for y in (1, 0))
+    won = sum((click > other) + (click == other) / 2 for click in clicks for other in others)
+    return won / (len(clicks) * len(others)) if clicks and others else None
+
+
+def resampled_requests(targets, often):
+    """Means over requests, each as often as its user was drawn."""
+    found = [
+        request_metrics([(t["label"], t["probability"]) for t in request])
+        for request in by(targets, "request").values()
+        if len({t["label"] for t in request}) == 2
+        for _ in range(often[request[0]["user_id"]])
+    ]
+    return {
+        name: sum(one[name] for one in found) / len(found) if found else None
+        for name in REQUEST_METRICS
+    }
+
+
+def middle(values):
+    """The middle 95 % of values that are defined; None if most are not."""
+    defined = [value for value in values if value is not None]
+    if 2 * len(defined) < len(values):
+        return None
+    return pytest.approx(np.quantile(defined, [0.025, 0.975]).tolist(), abs=1e-6)
+
+
+def test_intervals_of_a_part_that_is_the_whole_are_those_of_the_whole():
+    """Fewer bins of the probability cost AUC a hundredth of the interval's width."""
+    random = np.random.default_rng(0)
+    user = np.repeat(np.arange(300), 60)
+    probability = random.random(len(user)).astype(np.float32)
+    taste = random.normal(0, 0.1, 300)[user]
+    columns = {
+        "user": user,
+        "label": (random.random(len(user)) < probability + taste).astype(np.int8),
+        "probability": probability,
+        "slice_0": np.zeros(len(user), np.int64),
+        "slice_1": np.arange(len(user)) % 4 + 1,
+    }
+    connection = duckdb.connect(config={"threads": 1})
+    connection.register("given", pa.table(columns))
+    connection.execute("CREATE TABLE targets AS SELECT * FROM given")
+    figures = measure(connection, "targets")
+    drawn = draw(300, 200)
+    whole = intervals(figures, read_groups(connection, "targets", 300), drawn)
+    found = measure_slices(connection, ["day", "request_place"], drawn=drawn)
+    (one,) = found["day"]
+    assert one["intervals"].keys() == whole.keys() == set(METRICS) - set(REQUEST_METRICS)
+    for name, (low, high) in whole.items():
+        allowed = 0.01 * (high - low) if name == "auc" else 1e-9
+        assert one["intervals"][name] == pytest.approx([low, high], abs=allowed), name
+    widths = [high - low for low, high in (e["intervals"]["auc"] for e in found["request_place"])]
+    low, high = whole["auc"]
+    assert len(widths) == 4
+    assert all(high - low < width < 4 * (high - low) for width in widths)
+    without = measure_slices(connection, ["day"])["day"]
+    assert without == [one | {"intervals": None}]
 
 
 def test_large_sizes_have_wide_ranges():

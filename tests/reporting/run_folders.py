@@ -74,13 +74,24 @@ def evaluation() -> dict[str, Any]:
         for p in (0.1, 0.2, 0.35, 0.5, 0.7)
     ]
     part = {"targets": 300, "users": 20, "label_rate": 0.4, "mean_prediction": 0.41, "auc": 0.71}
+    by_place = [
+        {"value": value, **part, "auc": auc, "intervals": auc and {"auc": [auc - 0.02, auc + 0.03]}}
+        for value, auc in {
+            "1": 0.72,
+            "2": 0.735,
+            "3": 0.728,
+            "11 to 20": 0.75,
+            "21 to 50": None,
+        }.items()
+    ]
+    slices = {"activity": [{"value": "1 to 9", **part}], "title": [], "request_place": by_place}
     return {
         "auc": 0.7312, "log_loss": 0.5521, "f1": 0.61, "accuracy": 0.7, "gauc": 0.68, "ne": 0.91,
         "ece": 0.012, "calibration_ratio": 1.02, "valid_threshold": 0.4, "f1_valid_threshold": 0.66,
         "targets": 2400, "clicks": 900, "users": 398, "users_of_one_class": 3, "label_rate": 0.375,
         "mean_prediction": 0.38, "checkpoint": "step-00000120", "max_targets": None,
         "ceiling": 0.8687, "intervals": {"auc": [0.7201, 0.7425], "log_loss": [0.54, 0.56]},
-        "reliability": bins, "slices": {"activity": [{"value": "1 to 9", **part}], "title": []},
+        "reliability": bins, "slices": slices,
     }  # fmt: skip
 
 

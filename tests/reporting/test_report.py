@@ -102,6 +102,33 @@ def test_a_model_stands_beside_floors_and_one_that_counts_beat_is_warned_of(tmp_
     )
 
 
+def test_auc_by_place_in_the_request_is_drawn_with_its_intervals(tmp_path):
+    parsed = read(realistic(tmp_path / "shop"))
+    assert "AUC by place in the request | all targets: 0.7312 | AUC | " in parsed.text
+    assert "| 1 | 300 | 20 | 0.4000 | 0.4100 | 0.7200 | 0.7000 to 0.7500 | 2 |" in parsed.text
+    assert "AUC by size" not in parsed.text
+
+
+def test_parts_stand_side_by_side_at_their_auc():
+    def part(value, auc, interval=(math.nan, math.nan)):
+        return {"value": value, "auc": auc, "interval": interval}
+
+    parts = [part("1", 0.6, (0.5, 0.7)), part("2 to 5", math.nan), part("6 or more", 0.8)]
+    chart = charts.draw_parts("size of the request", parts, 0.7)
+    assert [(tick.percent, tick.label) for tick in chart.x_ticks] == [
+        *((21.43, "1"), (50.0, "2–5"), (78.57, "6+")),
+    ]
+    assert chart.y_range == pytest.approx((0.5 - 0.06 * 0.3, 0.8 + 0.06 * 0.3))
+    reference, bars, dots = (one.path for one in chart.drawn)
+    assert reference.count("L") == 1
+    assert bars.count("M") == 1
+    assert [float(x) for x in re.findall(r"M([\d.]+)", dots)] == [214.3, 785.7]
+    assert chart.description == "1: 0.6, 2–5: –, 6+: 0.8"
+    assert charts.draw_parts("", parts[:2], 0.7) is None, "one dot is no chart"
+    many = [part(f"{n} to {n + 9}", 0.7) for n in range(1, 170, 10)]
+    assert len(charts.draw_parts("", many, 0.7).x_ticks) <= 6
+
+
 def write_ended(run, how, why=None):
     run.line(40, ended={"how": how, **({"why": why} if why else {})})
 
