@@ -387,7 +387,7 @@ def test_lists_of_texts_are_joined_and_a_null_text_is_empty(tmp_path):
         ("user::INTEGER", "Could not convert string"),
         (
             "rating",
-            r"expected a label of 0 or 1 in every interaction; \d+ have something else. The first is 3 in row 1 of ",
+            r"expected a label of 0 or 1 .*; \d+ have something else. The first is 3 in row 1 of ",
         ),
     ],
 )
