@@ -255,7 +255,7 @@ def test_both_engines_refuse_alike(spark, tmp_path):
     for change, message in [
         (
             {"label": "rating"},
-            r"expected a label of 0 or 1 .*; \d+ have something else. The first is \d in row \d+ of",
+            r"expected a label of 0 or 1 .*; \d+ have something else. The first is \d in row \d+",
         ),
         (
             {"label": "user[1:1]::INTEGER"},
