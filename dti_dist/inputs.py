@@ -123,6 +123,7 @@ class Inputs:
         shuffle: bool = False,
         k: int | None = None,
         max_targets: int | None = None,
+        for_training: bool = False,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> StreamPlan:
         """How a split becomes packs. All processes of `group` must call this at once.
@@ -130,13 +131,14 @@ class Inputs:
         Args:
             k: targets per prompt where it differs from the config's; 1 is the sliding window.
             max_targets: stop at the first whole users that have so many; without shuffling.
+            for_training: leave out the targets that training is not to see.
         """
         assert not (shuffle and max_targets), "the first users are a part of the last row group"
         sample = self.config.sample
         if k is not None:
             sample = sample.model_copy(update={"paradigm": "dti", "targets": k})
         config = self.config
-        settings = SampleSettings.of(sample)
+        settings = SampleSettings.of(sample, for_training)
         index = split_index.load_or_build(
             self.dataset,
             split,
@@ -183,16 +185,20 @@ class Inputs:
     ) -> PackShape:
         if not self.config.attention.shares_interactions:
             return shape
-        number, block = self._first_readable(index)
+        number, block = self._first_readable(index, settings.for_training)
         samples = settings.cut(block)
         indexed = index.samples_of(number)  # not all of them with max_targets
         in_index = samples.take(np.arange(min(indexed.stop - indexed.start, len(samples))))
         return with_shared_body(shape, in_index, block, self.tokens)
 
-    def _first_readable(self, index: split_index.SplitIndex) -> tuple[int, SequenceBlock]:
+    def _first_readable(
+        self, index: split_index.SplitIndex, for_training: bool
+    ) -> tuple[int, SequenceBlock]:
         for number, place in enumerate(index.row_groups):
             try:
-                return number, split_index.read_block(self.dataset, place, self.tokens)
+                return number, split_index.read_block(
+                    self.dataset, place, self.tokens, for_training
+                )
             except BadShard:
                 last = number == len(index.row_groups) - 1
                 if self.config.data.on_bad_shard == "fail" or last:
@@ -239,6 +245,7 @@ class Inputs:
             attention=config.attention,
             prefix_length=len(self.tokens.prefix),
             longest_span=len(self.tokens.prefix) + longest,
+            keep_negatives=self.dataset.manifest.keep_negatives,
         )
         if config.model.lora.rank:
             add_adapters(model, config.model.lora, self.tokens.sum_id, config.seed)

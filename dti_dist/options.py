@@ -271,6 +271,9 @@ class EventOptions:
         time_unit: Unit of times that are numbers since 1970.
         time_format: How times are written, for DuckDB's strptime: %d/%m/%Y %H:%M, %Y%m%d.
         columns: Names of the columns of CSV files that have no header.
+        weight: SQL expression: what a target counts in the loss and in metrics (default: 1).
+        keep_negatives: Share of the targets with label 0 that training is to see, in (0, 1); valid
+            and test keep all, and predictions are corrected to be of the true traffic.
     """
 
     items: Annotated[
@@ -285,6 +288,19 @@ class EventOptions:
     time_unit: TimeUnit | None = None
     time_format: Annotated[str | None, Parameter(metavar="FORMAT")] = None
     columns: Annotated[tuple[str, ...], _COLUMNS] = ()
+    weight: Annotated[str | None, Parameter(metavar="EXPR")] = None
+    keep_negatives: Annotated[float | None, Parameter(metavar="SHARE")] = None
+
+    def __post_init__(self) -> None:
+        refuse_share(self.keep_negatives)
+
+
+def refuse_share(keep_negatives: float | None) -> None:
+    if keep_negatives is not None and not 0 < keep_negatives < 1:
+        raise UserError(
+            f"--keep-negatives {keep_negatives:g}: expected a share above 0 and below 1, such as "
+            "0.1. Leave it out to keep all."
+        )
 
 
 _OF_REQUESTS = Parameter(group=Group("Requests: what was shown at once"))
@@ -365,6 +381,7 @@ class SlateOptions:
             alike.
         requests: time: what was shown at once is a request, and clicks alone are history; none:
             each interaction is a request, and all are history.
+        keep_negatives: Share of what was not clicked that training is to see, in (0, 1).
     """
 
     requests_per_user: Annotated[int | None, Parameter(group=(_SLATES, _LENGTHS), metavar="N")] = (
@@ -376,6 +393,10 @@ class SlateOptions:
     position_bias: Annotated[float, _OF_SLATES] = 0.0
     popularity: Annotated[float, _OF_SLATES] = 0.0
     requests: Annotated[Literal["time", "none"], _OF_SLATES] = "time"
+    keep_negatives: Annotated[float | None, _OF_SLATES, Parameter(metavar="SHARE")] = None
+
+    def __post_init__(self) -> None:
+        refuse_share(self.keep_negatives)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _step(
         batch = next(turn)
         tokens = batch.body_tokens + int(batch.used.sum())
         say(f"{name}: {batch.step_targets:,} targets, {tokens:,} tokens")
-        loss = Head.loss(model(batch), batch) / max(batch.step_targets, 1)
+        loss = Head.loss(model(batch), batch) / (batch.step_weight or 1.0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

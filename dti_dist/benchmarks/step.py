@@ -165,10 +165,12 @@ def _batch(n: int, device: torch.device) -> Batch:
         layout=layout,
         labels=torch.zeros_like(used),
         used=used,
+        weight=used,
         target_row=places,
         target_position=places,
         body_tokens=_LENGTH,
         step_targets=int(used.sum()),
+        step_weight=float(used.sum()),
     )
 
 

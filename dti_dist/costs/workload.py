@@ -164,7 +164,10 @@ def _distinct_tokens(
     """
     tokens = plan.tokens
     block = SequenceBlock.join(
-        [read_block(plan.dataset, plan.index.row_groups[g], tokens) for g in row_groups]
+        [
+            read_block(plan.dataset, plan.index.row_groups[g], tokens, plan.samples.for_training)
+            for g in row_groups
+        ]
     )
     samples = plan.samples.cut(block).take(chosen)
     units = Units.of(samples, block)

@@ -103,9 +103,18 @@ class StoredColumn:
 
 
 class InteractionRules(_Record):
-    """What interactions have beside item, label and time; see the fields' own classes."""
+    """What interactions have beside item, label and time.
+
+    Attributes:
+        requests: None: each interaction is one, history and a target.
+        weight: SQL expression: what a target counts in the loss and in metrics. None: 1.
+        keep_negatives: the share of the targets with label 0 that training is to see, drawn by a
+            hash of the interaction. None: all.
+    """
 
     requests: RequestRule | None = None
+    weight: str | None = None
+    keep_negatives: float | None = None
 
     @property
     def stored(self) -> tuple[StoredColumn, ...]:
@@ -116,6 +125,10 @@ class InteractionRules(_Record):
             columns.append(StoredColumn("is_history", pa.bool_()))
         if rule and rule.context_only:  # false: not a target even from target_start; no column: all
             columns.append(StoredColumn("is_target", pa.bool_()))
+        if self.weight:
+            columns.append(StoredColumn("weight", pa.float32()))
+        if self.keep_negatives is not None:  # whether training is to see it as a target
+            columns.append(StoredColumn("is_kept", pa.bool_()))
         return tuple(columns)
 
 
@@ -144,14 +157,16 @@ def stored_values(rows: pa.RecordBatch, name: str) -> np.ndarray | None:
 
 
 class SplitCounts(_Record):
-    """``interactions`` includes context; ``clicks`` are targets with label 1. The timestamps are
-    those of the first and the last interaction that is not there as context alone, in seconds since
-    epoch; None in an empty split."""
+    """``interactions`` includes context; ``clicks`` are targets with label 1; ``kept_targets``, the
+    targets that training is to see (with ``keep_negatives`` only). The timestamps are those of the
+    first and the last interaction that is not there as context alone, in seconds since epoch; None
+    in an empty split."""
 
     rows: int = 0
     interactions: int = 0
     targets: int = 0
     clicks: int = 0
+    kept_targets: int | None = None
     first_timestamp: int | None = None
     last_timestamp: int | None = None
 
@@ -417,6 +432,12 @@ class Dataset:
     def has_requests(self) -> bool:
         """Whether equal timestamps of a user are one request; else each interaction is one."""
         return self.manifest.requests is not None
+
+    def label_rate(self, split: str) -> float:
+        """The share of label 1 among the targets of a split that training is to see."""
+        counts = self.manifest.counts.splits[split]
+        kept = counts.targets if counts.kept_targets is None else counts.kept_targets
+        return counts.clicks / max(kept, 1)
 
     @property
     def sequence_columns(self) -> list[str]:

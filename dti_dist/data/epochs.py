@@ -57,6 +57,7 @@ class EpochPlan:
     Attributes:
         first_pack: [windows + 1] bounds of each window's packs.
         pack_targets: [packs] unsigned, targets in each pack.
+        pack_weight: [packs] what they count together; their number where they have no weights.
     """
 
     index: SplitIndex
@@ -65,6 +66,7 @@ class EpochPlan:
     epoch: int
     first_pack: IntArray
     pack_targets: npt.NDArray[np.unsignedinteger]
+    pack_weight: npt.NDArray[np.number]
 
     @property
     def packs(self) -> int:
@@ -162,7 +164,9 @@ def plan_epochs(
         stored = array_folder.load(folders[min(epoch, different - 1)])
         assert stored is not None, "the cache was removed while it was in use"
         first_pack = np.asarray(stored[0]["first_pack"])
-        made.append(EpochPlan(index, shape, order, epoch, first_pack, stored[0]["pack_targets"]))
+        targets = stored[0]["pack_targets"]
+        weight = stored[0].get("pack_weight", targets)
+        made.append(EpochPlan(index, shape, order, epoch, first_pack, targets, weight))
     return tuple(made)
 
 
@@ -172,14 +176,22 @@ def _mark(index: SplitIndex, shape: PackShape, order: Order, epoch: int) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class _Packs:
+    """[packs] of one window: targets of each, and what they count together where that differs."""
+
+    targets: npt.NDArray[np.unsignedinteger]
+    weight: npt.NDArray[np.float64] | None
+
+
 def _count(
     index: SplitIndex,
     shape: PackShape,
     order: Order,
     places: list[tuple[int, int, tuple[int, ...]]],
     visible: bool,
-) -> list[npt.NDArray[np.unsignedinteger]]:
-    """The targets of each pack of these windows."""
+) -> list[_Packs]:
+    """The packs of these windows."""
     found = []
     samples = sum(
         s.stop - s.start for _, _, groups in places for s in map(index.samples_of, groups)
@@ -187,9 +199,14 @@ def _count(
     with progress("planning packs", samples, "samples", visible) as bar:
         for epoch, number, row_groups in places:
             in_order, pack_of = _fill(index, shape, order, epoch, number, row_groups)
-            targets = np.concatenate([index.targets[index.samples_of(g)] for g in row_groups])
-            of_pack = np.bincount(pack_of, weights=targets[in_order])
-            found.append(array_folder.smallest(of_pack.astype(np.int64)))
+            slices = [index.samples_of(group) for group in row_groups]
+            targets, weight = (
+                values if values is None else np.concatenate([values[s] for s in slices])[in_order]
+                for values in (index.targets, index.weight)
+            )
+            of_pack = np.bincount(pack_of, targets).astype(np.int64)
+            weights = None if weight is None else np.bincount(pack_of, weight).astype(np.float64)
+            found.append(_Packs(array_folder.smallest(of_pack), weights))
             bar.advance(len(in_order))
     return found
 
@@ -198,7 +215,7 @@ def _keep(
     folders: list[Path],
     epochs: list[int],
     places: list[tuple[int, int, tuple[int, ...]]],
-    shares: list[list[npt.NDArray[np.unsignedinteger]]],
+    shares: list[list[_Packs]],
 ) -> None:
     world = len(shares)
     for epoch in epochs:
@@ -208,10 +225,12 @@ def _keep(
             shares[at % world][at // world] for at, place in enumerate(places) if place[0] == epoch
         ]
         none = np.empty(0, dtype=np.uint8)
+        weights = [packs.weight for packs in of_windows if packs.weight is not None]
         array_folder.save(
             folders[epoch],
             {
-                "first_pack": np.cumsum([0] + [len(targets) for targets in of_windows]),
-                "pack_targets": np.concatenate([none, *of_windows]),
+                "first_pack": np.cumsum([0] + [len(packs.targets) for packs in of_windows]),
+                "pack_targets": np.concatenate([none, *(packs.targets for packs in of_windows)]),
+                **({"pack_weight": np.concatenate(weights)} if weights else {}),
             },
         )

@@ -17,7 +17,7 @@ from dti_dist.console import progress
 from dti_dist.data import array_folder
 from dti_dist.data.dataset import BadShard, Dataset, Part, iter_sequences
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.samples import IntArray, SampleSettings, sample_lengths
+from dti_dist.data.samples import IntArray, Samples, SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock, find_fault
 
 _FORMAT = 3  # raise when what is stored, or the cutting of samples, changes
@@ -93,6 +93,7 @@ class SplitIndex:
         sample_offsets: [row groups + 1] bounds of each row group's samples.
         tokens: [samples] unsigned, body tokens; targets: [samples] unsigned.
         row_targets: [rows of these row groups] unsigned, targets of each user sequence.
+        weight: [samples] float32, what each one's targets count together; None: 1 each.
         left_out: what could not be read, where that is allowed.
         fingerprint: changes with data, tokenizer, sample settings and what was left out.
         folder: where the index lies.
@@ -104,6 +105,7 @@ class SplitIndex:
     tokens: npt.NDArray[np.unsignedinteger]
     targets: npt.NDArray[np.unsignedinteger]
     row_targets: npt.NDArray[np.unsignedinteger]
+    weight: npt.NDArray[np.float32] | None
     left_out: tuple[LeftOut, ...]
     fingerprint: str
     folder: Path
@@ -141,11 +143,17 @@ class SplitIndex:
             tokens=self.tokens[:samples],
             targets=self.targets[:samples],
             row_targets=self.row_targets[:rows],
+            weight=None if self.weight is None else self.weight[:samples],
         )
 
 
-def read_block(dataset: Dataset, row_group: RowGroup, tokens: ItemTokens) -> SequenceBlock:
+def read_block(
+    dataset: Dataset, row_group: RowGroup, tokens: ItemTokens, for_training: bool = False
+) -> SequenceBlock:
     """Read one row group.
+
+    Args:
+        for_training: leave out the targets that training is not to see, as in all of train.
 
     Raises BadShard naming the file, the row group and where it can the row: what can't be read, a
     null, sequences of unequal length, a label other than 0 and 1, an unknown item.
@@ -162,7 +170,8 @@ def read_block(dataset: Dataset, row_group: RowGroup, tokens: ItemTokens) -> Seq
             row_group.part,
             row_group.number,
         )
-    return SequenceBlock.from_arrow(batch.rows, row_group.first_row, dataset.has_requests)
+    block = SequenceBlock.from_arrow(batch.rows, row_group.first_row, dataset.has_requests)
+    return block.for_training() if for_training or split == "train" else block
 
 
 def needed_columns(dataset: Dataset, tokens: ItemTokens) -> list[str]:
@@ -237,6 +246,8 @@ def _fingerprint(dataset: Dataset, split: str, settings: SampleSettings, tokens:
     parts = [_FORMAT, files, tokens.fingerprint, n, k, min_context]
     if dataset.has_requests:
         parts.append("requests")
+    if dataset.manifest.keep_negatives is not None and settings.for_training:
+        parts.append("for training")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -285,6 +296,7 @@ class _Sizes:
     tokens: npt.NDArray[np.unsignedinteger]
     targets: npt.NDArray[np.unsignedinteger]
     row_targets: npt.NDArray[np.unsignedinteger]
+    weight: npt.NDArray[np.float32] | None
 
 
 def _index_share(
@@ -302,7 +314,7 @@ def _index_share(
     with progress(f"indexing {split}", len(places), "row groups", seen) as bar:
         for place in places:
             try:
-                block = read_block(dataset, place, tokens)
+                block = read_block(dataset, place, tokens, settings.for_training)
             except BadShard as error:
                 if not skip_bad:
                     raise
@@ -321,7 +333,18 @@ def _sizes(block: SequenceBlock, settings: SampleSettings, tokens: ItemTokens) -
         array_folder.smallest(sample_lengths(samples, block, tokens)),
         array_folder.smallest(samples.targets),
         array_folder.smallest(of_rows),
+        _weights(samples, block, settings),
     )
+
+
+def _weights(
+    samples: Samples, block: SequenceBlock, settings: SampleSettings
+) -> npt.NDArray[np.float32] | None:
+    if block.weight is None:
+        return None
+    weights = block.weight[settings.targets(block)]
+    first = np.cumsum(samples.targets) - samples.targets
+    return np.add.reduceat(weights, first) if len(first) else weights
 
 
 def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[LeftOut]) -> None:
@@ -335,9 +358,11 @@ def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[Left
         for place, sizes in good
     ]
     none = np.empty(0, dtype=np.uint8)
+    weights = [sizes.weight for _, sizes in good if sizes.weight is not None]
     array_folder.save(
         folder,
         {
+            **({"weight": np.concatenate(weights)} if weights else {}),
             "row_groups": np.array(row_groups, dtype=np.int64).reshape(-1, 5),
             "sample_offsets": np.cumsum([0] + [len(sizes.tokens) for _, sizes in good]),
             **{
@@ -368,6 +393,7 @@ def _open(folder: Path) -> SplitIndex:
         tokens=arrays["tokens"],
         targets=arrays["targets"],
         row_targets=arrays["row_targets"],
+        weight=arrays.get("weight"),
         left_out=tuple(LeftOut(**entry) for entry in left_out),
         fingerprint=mark,
         folder=folder,

@@ -48,6 +48,7 @@ class Pack(Record):
         layout: what lies where.
         labels: [B, S] float32, 0 or 1.
         used: [B, S] float32, 1 for slots with a target, 0 for the others.
+        weight: [B, S] float32, what each target counts in the loss; 0 for slots without one.
         target_row, target_position: [B, S] which interaction of the split is the target; -1 unused.
         body_tokens: tokens without padding that the layers run on, slots not counted.
     """
@@ -56,6 +57,7 @@ class Pack(Record):
     layout: PackLayout
     labels: Tensor
     used: Tensor
+    weight: Tensor
     target_row: Tensor
     target_position: Tensor
     body_tokens: int
@@ -78,6 +80,7 @@ class Prompts:
         gaps: [I] bucket of the time since the interaction before; None without time gaps.
         labels: [I] 0 or 1; a candidate's is not read.
         targets: [targets] which interactions get a [SUM] slot, in order.
+        weight: [targets] what each counts; None: 1.
         target_row, target_position: [targets] which interaction of the split, or of the requests.
         candidates: [prompts] how many of its interactions are candidates.
         place: [I] how many interactions of its prompt lie before its request. Both are None where
@@ -94,6 +97,7 @@ class Prompts:
     target_position: IntArray
     candidates: IntArray | None = None
     place: IntArray | None = None
+    weight: npt.NDArray[np.float32] | None = None
 
     @property
     def labelled(self) -> npt.NDArray[np.bool_]:
@@ -135,6 +139,7 @@ def build_pack(
         target_position=units.source[units.targets] - block.offsets[row],
         candidates=units.candidates,
         place=units.place,
+        weight=None if block.weight is None else block.weight[units.source[units.targets]],
     )
     return lay_out(prompts, tokens, shape)
 
@@ -262,6 +267,7 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         ),
         labels=tail(labels[target], 0, np.float32),
         used=tail(1, 0, np.float32),
+        weight=tail(1 if prompts.weight is None else prompts.weight, 0, np.float32),
         target_row=tail(prompts.target_row, -1, np.int64),
         target_position=tail(prompts.target_position, -1, np.int32),
         body_tokens=body_tokens,

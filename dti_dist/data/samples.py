@@ -47,15 +47,17 @@ class SampleSettings:
         n: context interactions of a prompt, at most.
         k: targets of a prompt, at most. A request of more is a prompt of its own, unless k is 1.
         min_context: interactions with less history before their request are never targets.
+        for_training: leave out the targets that training is not to see.
     """
 
     n: int
     k: int
     min_context: int
+    for_training: bool = False
 
     @staticmethod
-    def of(sample: SampleConfig) -> SampleSettings:
-        return SampleSettings(sample.context, sample.k, sample.min_context)
+    def of(sample: SampleConfig, for_training: bool = False) -> SampleSettings:
+        return SampleSettings(sample.context, sample.k, sample.min_context, for_training)
 
     def cut(self, block: SequenceBlock) -> Samples:
         """Cut each sequence into prompts of at most k targets with up to n context interactions.
@@ -82,17 +84,23 @@ class SampleSettings:
             targets=end - first_target,
         )
 
-    def _cut_requests(self, block: SequenceBlock) -> Samples:
-        requests, start, lengths = block.requests, block.offsets[:-1], np.diff(block.offsets)
+    def targets(self, block: SequenceBlock) -> IntArray:
+        """[targets] the interactions of the block that are targets, in order: those of the first
+        sample of `cut`, then those of the second, and so on."""
+        start, lengths = block.offsets[:-1], np.diff(block.offsets)
         row_of = np.arange(len(lengths)).repeat(lengths)
-        row_start = start[row_of]
-        place = np.arange(len(row_of))
-        enough = requests.before[requests.start] - requests.before[row_start] >= self.min_context
-        wanted = (place - row_start >= block.target_start[row_of]) & enough
+        requests = block.requests
+        before = requests.before[requests.start] - requests.before[start[row_of]]
+        place = np.arange(len(row_of)) - start[row_of]
+        wanted = (place >= block.target_start[row_of]) & (before >= self.min_context)
         if block.is_target is not None:
             wanted &= block.is_target
-        (targets,) = wanted.nonzero()
-        row = row_of[targets]
+        return wanted.nonzero()[0]
+
+    def _cut_requests(self, block: SequenceBlock) -> Samples:
+        requests, start, lengths = block.requests, block.offsets[:-1], np.diff(block.offsets)
+        targets = self.targets(block)
+        row = np.arange(len(lengths)).repeat(lengths)[targets]
         if self.k == 1:
             first, stop = np.arange(len(targets)), np.arange(1, len(targets) + 1)
         else:

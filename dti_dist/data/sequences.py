@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -62,6 +62,19 @@ class SequenceBlock:
     rows: npt.NDArray[np.int64]
     by_request: bool = False
     stored: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> npt.NDArray[np.float32] | None:
+        """[interactions] what each counts as a target; None: 1."""
+        return self.stored.get("weight")
+
+    def for_training(self) -> SequenceBlock:
+        """Without the targets that training is not to see."""
+        kept = self.stored.get("is_kept")
+        if kept is None:
+            return self
+        is_target = kept if self.is_target is None else self.is_target & kept
+        return replace(self, stored={**self.stored, "is_target": is_target})
 
     @property
     def is_history(self) -> npt.NDArray[np.bool_] | None:
@@ -204,6 +217,12 @@ def find_fault(rows: pa.RecordBatch, items: int) -> tuple[int, str] | None:
         if bad.any():
             row, at = first(bad)
             return row, f"{name}[{at}]: expected {expected}, found {rows[name][row][at]}"
+    if "weight" in rows.schema.names:
+        values = rows["weight"].flatten().to_numpy()
+        bad = ~((values >= 0) & np.isfinite(values))
+        if bad.any():
+            row, at = first(bad)
+            return row, f"weight[{at}]: expected a number that is 0 or more, found {values[bad][0]}"
     start = rows["target_start"].to_numpy()
     bad = (start < 0) | (start > lengths)
     if bad.any():

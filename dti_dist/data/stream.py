@@ -32,7 +32,8 @@ class Batch(Pack):
 
     Attributes:
         step: optimizer step since the start of the run; epoch: its epoch.
-        step_targets: targets of the whole optimizer step, over all ranks and micro-steps.
+        step_targets: targets of the whole optimizer step, over all ranks and micro-steps;
+            step_weight: what they count together.
         last_of_step: whether this micro-step ends the optimizer step.
         skipped: what could not be read and was left out, since the batch before.
     """
@@ -40,6 +41,7 @@ class Batch(Pack):
     step: int = 0
     epoch: int = 0
     step_targets: int = 0
+    step_weight: float = 0.0
     last_of_step: bool = True
     skipped: tuple[str, ...] = ()
 
@@ -156,7 +158,9 @@ class PackStream:
             for epoch in self.plan.epochs:
                 steps = epoch.steps(G)
                 for step in range(max(self.start_step - first_step, 0), steps):
-                    step_targets = epoch.pack_targets[step * G : (step + 1) * G].sum(dtype=np.int64)
+                    packs = slice(step * G, (step + 1) * G)
+                    step_targets = epoch.pack_targets[packs].sum(dtype=np.int64)
+                    step_weight = epoch.pack_weight[packs].sum(dtype=np.float64)
                     for micro_step in range(share.micro_steps):
                         wanted = [step * G + pack for pack in share.of_micro_step(micro_step)]
                         yield Batch.collate(
@@ -165,6 +169,7 @@ class PackStream:
                             step=first_step + step,
                             epoch=epoch.epoch,
                             step_targets=int(step_targets),
+                            step_weight=float(step_weight),
                             last_of_step=micro_step == share.micro_steps - 1,
                             skipped=windows.newly_skipped(),
                         )
@@ -267,7 +272,7 @@ class _Windows:
 def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:
     """Read a row group and see that it is the one that was indexed."""
     place = plan.index.row_groups[group]
-    block = read_block(plan.dataset, place, plan.tokens)
+    block = read_block(plan.dataset, place, plan.tokens, plan.samples.for_training)
     samples, indexed = plan.samples.cut(block), plan.index.samples_of(group)
     samples = samples.take(np.arange(min(indexed.stop - indexed.start, len(samples))))
     if not (

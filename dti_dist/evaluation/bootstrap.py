@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dti_dist.console import progress
-from dti_dist.evaluation.metrics import gauc_query, sql_errors
+from dti_dist.evaluation.metrics import gauc_query, rows, sql_errors
 from dti_dist.evaluation.request_metrics import REQUEST_METRICS, request_means, request_sums_query
 from dti_dist.sql import stream
 
@@ -45,7 +45,8 @@ class Groups:
         sums: [groups] each: targets, clicks, predicted, loss as in metrics.Sums; gauc_sum,
             gauc_targets, uauc_sum, uauc_users as of gauc_query.
         requests: [groups] each, as of request_sums_query; empty without requests.
-        counts: [groups, 2, bins] float32, targets by label and bin of the probability, rising.
+        counts: [groups, 2, bins] float32, targets, or the sums of their weights, by label and bin
+            of the probability, rising.
         predicted_in_bin: [bins] sum of the probabilities.
     """
 
@@ -101,7 +102,7 @@ class Parts:
     """Relations of parts of the targets, each with the number from 0 of its ``part``.
 
     Attributes:
-        targets: with ``user``, ``label`` and ``probability``.
+        targets: with ``user``, ``label``, ``probability`` and, if weighted, ``weight``.
         curve, per_user, per_request: of each part as of curve_query, sums_query by user, and
             request_query; the last is None where no metrics by request are wanted.
     """
@@ -110,6 +111,7 @@ class Parts:
     curve: str
     per_user: str
     per_request: str | None = None
+    weighted: bool = False
 
 
 def read_groups(
@@ -118,11 +120,13 @@ def read_groups(
     users: int,
     most: int = MOST_GROUPS,
     by_request: bool = False,
+    weighted: bool = False,
 ) -> Groups:
     """The groups of a relation of targets that was just measured: of the tables curve, per_user
     and, `by_request`, per_request."""
-    measured = (targets, "curve", "per_user", *(["per_request"] if by_request else []))
-    whole = Parts(*(f"(SELECT *, 0 AS part FROM {name})" for name in measured))
+    one_part = "(SELECT *, 0 AS part FROM {})".format
+    per_request = one_part("per_request") if by_request else None
+    whole = Parts(one_part(targets), one_part("curve"), one_part("per_user"), per_request, weighted)
     return read_groups_of_parts(connection, whole, 1, min(users, most), SCORE_BINS)[0]
 
 
@@ -175,16 +179,17 @@ def read_groups_of_parts(
         read = stream(
             connection,
             f"SELECT (user % {groups})::INTEGER AS number, label::INTEGER AS label, probability, "
-            f"part::INTEGER AS part FROM {parts.targets}",
+            f"part::INTEGER AS part, {'weight' if parts.weighted else '1'}::FLOAT AS weight "
+            f"FROM {parts.targets}",
             _TARGETS_AT_A_TIME,
         )
-        total = int(sum(of["targets"].sum() for of in sums))
-        with progress("counting predictions", total, "targets") as bar:
+        (total,) = rows(connection, f"SELECT count(*) AS targets FROM {parts.targets}")
+        with progress("counting predictions", total["targets"], "targets") as bar:
             for batch in read:
-                group, label, probability, part = (batch[at].to_numpy() for at in range(4))
+                group, label, probability, part, weight = (batch[at].to_numpy() for at in range(5))
                 at = np.searchsorted(ends, 2.0 * part + probability)
-                np.add.at(counts.reshape(-1), (2 * group + label) * len(ends) + at, np.float32(1))
-                predicted_in_bin += np.bincount(at, probability, len(ends))
+                np.add.at(counts.reshape(-1), (2 * group + label) * len(ends) + at, weight)
+                predicted_in_bin += np.bincount(at, probability * weight, len(ends))
                 bar.advance(len(batch))
     first = np.searchsorted(part_of_bin, np.arange(number_of_parts + 1)).tolist()
     return [
@@ -199,7 +204,7 @@ def _bins(
     """[bins] part, and highest probability in each; equal ones of a part are never parted."""
     found = connection.sql(
         "SELECT part, max(probability)::DOUBLE AS highest FROM (SELECT part, probability, "
-        f"(before * {most} // total)::INTEGER AS bin FROM (SELECT part, probability, "
+        f"floor(before * {most} / total)::INTEGER AS bin FROM (SELECT part, probability, "
         "sum(clicks + others) OVER (PARTITION BY part ORDER BY probability ROWS UNBOUNDED "
         "PRECEDING) - clicks - others AS before, sum(clicks + others) OVER (PARTITION BY part) "
         f"AS total FROM {curve})) GROUP BY part, bin ORDER BY part, bin"

@@ -48,6 +48,7 @@ def compare(
     files = [_predictions(run, split, prompt) for run in (first, second)]
     about = [read_about(file) for file in files]
     by_request = all(of_run.requests for of_run in about)
+    weighted = all(of_run.weighted for of_run in about)
     with (
         tempfile.TemporaryDirectory(prefix="dti-dist-compare-") as scratch,
         open_workspace(scratch, memory_limit=memory_limit) as workspace,
@@ -59,10 +60,16 @@ def compare(
         for side, file in zip("ab", files, strict=True):
             say(f"measuring {file}")
             targets = f"(SELECT *, probability_{side} AS probability FROM pairs)"
-            figures = measure(connection, targets)
+            figures = measure(connection, targets, weighted=weighted)
             if by_request:
                 figures |= measure_requests(connection, targets)
-            groups = read_groups(connection, targets, figures["users"], by_request=by_request)
+            groups = read_groups(
+                connection,
+                targets,
+                figures["users"],
+                by_request=by_request,
+                weighted=weighted,
+            )
             measured.append((figures, groups))
     drawn = draw(len(measured[0][1]), resamples)
     found = differences(measured[0], measured[1], drawn)
@@ -118,21 +125,22 @@ def _floors(
 def _pair(
     connection: duckdb.DuckDBPyConnection, files: list[Path], runs: list[str], about: list[About]
 ) -> None:
-    """Make the table ``pairs`` (user, row, timestamp, label, probability_a, probability_b) and
-    ``users``. Rows are those of the first file."""
+    """Make the table ``pairs`` (user, row, timestamp, label, probability_a, probability_b; weight
+    where both have it) and ``users``. Rows are those of the first file."""
+    weight = ", weight" if all(of_run.weighted for of_run in about) else ""
     with sql_errors("pairing the targets"):
         for side, file in zip("ab", files, strict=True):
             # The same user may have had the same item twice in one second.
             connection.execute(
-                f"CREATE TABLE of_{side} AS SELECT user_id, item_id, timestamp, label, "
+                f"CREATE TABLE of_{side} AS SELECT user_id, item_id, timestamp, label{weight}, "
                 "probability, row, row_number() OVER (PARTITION BY user_id, item_id, timestamp "
                 f"ORDER BY row, position) AS time FROM {parquet([str(file)])}"
             )
         key = "user_id, item_id, timestamp, time"
         connection.execute(
             f"CREATE TABLE matched AS SELECT {key}, of_a.row AS row, of_a.label AS label, "
-            "of_b.label AS label_b, of_a.probability AS probability_a, "
-            "of_b.probability AS probability_b "
+            f"of_b.label AS label_b{weight.replace('weight', 'of_a.weight')}, "
+            "of_a.probability AS probability_a, of_b.probability AS probability_b "
             f"FROM of_a FULL JOIN of_b USING ({key})"
         )
         (counts,) = rows(
@@ -144,8 +152,8 @@ def _pair(
         _refuse_others(counts, runs, about)
         number_users(connection, "SELECT user_id FROM matched")
         connection.execute(
-            "CREATE TABLE pairs AS SELECT users.user, row, timestamp, label, probability_a, "
-            "probability_b FROM matched JOIN users USING (user_id)"
+            f"CREATE TABLE pairs AS SELECT users.user, row, timestamp, label{weight}, "
+            "probability_a, probability_b FROM matched JOIN users USING (user_id)"
         )
         for table in ("of_a", "of_b", "matched"):
             connection.execute(f"DROP TABLE {table}")

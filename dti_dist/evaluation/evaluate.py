@@ -227,6 +227,7 @@ class _Evaluation:
             self._keep(connection, plans[self.split], items["source_id"], file)
             say("computing the metrics")
             threshold = best_threshold(connection, "spooled_valid") if "valid" in plans else None
+            weighted = dataset.manifest.weight is not None
             skip_bad = self.config.data.on_bad_shard == "skip"
             columns = slice_columns(connection, options.slices, dataset, items, skip_bad)
             by_request = dataset.has_requests
@@ -234,12 +235,18 @@ class _Evaluation:
             floors = self._find_floors(connection, scratch) if options.floor else None
             if floors:
                 more, joins = more + floors.more, joins + floors.joins
-            predictions_file.load_targets(connection, file, more, joins, by_request)
+            predictions_file.load_targets(connection, file, more, joins, by_request, weighted)
             measured_floors = floors.measure(connection, by_request) if floors else None
-            figures = measure(connection, "targets", threshold)
+            figures = measure(connection, "targets", threshold, weighted)
             if by_request:
                 figures |= measure_requests(connection, "targets")
-            groups = read_groups(connection, "targets", figures["users"], by_request=by_request)
+            groups = read_groups(
+                connection,
+                "targets",
+                figures["users"],
+                by_request=by_request,
+                weighted=weighted,
+            )
             drawn = draw(len(groups), options.resamples) if options.resamples else None
             figures |= {
                 "split": self.split,
@@ -259,7 +266,7 @@ class _Evaluation:
                 },
                 **(measured_floors.beside(figures, groups, drawn) if measured_floors else {}),
                 "reliability": reliability(groups, drawn),
-                "slices": measure_slices(connection, options.slices, by_request, drawn),
+                "slices": measure_slices(connection, options.slices, by_request, drawn, weighted),
             }
             if options.predictions:
                 predictions_file.copy_to(file, options.predictions, self.config.data.storage)
@@ -275,6 +282,9 @@ class _Evaluation:
 
     def _find_floors(self, connection: duckdb.DuckDBPyConnection, scratch: Path) -> Floors | None:
         """None where they can't be found, which is said: the predictions are worth more."""
+        if self.inputs.dataset.manifest.keep_negatives is not None:
+            say("no floors: train holds a part of the negatives alone, so its rates are others'")
+            return None
         try:
             return find_floors(
                 connection,
@@ -330,6 +340,7 @@ class _Evaluation:
             data=self.config.data.path,
             max_targets=self.config.evaluation.max_targets,
             requests=self.inputs.dataset.has_requests,
+            weighted=self.inputs.dataset.manifest.weight is not None,
         )
         dataset = self.inputs.dataset
         found = predictions_file.with_targets(spooled, dataset, self.split, plan.index, source_ids)

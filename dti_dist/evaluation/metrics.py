@@ -1,8 +1,9 @@
 """Metrics of any number of targets, exactly and in bounded memory: SQL over tables of DuckDB.
 
-Targets are a relation with the columns ``user`` (an integer that names the user), ``label`` and
-``probability``. Grouped by equal probabilities they are a *curve*, from which AUC, log loss,
-calibration and classification all follow. DuckDB sorts it and spills to disk.
+Targets are a relation with the columns ``user`` (an integer that names the user), ``label``,
+``probability`` and, where they are weighted, ``weight``: what each counts in every sum. Grouped by
+equal probabilities they are a *curve*, from which AUC, log loss, calibration and classification all
+follow. DuckDB sorts it and spills to disk.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ class Sums:
         clicks: targets with label 1.
         predicted: sum of the probabilities; loss: of the log losses, in nats.
         won: twice the pairs of a click and another target of which the click has the higher
-            probability, equal ones counted half: a whole number.
+            probability, equal ones counted half. All but predicted and loss are whole numbers
+            where targets are not weighted.
     """
 
-    targets: int
-    clicks: int
+    targets: float
+    clicks: float
     predicted: float
     loss: float
-    won: int
+    won: float
 
-    def figures(self) -> dict[str, float | int | None]:
+    def figures(self) -> dict[str, float | None]:
         """Metrics by name; None where one is undefined because only one class occurs."""
         rate, loss = self.clicks / self.targets, self.loss / self.targets
         pairs = self.clicks * (self.targets - self.clicks)
@@ -59,27 +61,33 @@ class Sums:
         }
 
 
-def curve_query(targets: str, keys: Sequence[str] = ()) -> str:
+def curve_query(targets: str, keys: Sequence[str] = (), weighted: bool = False) -> str:
     """Clicks and other targets by probability, within each combination of the key columns."""
     columns = ", ".join([*keys, "probability"])
+    clicks, others = "sum(label)::BIGINT", "(count(*) - sum(label))::BIGINT"
+    if weighted:
+        clicks, others = (f"fsum(weight) FILTER (label = {label})" for label in (1, 0))
+        clicks, others = (f"coalesce({total}, 0)" for total in (clicks, others))
     return (
-        f"SELECT {columns}, sum(label)::BIGINT AS clicks, "
-        f"(count(*) - sum(label))::BIGINT AS others FROM {targets} GROUP BY {columns}"
+        f"SELECT {columns}, {clicks} AS clicks, {others} AS others FROM {targets} "
+        f"GROUP BY {columns}"
     )
 
 
-def sums_query(curve: str, keys: Sequence[str] = ()) -> str:
+def sums_query(curve: str, keys: Sequence[str] = (), weighted: bool = False) -> str:
     """The fields of Sums of each combination of the key columns. `curve` is of `curve_query`."""
+    total = "DOUBLE" if weighted else "BIGINT"
     listed = "".join(f"{key}, " for key in keys)
     partition = f"PARTITION BY {', '.join(keys)} " if keys else ""
     return (
-        f"SELECT {listed}sum(clicks + others)::BIGINT AS targets, sum(clicks)::BIGINT AS clicks, "
+        f"SELECT {listed}(sum(clicks) + sum(others))::{total} AS targets, "
+        f"sum(clicks)::{total} AS clicks, "
         "fsum((clicks + others) * p) AS predicted, "
         f"-fsum(clicks * ln(greatest(p, {_EPS!r})) + others * ln(greatest(1 - p, {_EPS!r}))) "
         "AS loss, sum(clicks * (2 * below + others)) AS won FROM "
         f"(SELECT {listed}probability::DOUBLE AS p, clicks, others, "
         f"(sum(others) OVER ({partition}ORDER BY probability ROWS UNBOUNDED PRECEDING) - others)"
-        f"::BIGINT AS below FROM {curve})" + (f" GROUP BY {', '.join(keys)}" if keys else "")
+        f"::{total} AS below FROM {curve})" + (f" GROUP BY {', '.join(keys)}" if keys else "")
     )
 
 
@@ -94,7 +102,7 @@ def gauc_query(per_user: str, keys: Sequence[str] = ()) -> str:
     auc = "won / (2::DOUBLE * clicks * (targets - clicks))"
     return (
         f"SELECT {listed}coalesce(fsum(targets * {auc}) {both}, 0) AS gauc_sum, "
-        f"coalesce(sum(targets) {both}, 0)::BIGINT AS gauc_targets, "
+        f"coalesce(sum(targets) {both}, 0) AS gauc_targets, "
         f"coalesce(fsum({auc}) {both}, 0) AS uauc_sum, count(*) {both} AS uauc_users, "
         f"count(*) AS users, count(*) - count(*) {both} AS users_of_one_class FROM {per_user}"
         + (f" GROUP BY {', '.join(keys)}" if keys else "")
@@ -102,19 +110,35 @@ def gauc_query(per_user: str, keys: Sequence[str] = ()) -> str:
 
 
 def measure(
-    connection: duckdb.DuckDBPyConnection, targets: str, valid_threshold: float | None = None
+    connection: duckdb.DuckDBPyConnection,
+    targets: str,
+    valid_threshold: float | None = None,
+    weighted: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a relation of targets. Makes the tables ``curve`` and ``per_user`` (Sums of each
     user), in place of others of that name.
 
     Definitions are in docs/evaluation.md. None where a metric is undefined because only one class
-    occurs. f1 and accuracy are at threshold 0.5, f1_valid_threshold is at the given one.
+    occurs. f1 and accuracy are at threshold 0.5, f1_valid_threshold is at the given one. targets,
+    clicks and users are counts; weight is the sum of the weights, where there are any.
+
+    Raises:
+        UserError: all weights are 0.
     """
     with sql_errors("computing the metrics"):
-        connection.execute(f"CREATE OR REPLACE TABLE curve AS {curve_query(targets)}")
-        by_user = sums_query(f"({curve_query(targets, ['user'])})", ["user"])
+        connection.execute(f"CREATE OR REPLACE TABLE curve AS {curve_query(targets, (), weighted)}")
+        by_user = sums_query(f"({curve_query(targets, ['user'], weighted)})", ["user"], weighted)
         connection.execute(f"CREATE OR REPLACE TABLE per_user AS {by_user}")
-        (sums,) = rows(connection, sums_query("curve"))
+        (sums,) = rows(connection, sums_query("curve", (), weighted))
+        (counts,) = rows(
+            connection,
+            f"SELECT count(*) AS targets, sum(label)::BIGINT AS clicks FROM {targets}",
+        )
+        if not sums["targets"]:
+            raise UserError(
+                f"expected targets that count; all {counts['targets']:,} have the weight 0. "
+                "Prepare the data with another --weight."
+            )
         (gauc,) = rows(connection, gauc_query("per_user"))
         whole = Sums(**sums)
         at_half = _classified(connection, whole, 0.5)
@@ -133,8 +157,8 @@ def measure(
             "ne": found["ne"],
             "ece": _calibration_error(connection, whole),
             "calibration_ratio": found["calibration_ratio"],
-            "targets": whole.targets,
-            "clicks": whole.clicks,
+            **counts,
+            **({"weight": whole.targets} if weighted else {}),
             "users": gauc["users"],
             "users_of_one_class": gauc["users_of_one_class"],
             "label_rate": found["label_rate"],
@@ -146,8 +170,10 @@ def measure_arrays(
     labels: npt.NDArray[np.integer],
     probabilities: npt.NDArray[np.floating],
     users: npt.NDArray[np.integer],
+    weights: npt.NDArray[np.floating] | None = None,
 ) -> dict[str, Any]:
-    """`measure`, in memory, of [targets] labels, probabilities and integers that name the user.
+    """`measure`, in memory, of [targets] labels, probabilities, integers that name the user, and
+    weights.
 
     Raises:
         UserError: a probability is not a finite number.
@@ -158,12 +184,15 @@ def measure_arrays(
             f"expected finite probabilities, found {broken:,} of {len(probabilities):,} that are "
             "not: the model has diverged. Lower the learning rate and train again."
         )
-    targets = pa.table({"user": users, "label": labels, "probability": probabilities})
+    columns = {"user": users, "label": labels, "probability": probabilities}
+    if weights is not None:
+        columns["weight"] = weights
+    targets = pa.table(columns)
     # One thread, so that sums are rounded the same each time; without spilling to the disk.
     config: dict[str, Any] = {"threads": 1, "temp_directory": ""}
     with duckdb.connect(config=config) as connection:
         connection.register("targets", targets)
-        return measure(connection, "targets")
+        return measure(connection, "targets", weighted=weights is not None)
 
 
 def _classified(
@@ -172,8 +201,7 @@ def _classified(
     """F1 and accuracy where a probability of at least the threshold is called a click."""
     (found,) = rows(
         connection,
-        "SELECT coalesce(sum(clicks), 0)::BIGINT AS hits, "
-        "coalesce(sum(others), 0)::BIGINT AS false "
+        "SELECT coalesce(sum(clicks), 0) AS hits, coalesce(sum(others), 0) AS false "
         f"FROM curve WHERE probability::DOUBLE >= {threshold!r}",
     )
     hits, false = found["hits"], found["false"]
@@ -196,7 +224,9 @@ def _calibration_error(connection: duckdb.DuckDBPyConnection, whole: Sums) -> fl
     return math.fsum(gap["gap"] for gap in gaps) / whole.targets
 
 
-def best_threshold(connection: duckdb.DuckDBPyConnection, targets: str) -> float | None:
+def best_threshold(
+    connection: duckdb.DuckDBPyConnection, targets: str, weighted: bool = False
+) -> float | None:
     """The probability from which on to call a click for the best F1; the highest of equally good
     ones. None where there are no clicks."""
     with sql_errors("choosing the threshold"):
@@ -204,7 +234,7 @@ def best_threshold(connection: duckdb.DuckDBPyConnection, targets: str) -> float
             connection,
             "SELECT probability::DOUBLE AS threshold FROM (SELECT probability, "
             "sum(clicks) OVER later AS hits, sum(clicks + others) OVER later AS called, "
-            f"sum(clicks) OVER () AS clicks FROM ({curve_query(targets)}) "
+            f"sum(clicks) OVER () AS clicks FROM ({curve_query(targets, (), weighted)}) "
             "WINDOW later AS (ORDER BY probability DESC ROWS UNBOUNDED PRECEDING)) "
             "WHERE clicks > 0 ORDER BY 2 * hits / (called + clicks)::DOUBLE DESC, threshold DESC "
             "LIMIT 1",

@@ -16,19 +16,21 @@ from dti_dist.ranks import Ranks
 
 @dataclass(frozen=True)
 class Predictions:
-    """[targets] each: where the target lies in the split, its label and the probability of 1."""
+    """[targets] each: where the target lies in the split, its label, the probability of 1, and what
+    it counts."""
 
     row: npt.NDArray[np.int64]
     position: npt.NDArray[np.int32]
     label: npt.NDArray[np.int8]
     probability: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
 
     @staticmethod
     def join(parts: list[Predictions]) -> Predictions:
         """All parts as one, sorted by row and position."""
         fields = [
             np.concatenate([getattr(part, name) for part in parts])
-            for name in ("row", "position", "label", "probability")
+            for name in ("row", "position", "label", "probability", "weight")
         ]
         order = np.lexsort((fields[1], fields[0]))
         return Predictions(*(field[order] for field in fields))
@@ -49,6 +51,7 @@ def predicted(
                 batch.target_position[used].numpy(),
                 batch.labels[used].numpy().astype(np.int8),
                 torch.sigmoid(logits[used]).numpy(),
+                batch.weight[used].numpy(),
             ),
         )
 

@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("position", pa.int32()),  # of the target in its sequence, from 0
     ]
 )
+_WEIGHT = pa.field("weight", pa.float32())  # of data that has weights
 _DELTAS = ["timestamp", "row", "position"]  # neighbours are near each other
 _ABOUT = b"dti_dist"
 _ROWS_WRITTEN_AT_A_TIME = 1 << 17
@@ -50,6 +51,7 @@ class About:
 
     Attributes:
         requests: whether the data set has requests: targets of one row and one timestamp.
+        weighted: whether the file has weights.
     """
 
     checkpoint: str
@@ -58,6 +60,7 @@ class About:
     data: str
     max_targets: int | None = None
     requests: bool = False
+    weighted: bool = False
 
 
 def predictions_path(run: RunFolder, split: str, prompt: str) -> Path:
@@ -71,13 +74,15 @@ def with_targets(
     index: SplitIndex,
     source_ids: pa.ChunkedArray,
 ) -> Iterator[pa.RecordBatch]:
-    """Predictions as batches of SCHEMA, in the order of row and position.
+    """Predictions as batches of SCHEMA, and weights where there are any, by row and position.
 
     Args:
         spooled: the predictions of a range of rows, sorted.
         index: of the split, as it was predicted.
         source_ids: [items] the id in the source of each dense item id.
     """
+    columns = ["user_id", "item_ids", "timestamps"]
+    columns += ["weight"] if dataset.manifest.weight else []
     for places in _chunks(index):
         found = spooled(places[0].first_row, places[-1].first_row + places[-1].rows)
         bounds = np.searchsorted(
@@ -92,7 +97,12 @@ def with_targets(
         sequences = iter_sequences(
             dataset,
             split,
-            ["user_id", "item_ids", "timestamps"],
+            [
+                "user_id",
+                "item_ids",
+                "timestamps",
+                *["weight"] * (dataset.manifest.weight is not None),
+            ],
             [(place.part, place.number) for place, _ in wanted],
         )
         for (place, predictions), batch in zip(wanted, sequences, strict=True):
@@ -124,12 +134,17 @@ def _joined(
             for name in ("label", "probability", "row", "position")
         },
     }
-    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+    schema = SCHEMA
+    if "weight" in sequences.schema.names:
+        columns["weight"] = sequences["weight"].flatten().take(at)
+        schema = SCHEMA.append(_WEIGHT)
+    return pa.RecordBatch.from_pydict(columns, schema=schema)
 
 
 def write(batches: Iterator[pa.RecordBatch], file: Path, about: About) -> int:
     """Write the file and give the number of targets. Raises UserError where it can't be written."""
-    schema = SCHEMA.with_metadata({_ABOUT: json.dumps(asdict(about)).encode()})
+    schema = SCHEMA.append(_WEIGHT) if about.weighted else SCHEMA
+    schema = schema.with_metadata({_ABOUT: json.dumps(asdict(about)).encode()})
     targets = 0
     waiting: list[pa.RecordBatch] = []
     try:
@@ -209,6 +224,7 @@ def load_targets(
     more: str = "",
     joins: str = "",
     by_request: bool = False,
+    weighted: bool = False,
 ) -> None:
     """Make the tables ``users`` and ``targets`` (user, label, probability, `more`) of a file.
 
@@ -219,9 +235,11 @@ def load_targets(
         more: further columns, each after a comma; joins: of the tables that they are from, with
             the file as the table ``predictions``.
         by_request: also row and timestamp, which name the request.
+        weighted: also weight.
     """
     source = parquet([str(file)])
     more += ", row, timestamp" if by_request else ""
+    more += ", weight" if weighted else ""
     with sql_errors(f"reading {file}"):
         number_users(connection, f"SELECT user_id FROM {source}")
         connection.execute(

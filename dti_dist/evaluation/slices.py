@@ -156,6 +156,7 @@ def measure_slices(
     names: Sequence[str],
     by_request: bool = False,
     drawn: npt.NDArray[np.integer] | None = None,
+    weighted: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """For each slice its values, each with ``value``, metrics, and their ``intervals``.
 
@@ -173,7 +174,8 @@ def measure_slices(
         for number, name in enumerate(names):
             with sql_errors(f"computing the slice {name}"):
                 whole = by_request and name in _WITH_WHOLE_REQUESTS
-                found[name] = _measure(connection, name, f"slice_{number}", whole, drawn)
+                column = f"slice_{number}"
+                found[name] = _measure(connection, name, column, whole, drawn, weighted)
             bar.advance()
     return found
 
@@ -184,12 +186,13 @@ def _measure(
     column: str,
     by_request: bool,
     drawn: npt.NDArray[np.integer] | None,
+    weighted: bool,
 ) -> list[dict[str, Any]]:
     cut = _ranges if name in _OF_REQUESTS else _count_bins if name in _COUNTED else _most_frequent
     shown, rest = cut(connection, name, column)
     called = {part: text for _, part, text in shown}
     of_rest = max(called) + 1
-    parts = _make_parts(connection, shown, of_rest, column, by_request)
+    parts = _make_parts(connection, shown, of_rest, column, by_request, weighted)
     users = {row["part"]: row for row in rows(connection, gauc_query(parts.per_user, ["part"]))}
     requests = {}
     if parts.per_request:
@@ -199,13 +202,17 @@ def _measure(
     if drawn is not None:
         groups = read_groups_of_parts(connection, parts, of_rest + 1, drawn.shape[1])
     result = []
-    whole = rows(connection, sums_query(parts.curve, ["part"]))
+    whole = rows(connection, sums_query(parts.curve, ["part"], weighted))
+    counted = f"SELECT part, count(*) AS targets FROM {parts.targets} GROUP BY part"
+    counts = {row["part"]: row["targets"] for row in rows(connection, counted)}
     for sums in sorted(whole, key=lambda row: row["part"]):
         part = sums.pop("part")
+        if not sums["targets"]:  # of the weight 0, all of them
+            continue
         figures, of_users = Sums(**sums).figures(), users[part]
         entry = {
             "value": called.get(part, rest),
-            "targets": figures["targets"],
+            "targets": counts[part],
             "users": of_users["users"],
             "label_rate": figures["label_rate"],
             "mean_prediction": figures["mean_prediction"],
@@ -228,6 +235,7 @@ def _make_parts(
     of_rest: int,
     column: str,
     by_request: bool,
+    weighted: bool,
 ) -> Parts:
     """Make the tables of the parts, in place of those of another slice."""
     values = [value for value, _, _ in shown]
@@ -240,16 +248,17 @@ def _make_parts(
         f"(SELECT targets.*, coalesce(shown.part, {of_rest}) AS part "
         f"FROM targets LEFT JOIN shown ON targets.{column} = shown.original)"
     )
-    by_user = curve_query(targets, ["part", "user"])
+    by_user = curve_query(targets, ["part", "user"], weighted)
     queries = {
-        "curve": curve_query(targets, ["part"]),
-        "per_user": sums_query(f"({by_user})", ["part", "user"]),
+        "curve": curve_query(targets, ["part"], weighted),
+        "per_user": sums_query(f"({by_user})", ["part", "user"], weighted),
     }
     if by_request:
         queries["per_request"] = request_query(targets, ["part"])
     for name, query in queries.items():
         connection.execute(f"CREATE OR REPLACE TABLE parts_{name} AS {query}")
-    return Parts(targets, *(f"parts_{name}" for name in queries))
+    per_request = "parts_per_request" if by_request else None
+    return Parts(targets, "parts_curve", "parts_per_user", per_request, weighted)
 
 
 _Shown = tuple[list[tuple[Any, int, str]], str]  # (value, its part, what it is called); the rest

@@ -238,6 +238,7 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
         "sample": config.sample.model_dump(mode="json"),
         "template": config.template.model_dump(mode="json"),
         "time_gaps": _time_gaps(config),
+        "keep_negatives": inputs.dataset.manifest.keep_negatives,
         "requests": requests and requests.model_dump(mode="json"),
         "attention": config.attention.model_dump(mode="json", exclude={"backend"}),
         "sum_token": SUM_TOKEN,

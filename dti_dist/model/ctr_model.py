@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class CTRModel(nn.Module):
         attention: policy, positions and backend.
         prefix_length: tokens of the prompt's prefix.
         longest_span: most tokens that a target looks back on, where known.
+        keep_negatives: the share of label 0 that is trained on. In evaluation mode logits are of
+            all: the odds of label 1 are by so much lower.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class CTRModel(nn.Module):
         attention: AttentionConfig,
         prefix_length: int = 0,
         longest_span: int | None = None,
+        keep_negatives: float | None = None,
     ):
         super().__init__()
         check_family(causal_lm.config, longest_span)
@@ -56,6 +60,7 @@ class CTRModel(nn.Module):
         self.backbone.set_attn_implementation("dti")
         make_rotary_tables_exact(self.backbone.rotary_emb)
         self.head = HEADS[head].of(causal_lm, label_ids)
+        self.correction = math.log(keep_negatives) if keep_negatives else 0.0
         self.scheme = self._scheme(n, attention, prefix_length, longest_span)
         _feed_forward_slots_alone(self.backbone.layers[-1])
         if self.scheme.policy.forgets:
@@ -106,7 +111,8 @@ class CTRModel(nn.Module):
         """
         plans = AttentionPlans(batch.layout, self.scheme, self._inverse_frequencies, kept)
         tokens = batch.tokens if kept is None else batch.tokens[:, batch.layout.length :]
-        return self.head(self._hidden(tokens, plans)[:, plans.body_length :])
+        logits = self.head(self._hidden(tokens, plans)[:, plans.body_length :])
+        return logits if self.training or not self.correction else logits + self.correction
 
     def states(self, tokens: torch.Tensor, body: SharedBody) -> list[torch.Tensor]:
         """What [SUM] reads of isolated interactions in each layer: [B · Lb, Hkv, 2 D] each.

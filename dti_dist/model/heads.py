@@ -61,9 +61,9 @@ class Head(nn.Module, ABC):
 
     @staticmethod
     def loss(logits: Tensor, pack: Pack) -> Tensor:
-        """Sum of the binary cross-entropies of the used [SUM] slots, in float32."""
+        """Sum of the weighted binary cross-entropies of the used [SUM] slots, in float32."""
         losses = F.binary_cross_entropy_with_logits(logits, pack.labels, reduction="none")
-        return (losses * pack.used).sum()
+        return (losses * pack.weight).sum()
 
     @classmethod
     def empty_export(cls, config: Any) -> Any:

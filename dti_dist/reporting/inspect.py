@@ -280,7 +280,7 @@ def view_pack(
 
 def _read_pack(inputs: Inputs, pack: int) -> tuple[Batch, int]:
     """The pack as a batch of one, and how many the epoch has."""
-    plan = inputs.stream_plan(inputs.config.data.train_on, shuffle=True)
+    plan = inputs.stream_plan(inputs.config.data.train_on, shuffle=True, for_training=True)
     packs = plan.epochs[0].packs
     if pack > packs:
         raise UserError(

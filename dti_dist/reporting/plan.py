@@ -215,7 +215,9 @@ def _variant(inputs: Inputs, gpus: int, room: Room, targets: int | None = None) 
     """The config's run, or with `targets` one that goes on until it has trained on so many."""
     config = inputs.config
     training, packs_of_step = config.training, config.training.global_batch_packs
-    stream = inputs.stream_plan(config.data.train_on, epochs=training.epochs, shuffle=True)
+    stream = inputs.stream_plan(
+        config.data.train_on, epochs=training.epochs, shuffle=True, for_training=True
+    )
     enough = training.max_steps if targets is None else steps_for(stream, packs_of_step, targets)
     work = workload(stream, packs_of_step, enough)
     validation = inputs.stream_plan("valid", max_targets=config.validation.max_targets)

@@ -113,8 +113,8 @@ class _Subject:
         cast_parameters(model, chosen)
         model = model.to(device).eval()
 
-        plan = inputs.stream_plan(config.data.train_on)
-        block = read_block(plan.dataset, plan.index.row_groups[0], plan.tokens)
+        plan = inputs.stream_plan(config.data.train_on, for_training=True)
+        block = read_block(plan.dataset, plan.index.row_groups[0], plan.tokens, for_training=True)
         n = config.sample.context
         settings = SampleSettings.of(config.sample)
         samples = settings.cut(block)

@@ -138,6 +138,7 @@ def load_exported(
         attention=attention,
         prefix_length=prefix,
         longest_span=prefix + (sample.context + 1) * items.longest_interaction,
+        keep_negatives=settings.get("keep_negatives"),
     )
     cast_parameters(model, dtype)
     by_request = settings.get("requests") is not None

@@ -173,7 +173,7 @@ class Interval:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._steps = self._targets = self._tokens = 0
-        self._loss_sum = self._data_wait_s = 0.0
+        self._loss_sum = self._weight = self._data_wait_s = 0.0
 
     def add(self, step: Step) -> None:
         self._steps += 1
@@ -182,6 +182,7 @@ class Interval:
         if not step.left_out:
             self._loss_sum += step.loss_sum
             self._targets += step.targets
+            self._weight += step.weight
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -193,7 +194,7 @@ class Interval:
     def figures(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._started
         return {
-            "loss": self._loss_sum / max(self._targets, 1),
+            "loss": self._loss_sum / (self._weight or 1.0),
             "targets": self._targets,
             "tokens": self._tokens,
             "targets_per_s": self._targets / seconds,

@@ -58,7 +58,11 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
         settings = job.config.training
         inputs = Inputs.open_together(config, folder.tokenizer, ranks)
         plan = inputs.stream_plan(
-            config.data.train_on, epochs=settings.epochs, shuffle=True, group=ranks
+            config.data.train_on,
+            epochs=settings.epochs,
+            shuffle=True,
+            for_training=True,
+            group=ranks,
         )
         validation_plan = inputs.stream_plan(
             "valid", max_targets=config.validation.max_targets, group=ranks
@@ -145,7 +149,7 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                     figures = _figures(job, engine, step.epoch, interval, share_of_token)
                     journal.log(figures)
                     if progress.step == settings.log_every:
-                        rate = inputs.dataset.manifest.label_rate
+                        rate = inputs.dataset.label_rate(config.data.train_on)
                         if bad_start := of_bad_start(figures["loss"], rate, settings):
                             journal.say(bad_start)
                     interval = Interval()
@@ -250,7 +254,7 @@ def of_bad_start(loss: float, label_rate: float, settings: TrainingConfig) -> st
     """What to say where the first logged steps are far worse than the label rate as prediction.
 
     Args:
-        loss: their mean, in nats; label_rate: share of label 1 in the data set.
+        loss: their mean, in nats; label_rate: share of label 1 among what is trained on.
     """
     entropy = -sum(p * math.log(p) for p in (label_rate, 1 - label_rate) if p > 0)
     if not loss > entropy + _BAD_START:  # NaN is reported as what it is, elsewhere

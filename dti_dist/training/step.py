@@ -20,7 +20,7 @@ class Step:
     """What a step did. Sums are over all ranks.
 
     Attributes:
-        loss_sum: over the step's targets.
+        loss_sum: over the step's targets, each times its weight; weight: the sum of these.
         data_wait_s: how long this rank waited for batches.
         left_out: whether loss or gradients were not finite, so that the weights were left alone.
         stop: whether a rank received a signal to stop.
@@ -31,6 +31,7 @@ class Step:
     epoch: int
     loss_sum: float
     targets: int
+    weight: float
     tokens: int
     data_wait_s: float
     left_out: bool
@@ -65,7 +66,7 @@ def take_step(
         tokens += batch.body_tokens + int(batch.used.sum())
         # DeepSpeed averages over ranks and micro-steps. Wanted is the mean over the step's targets,
         # however they are spread.
-        scale = ranks.world * engine.micro_steps / batch.step_targets
+        scale = ranks.world * engine.micro_steps / (batch.step_weight or 1.0)
         engine.backward(loss * (scale + _nan_unless_finite(loss)))
         if micro_step == engine.micro_steps - 1:
             # DeepSpeed too waits here, for the norm of the gradients. Waiting behind the optimizer
@@ -84,6 +85,7 @@ def take_step(
         epoch=batch.epoch,
         loss_sum=total,
         targets=batch.step_targets,
+        weight=batch.step_weight,
         tokens=int(all_tokens),
         data_wait_s=waited,
         left_out=left_out,

@@ -34,6 +34,7 @@ class Validation:
         self._job, self._engine, self._plan, self._schedule = job, engine, plan, schedule
         self._progress, self._saving, self._journal = progress, saving, journal
         self._settings = job.config.validation
+        self._weighted = plan.dataset.manifest.weight is not None
 
     def is_due(self) -> bool:
         step, schedule = self._progress.step, self._schedule
@@ -85,7 +86,8 @@ class Validation:
         def figures() -> dict[str, Any]:
             if found is None:
                 return {}
-            metrics = measure_arrays(found.label, found.probability, found.row)
+            weights = found.weight if self._weighted else None
+            metrics = measure_arrays(found.label, found.probability, found.row, weights)
             return {name: metrics[name] for name in _LOGGED}
 
         measured = ranks.each(figures)[0]

@@ -91,9 +91,11 @@ def stream_plan(
     seed: int = 0,
     epochs: int = 1,
     shuffle: bool = True,
+    min_context: int = 1,
+    for_training: bool = False,
     change: Any = lambda index: index,
 ) -> StreamPlan:
-    settings = SampleSettings(n, k, min_context=1)
+    settings = SampleSettings(n, k, min_context, for_training)
     made: SplitIndex = change(index.load_or_build(dataset, split, settings, tokens, cache))
     shape = pack_shape(length, None, made.tokens, made.targets)
     planned = plan_epochs(made, shape, Order(window_interactions, seed, shuffle), epochs, cache)

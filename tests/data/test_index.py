@@ -254,9 +254,9 @@ def test_ranks_share_the_reading_and_find_the_same_index(
     places: dict[int, list] = {rank: [] for rank in range(world)}
     read = index.read_block
 
-    def reading(dataset, place, tokens):
+    def reading(dataset, place, tokens, for_training):
         places[of_thread[get_ident()]].append(place)
-        return read(dataset, place, tokens)
+        return read(dataset, place, tokens, for_training)
 
     of_thread = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -9,6 +10,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,16 +20,19 @@ from hypothesis import strategies as st
 
 from dti_dist.cli import main
 from dti_dist.data.dataset import MANIFEST, SPLITS, Dataset, RequestRule, iter_sequences
+from dti_dist.data.index import RowGroup, read_block
 from dti_dist.data.prepare.append import append_to_dataset
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.events import EventColumns, read_events
 from dti_dist.data.prepare.movielens import read_movielens
+from dti_dist.data.samples import SampleSettings
 from dti_dist.errors import UserError
-from dti_dist.options import RequestOptions
+from dti_dist.options import EventOptions, RequestOptions
 
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title",))
 START = 1_700_000_000
-LABEL = "rating >= 4"
+JOINED = ("label", "history", "target", "weight")
+LABEL, WEIGHT = "rating >= 4", "rating / 2"
 # The expressions of the tests, and the same in Python.
 CONDITIONS = {
     None: None,
@@ -66,10 +71,24 @@ def request_options(by, history=None, context_only=None):
 
 
 def build(
-    folder, events, by="time", history=None, context_only=None, files=1, out="out", **options
+    folder,
+    events,
+    by="time",
+    history=None,
+    context_only=None,
+    weight=None,
+    keep=None,
+    files=1,
+    out="out",
+    **options,
 ):
-    requests = request_options(by, history, context_only)
-    read = partial(read_events, **write_events(folder, events, files), requests=requests)
+    read = partial(
+        read_events,
+        **write_events(folder, events, files),
+        requests=request_options(by, history, context_only),
+        weight=weight,
+        keep_negatives=keep,
+    )
     return build_dataset(read, str(folder / out), BuildOptions(**options))
 
 
@@ -84,6 +103,7 @@ def interactions_of(events, by, history, context_only):
         row |= {"time": START + ms // 1000, "number": number, "label": int(rating >= 4)}
         row["history"] = CONDITIONS[history](row) if history else True
         row["target"] = not CONDITIONS[context_only](row) if context_only else True
+        row["weight"] = rating / 2  # WEIGHT
         rows.append(row)
     if by == "none":
         rows.sort(key=lambda row: (row["ms"], row["number"]))
@@ -104,7 +124,8 @@ def interactions_of(events, by, history, context_only):
             len(same) - 1 for same in together.values() if len({r["label"] for r in same}) == 2
         )
         merged = [
-            same[0] | {key: max(r[key] for r in same) for key in ("label", "history", "target")}
+            same[0]
+            | {key: max(r[key] for r in same) for key in ("label", "history", "target", "weight")}
             for same in together.values()
         ]
         rows = [row for row in merged if row["history"] or row["target"]]
@@ -141,7 +162,12 @@ def split_ends(rows, by, split_rule, boundaries):
     return [starts[max(len(starts) - 2, 0)], starts[-1]]
 
 
-def expected_sequences(users, by, split_rule, context_limit):
+def is_kept(row, share):
+    drawn = hashlib.md5(f"{row['user']}|{row['item']}|{row['time']}".encode()).hexdigest()
+    return row["label"] == 1 or int(drawn[:8], 16) < round(share * 2**32)
+
+
+def expected_sequences(users, by, split_rule, context_limit, keep=None):
     """{split: {user: columns of the row}}, and whether every split has targets."""
     times = [row["time"] for rows in users.values() for row in rows if row["target"]]
 
@@ -157,7 +183,12 @@ def expected_sequences(users, by, split_rule, context_limit):
             if begin == end:
                 continue
             context = [row for row in rows[:begin] if row["history"]][-context_limit:]
-            kept = context + rows[begin:end]
+            own = rows[begin:end]
+            if keep is not None and split == "train":
+                own = [row for row in own if row["history"] or is_kept(row, keep)]
+                if not own:
+                    continue
+            kept = context + own
             found[split][user] = {
                 "item_ids": [row["item"] for row in kept],
                 "labels": [row["label"] for row in kept],
@@ -165,8 +196,13 @@ def expected_sequences(users, by, split_rule, context_limit):
                 "target_start": len(context),
                 "is_history": [row["history"] for row in kept],
                 "is_target": [row["target"] for row in kept],
+                "weight": [row["weight"] for row in kept],
+                "is_kept": [is_kept(row, keep) for row in kept] if keep is not None else None,
             }
-            targets[split] += sum(row["target"] for row in rows[begin:end])
+            sampled = keep is not None and split == "train"
+            targets[split] += sum(
+                row["target"] and not (sampled and not is_kept(row, keep)) for row in own
+            )
     return found, targets
 
 
@@ -226,21 +262,24 @@ event_lists = st.lists(
     by=st.sampled_from(["time", "column", "none"]),
     history=st.sampled_from([None, "label = 1", "rating > 2"]),
     context_only=st.sampled_from([None, "item = 'i0' OR rating = 5"]),
+    weight=st.sampled_from([None, WEIGHT]),
+    keep=st.sampled_from([None, 0.4]),
     split=st.sampled_from(["time", "leave-last"]),
     context_limit=st.integers(1, 4),
     fewest=st.integers(1, 3),
     files=st.integers(1, 3),
 )
 def test_requests_equal_those_of_a_plain_python_oracle(
-    tmp_path, events, by, history, context_only, split, context_limit, fewest, files
+    tmp_path, events, by, history, context_only, weight, keep, split, context_limit, fewest, files
 ):
     if by == "none":
-        history = context_only = None
+        history = context_only = keep = None
     users, (joined, clicks, left_out) = interactions_of(events, by, history, context_only)
     users = {user: rows for user, rows in users.items() if len(rows) >= fewest}
-    expected, targets = expected_sequences(users, by, split, context_limit)
+    expected, targets = expected_sequences(users, by, split, context_limit, keep)
     options = {"split": split, "context_limit": context_limit, "min_interactions": fewest}
     options |= {"history": history, "context_only": context_only, "by": by, "files": files}
+    options |= {"weight": weight, "keep": keep}
     if not all(targets[split] for split in SPLITS):
         with pytest.raises(UserError, match=r"is empty|at least \d interactions|expected targets"):
             build(tmp_path, events, force=True, **options)
@@ -250,6 +289,7 @@ def test_requests_equal_those_of_a_plain_python_oracle(
     names = dataset.items_table()["source_id"].to_pylist()
     columns = ["user_id", "item_ids", "labels", "timestamps", "target_start"]
     columns += ["is_history"] * bool(history) + ["is_target"] * bool(context_only)
+    columns += ["weight"] * bool(weight) + ["is_kept"] * bool(keep)
     assert dataset.sequence_columns == columns
     for split in SPLITS:
         found = {}
@@ -262,6 +302,10 @@ def test_requests_equal_those_of_a_plain_python_oracle(
             for user, row in expected[split].items()
         }
         assert found == wanted
+    if keep:
+        counts = summary.manifest.counts.splits
+        assert {split: counts[split].targets for split in SPLITS} == targets
+        return
     without = check_statistics(summary.manifest, users, by)
     printed = str(summary)
     assert f"targets without history before their request: {without:,} of" in printed
@@ -406,6 +450,22 @@ def test_what_can_not_be_read_is_refused(tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": "rating - 2"}, r"--weight 'rating - 2': expected a number that is 0 or"),
+        ({"weight": "nullif(rating, 5)"}, r"expected a number of --weight .* in every int"),
+        ({"weight": "item"}, r"--weight 'item': expected a number; found VARCHAR"),
+        ({"by": "none", "keep": 0.1}, "--keep-negatives 0.1: expected requests with it"),
+    ],
+)
+def test_weights_and_sampling_that_can_not_be_are_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, slates(), **options)
+    with pytest.raises(UserError, match="--keep-negatives 1: expected a share above 0 and below"):
+        EventOptions((), "u", "i", "t", "label", (), keep_negatives=1.0)
+
+
 def test_a_row_without_request_is_refused_with_its_place(tmp_path):
     events = slates()
     events[30] = (*events[30][:4], None)
@@ -515,6 +575,57 @@ def test_appended_days_give_the_targets_and_contexts_of_all_at_once(
         assert found == wanted
     assert sum(record.interactions for record in one.appends) < one.counts.interactions
     assert summary.manifest == one
+
+
+def training_targets(uri, split):
+    dataset, tokens = Dataset.open(str(uri)), SimpleNamespace(gaps=(), lengths=range(12))
+    found, place = Counter(), 0
+    for part in dataset.parts(split):
+        with dataset.open_part(part) as file:
+            row_groups = range(file.num_row_groups)
+        for number in row_groups:
+            block = read_block(dataset, RowGroup(part.path, number, place, 0), tokens, True)
+            for at in SampleSettings(5, 3, 0).targets(block):
+                found[
+                    int(block.item_ids[at]), int(block.timestamps[at]), int(block.labels[at])
+                ] += 1
+    return found
+
+
+@pytest.mark.parametrize("history", [None, "label = 1"])
+def test_days_that_roll_into_train_are_sampled_as_if_prepared_at_once(tmp_path, history):
+    rng = random.Random(5)
+    events = [
+        (f"u{rng.randrange(6)}", f"i{rng.randrange(12)}", 1000 * n, rng.randrange(1, 6), f"r{n}")
+        for n in range(400)
+    ]
+    sampled = {"history": history, "keep": 0.3, "weight": WEIGHT}
+    bounds = [300_000, 340_000, 370_000, 400_000]
+    days = [[e for e in events if begin <= e[2] < end] for begin, end in pairwise([0, *bounds])]
+    build(tmp_path, days[0], **sampled)
+    for day in days[1:]:
+        requests = request_options("time", history)
+        read = partial(
+            read_events,
+            **write_events(tmp_path, day),
+            requests=requests,
+            weight=WEIGHT,
+            keep_negatives=0.3,
+        )
+        append_to_dataset(read, str(tmp_path / "out"), "roll", BuildOptions())
+    rolled = Dataset.open(str(tmp_path / "out")).manifest
+    times = tuple(START + bound // 1000 for bound in bounds[1:3])
+    assert tuple(rolled.split.boundaries.values()) == times
+    whole = build(tmp_path, events, out="whole", split_times=times, **sampled).manifest
+    for split in SPLITS:
+        one, other = (training_targets(tmp_path / name, split) for name in ("out", "whole"))
+        assert one == other
+        for name in ("targets", "clicks", "kept_targets"):
+            assert getattr(rolled.counts.splits[split], name) == getattr(
+                whole.counts.splits[split], name
+            )
+    assert one.total() == whole.counts.splits["test"].kept_targets
+    assert whole.counts.splits["test"].targets > one.total()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def both(
     label="rating >= 4",
     columns=COLUMNS,
     requests=ALONE,
+    more=None,
     **options,
 ):
     """What each engine built, or the error that it raised."""
@@ -108,6 +109,7 @@ def both(
             columns=columns,
             label=label,
             requests=requests,
+            **(more or {}),
         )
         try:
             results.append(build(read, str(out), BuildOptions(**options)))
@@ -217,6 +219,7 @@ def test_both_engines_form_the_same_requests(spark, tmp_path, rule, requests):
         paths,
         items,
         requests=requests,
+        more={"weight": "rating / 2", "keep_negatives": 0.4},
         split=rule,
         context_limit=3,
         shard_interactions=60,

@@ -317,9 +317,9 @@ def test_each_window_is_read_once_and_while_the_one_before_is_packed(plan):
     made = plan(window_interactions=1, epochs=2)  # a row group each
     opened = []
 
-    def reading(dataset, row_group, tokens):
+    def reading(dataset, row_group, tokens, for_training):
         opened.append(row_group)
-        return read_block(dataset, row_group, tokens)
+        return read_block(dataset, row_group, tokens, for_training)
 
     with mock.patch.object(stream_module, "read_block", reading):
         stream = iter(PackStream(made, Share(1, 1)))
@@ -337,9 +337,9 @@ def test_a_rank_reads_only_the_windows_of_its_packs(plan):
     per_window = made.epochs[0].packs / len(made.epochs[0].windows)
     assert per_window < ranks, "too few ranks to tell"
 
-    def reading(dataset, row_group, tokens):
+    def reading(dataset, row_group, tokens, for_training):
         opened.append(row_group)
-        return read_block(dataset, row_group, tokens)
+        return read_block(dataset, row_group, tokens, for_training)
 
     with mock.patch.object(stream_module, "read_block", reading):
         for rank in range(ranks):

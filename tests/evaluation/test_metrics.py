@@ -62,6 +62,43 @@ def test_gauc_weighs_users_by_targets_and_leaves_users_of_one_class_out(predicti
     assert figures["users_of_one_class"] == 1
 
 
+def test_a_weighted_target_counts_as_often_as_its_weight_says(predictions):
+    labels, probabilities, users = predictions
+    users = np.minimum(users, 40)
+    probabilities = np.round(probabilities, 2)  # some are equal
+    weights = np.random.default_rng(1).integers(0, 4, len(labels))
+    columns = {"user": users, "label": labels, "probability": probabilities}
+    repeated = {name: np.repeat(values, weights) for name, values in columns.items()}
+    expected = measure_arrays(repeated["label"], repeated["probability"], repeated["user"])
+    with duckdb.connect() as connection:
+        for table, of_table in [
+            ("weighted", columns | {"weight": weights / 2}),
+            ("plain", repeated),
+        ]:
+            connection.register("added", pa.table(of_table))
+            connection.execute(f"CREATE TABLE {table} AS FROM added")
+        figures = measure(connection, "weighted", 0.3, weighted=True)
+        groups = read_groups(connection, "weighted", 41, weighted=True)
+        measure(connection, "plain")
+        counted = read_groups(connection, "plain", 41)
+        threshold = best_threshold(connection, "weighted", weighted=True)
+        assert threshold == best_threshold(connection, "plain")
+    for name in ("auc", "log_loss", "gauc", "ne", "ece", "calibration_ratio", "f1", "accuracy"):
+        assert figures[name] == pytest.approx(expected[name], abs=1e-9), name
+    assert figures["weight"] == weights.sum() / 2
+    assert (figures["targets"], figures["clicks"]) == (len(labels), labels.sum())
+    once = np.ones((1, len(groups)), dtype=np.int64)
+    found, wanted = groups.resample(once), counted.resample(once)
+    for name in ("auc", "log_loss", "gauc", "ne", "calibration_ratio"):
+        assert found[name] == pytest.approx(wanted[name], abs=2e-3), name
+
+
+def test_weights_that_are_all_0_are_refused():
+    one = np.ones(3)
+    with pytest.raises(UserError, match="all 3 have the weight 0"):
+        measure_arrays(one.astype(int), one / 2, one.astype(int), 0 * one)
+
+
 def test_ne_is_the_log_loss_over_that_of_the_label_rate(predictions):
     labels, probabilities, users = predictions
     figures = measure_arrays(labels, probabilities, users)

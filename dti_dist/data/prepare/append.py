@@ -41,8 +41,8 @@ from dti_dist.data.dataset import (
     AppendRecord,
     Dataset,
     FileEntry,
+    InteractionRules,
     Manifest,
-    RequestRule,
     SplitCounts,
     SplitRule,
     Statistics,
@@ -81,7 +81,7 @@ from dti_dist.data.prepare.tables import (
     read_statistics,
     targets_of,
 )
-from dti_dist.data.prepare.writer import DatasetWriter, add_counts, write_manifest
+from dti_dist.data.prepare.writer import DatasetWriter, add_counts, in_train, write_manifest
 from dti_dist.errors import UserError
 from dti_dist.files import flush_to_disk
 from dti_dist.options import AppendTo
@@ -156,7 +156,8 @@ def append_to_dataset(
                     histories, begin, dataset.manifest.split, destination
                 ):
                     limit = dataset.manifest.context_limit
-                    writer.write_sequences(split, cut_sequences(histories, first, end, limit))
+                    rows = cut_sequences(histories, split, first, end, limit)
+                    writer.write_sequences(split, rows)
                 bar.advance(int((histories.lengths - begin).sum()))
         new = writer.files
         replaced = _copy_rolled(dataset, numbers, tag, new) if destination == "roll" else set()
@@ -241,22 +242,27 @@ def _check_texts(dataset: Dataset, source: Source) -> None:
 
 
 def _check_requests(dataset: Dataset, source: Source) -> None:
-    wanted, found = (_in_words(rules.requests) for rules in (dataset.manifest, source.rules))
+    wanted, found = (_in_words(rules) for rules in (dataset.manifest, source.rules))
     if wanted != found:
         raise UserError(
-            f"{dataset.uri}: expected requests as the data set has them; found {found}. Give "
-            f"{wanted}."
+            f"{dataset.uri}: expected interactions read as the data set's were; found {found}. "
+            f"Give {wanted}."
         )
 
 
-def _in_words(rule: RequestRule | None) -> str:
+def _in_words(rules: InteractionRules) -> str:
     """The options of prepare that say the same."""
-    if rule is None:
-        return "--requests none"
-    options = ["--requests time" if rule.by == "time" else f"--request-col {rule.column}"]
-    for option, expression in [("history", rule.history), ("context-only", rule.context_only)]:
-        if expression:
-            options.append(f"--{option} {shlex.quote(expression)}")
+    rule, options = rules.requests, ["--requests none"]
+    if rule:
+        options = ["--requests time" if rule.by == "time" else f"--request-col {rule.column}"]
+    for option, value in [
+        ("history", rule and rule.history),
+        ("context-only", rule and rule.context_only),
+        ("weight", rules.weight),
+        ("keep-negatives", rules.keep_negatives and f"{rules.keep_negatives:g}"),
+    ]:
+        if value:
+            options.append(f"--{option} {shlex.quote(value)}")
     return " ".join(options)
 
 
@@ -456,7 +462,7 @@ def _manifest(
     if record.append_to == "roll":
         assert rule.boundaries is not None
         splits = {
-            "train": add_counts(splits["train"], splits["valid"]),
+            "train": add_counts(splits["train"], in_train(splits["valid"])),
             "valid": splits["test"],
             "test": added["test"],
         }

@@ -5,6 +5,7 @@ Engines read, check, join and keep the columns of a Source by these declarations
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -58,7 +59,22 @@ class EventColumn:
                 f"expected {option} to be a condition; found {found}. Use a comparison, e.g. "
                 f'{option} "label = 1".'
             )
+        if self.kind == "number" and not re.fullmatch(NUMBER_OR_BOOLEAN, found):
+            raise UserError(
+                f"{self.option}: expected a number; found {found}. Cast it, or name another."
+            )
         return f"CAST({self.name} AS DOUBLE) AS {self.name}" if self.kind == "number" else self.name
+
+
+def kept_values(columns: Iterable[EventColumn], rules: InteractionRules) -> dict[str, str]:
+    """What histories hold of ``interactions`` beside item, label and time: SQL by name."""
+    values = {column.name: column.kept for column in columns if column.kept}
+    if rules.keep_negatives is not None:
+        # Of nothing but the interaction, so that any part of a log draws the same.
+        drawn = "left(md5(concat_ws('|', {0}.user_id, {0}.item_id, {0}.timestamp)), 8)"
+        bound = literal(f"{round(rules.keep_negatives * 2**32):08x}")
+        values["is_kept"] = f"{{0}}.label = 1 OR {drawn} < {bound}".format("interactions")
+    return values
 
 
 def split_place(column: str) -> str:
@@ -97,5 +113,18 @@ def event_columns(
             columns.append(
                 EventColumn(name, "condition", f"{option} {expression!r}", what, kept=name)
             )
+    if rules.weight:
+        columns.append(
+            EventColumn(
+                "weight",
+                "number",
+                f"--weight {rules.weight!r}",
+                (f"a number of --weight {rules.weight!r}", "null"),
+                allowed="weight >= 0 AND weight < 3e38",
+                expected="a number that is 0 or more",
+                remedy="Use an expression that is, such as coalesce(dwell, 1).",
+                kept="CAST(weight AS FLOAT)",
+            )
+        )
     columns += [EventColumn(name, "number", "", kept=name) for name in probabilities]
     return tuple(columns)

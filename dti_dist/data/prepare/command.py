@@ -71,6 +71,8 @@ def event_reader(
             split_column,
         ),
         label=how.label,
+        weight=how.weight,
+        keep_negatives=how.keep_negatives,
         requests=requests,
         name=name,
     )

@@ -18,7 +18,7 @@ import pyarrow as pa
 from dti_dist.console import progress, say
 from dti_dist.data.dataset import SplitRule
 from dti_dist.data.prepare import statistics
-from dti_dist.data.prepare.columns import NUMBER_OR_BOOLEAN
+from dti_dist.data.prepare.columns import NUMBER_OR_BOOLEAN, kept_values
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan, naming_the_file
 from dti_dist.data.prepare.source import Source
@@ -101,7 +101,7 @@ class DuckTables:
             for some in histories(self):
                 findings += Findings.of(some)
                 for split, begin, end in target_ranges(some, rule):
-                    batch = cut_sequences(some, begin, end, options.context_limit)
+                    batch = cut_sequences(some, split, begin, end, options.context_limit)
                     writer.write_sequences(split, batch)
                     if split == "train":
                         continue
@@ -186,7 +186,7 @@ def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
         "timestamp": "interactions.timestamp",
         "input_order": "interactions.input_order",
     }
-    columns |= {column.name: column.kept for column in tables.columns if column.kept}
+    columns |= kept_values(tables.columns, tables.rules)
     values = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
     ranked = (
         f"SELECT ranks.rank, interactions.time_us, {values} FROM interactions "

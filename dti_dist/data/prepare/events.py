@@ -67,6 +67,8 @@ def read_events(
     survey: Survey | None = None,
     requests: RequestOptions = _ANY_REQUESTS,
     default_requests: Literal["time", "none"] = "time",
+    weight: str | None = None,
+    keep_negatives: float | None = None,
 ) -> Source:
     """Event files and an item table as a Source.
 
@@ -76,9 +78,10 @@ def read_events(
     naming the option that is at fault.
     """
     connection = workspace.connection
-    rule = _rule(requests, default_requests)
+    rules = _rules(requests, default_requests, weight, keep_negatives)
+    rule = rules.requests
     expression = Expression(connection, label)
-    conditions = _conditions(connection, rule)
+    conditions = _expressions(connection, rules)
     ids = {"--user-col": columns.user, "--item-col": columns.item}
     if rule and rule.column:
         ids["--request-col"] = rule.column
@@ -129,8 +132,8 @@ def read_events(
     # An expression of a SELECT may name an earlier one; a column of that name comes before it.
     known_types = types if has_label else types | {_LABEL: expression.type(types)}
     for flag, condition in conditions.items():
-        holds = condition.sql(known_types)
-        select += f", {holds if flag == 'is_history' else f'NOT {holds}'} AS {flag}"
+        value = condition.sql(known_types)
+        select += f", {f'NOT {value}' if flag == 'is_target' else value} AS {flag}"
     table = _open_items(connection, items, columns.item_key, columns.texts)
     event_files, item_files = events.scan(select, values), table.scan()
     return Source(
@@ -141,7 +144,7 @@ def read_events(
         item_files=item_files,
         text_columns=list(columns.texts),
         split_column=columns.split,
-        rules=InteractionRules(requests=rule),
+        rules=rules,
         description={
             "kind": "events",
             "paths": list(paths),
@@ -165,28 +168,36 @@ def read_events(
     )
 
 
-def _rule(options: RequestOptions, default: Literal["time", "none"]) -> RequestRule | None:
+def _rules(
+    options: RequestOptions,
+    default: Literal["time", "none"],
+    weight: str | None,
+    keep_negatives: float | None,
+) -> InteractionRules:
     by = "column" if options.request_col else options.requests or default
-    if by == "none":
-        return None
-    return RequestRule(
-        by=by,
-        column=options.request_col,
-        history=options.history,
-        context_only=options.context_only,
-    )
+    requests = None
+    if by != "none":
+        requests = RequestRule(
+            by=by,
+            column=options.request_col,
+            history=options.history,
+            context_only=options.context_only,
+        )
+    return InteractionRules(requests=requests, weight=weight, keep_negatives=keep_negatives)
 
 
-def _conditions(
-    connection: duckdb.DuckDBPyConnection, rule: RequestRule | None
+def _expressions(
+    connection: duckdb.DuckDBPyConnection, rules: InteractionRules
 ) -> dict[str, Expression]:
-    """By the flag of interactions that each gives: is_target is where --context-only fails."""
+    """By the column of events that each gives: is_target is where --context-only fails."""
+    rule = rules.requests
     given = {
         "is_history": ("--history", rule and rule.history),
         "is_target": ("--context-only", rule and rule.context_only),
+        "weight": ("--weight", rules.weight),
     }
     return {
-        flag: Expression(connection, text, option) for flag, (option, text) in given.items() if text
+        name: Expression(connection, text, option) for name, (option, text) in given.items() if text
     }
 
 

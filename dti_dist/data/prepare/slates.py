@@ -58,6 +58,7 @@ def read_slates(
     position_bias: float = SlateOptions.position_bias,
     popularity: float = SlateOptions.popularity,
     requests: Literal["time", "none"] = SlateOptions.requests,
+    keep_negatives: float | None = None,
 ) -> Source:
     """Generate requests into the workspace; the same arguments give the same ones.
 
@@ -90,7 +91,8 @@ def read_slates(
         items="SELECT * FROM synthetic_items",
         text_columns=["title"],
         rules=InteractionRules(
-            requests=RequestRule(by="time", history="label = 1") if requests == "time" else None
+            requests=RequestRule(by="time", history="label = 1") if requests == "time" else None,
+            keep_negatives=keep_negatives,
         ),
         ceilings=(
             {"ceiling": "probability", "history_ceiling": "history_probability"}

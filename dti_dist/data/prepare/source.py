@@ -8,6 +8,7 @@ from typing import Any
 from dti_dist.data.dataset import NO_RULES, InteractionRules
 from dti_dist.data.prepare.columns import EventColumn, event_columns
 from dti_dist.data.prepare.input_table import FileScan
+from dti_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Source:
     split_column: str | None = None
     event_files: FileScan | None = None
     item_files: FileScan | None = None
+
+    def __post_init__(self) -> None:
+        if self.rules.keep_negatives is not None and self.rules.requests is None:
+            raise UserError(
+                f"--keep-negatives {self.rules.keep_negatives:g}: expected requests with it; found "
+                "none, where each interaction is history for the next, and none can be left out. "
+                "Leave --requests none or --keep-negatives out."
+            )
 
     @property
     def columns(self) -> tuple[EventColumn, ...]:

@@ -54,6 +54,7 @@ from dti_dist.data.prepare.build import (
     Summary,
     build_dataset,
 )
+from dti_dist.data.prepare.columns import kept_values
 from dti_dist.data.prepare.duck import DuckTables, events_query
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan
@@ -236,7 +237,7 @@ class _SparkTables:
         limits = (options.shard_interactions, options.row_group_interactions)
         plan = self._plan_parts(users, rule, options.context_limit, limits)
         columns = ["timestamp", "time_us", "input_order"]
-        kept = {column.name: column.kept for column in self.columns if column.kept}
+        kept = kept_values(self.columns, self.rules)
         values = [*columns, *(f"{sql} AS {name}" for name, sql in kept.items())]
         interactions = self._spark.sql(
             "SELECT user_id, CAST(told_items.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
@@ -305,6 +306,8 @@ class _SparkTables:
             ]
             for split, begin, end, history in zip(SPLITS, begins, ends, histories, strict=True):
                 weights = end - begin + context_lengths(begin, end, history, context_limit)
+                if split == "train":
+                    weights -= np.asarray(batch["left_out"])
                 planners[split].feed(batch["user_id"].combine_chunks(), weights)
         return {split: planner.finish() for split, planner in planners.items()}
 
@@ -315,7 +318,7 @@ class _SparkTables:
             valid, test = (f"greatest(interactions - {last}, 0)" for last in (2, 1))
             return (
                 f"SELECT user_id, interactions, {valid} AS valid, {test} AS test, "
-                f"{valid} AS history_valid, {test} AS history_test FROM users"
+                f"{valid} AS history_valid, {test} AS history_test, 0 AS left_out FROM users"
             )
         interactions = users.kept_events
         if rule.rule == "leave-last":
@@ -346,8 +349,13 @@ class _SparkTables:
             for split in ("valid", "test")
             for name, condition in [(split, "true"), (f"history_{split}", is_history)]
         )
+        # What train leaves out: as split.left_out_of_train has it.
+        left_out = "false"
+        if is_kept := kept_values(self.columns, self.rules).get("is_kept"):
+            left_out = f"{before['valid']} AND NOT ({is_kept}) AND NOT {is_history}"
         return (
-            f"SELECT user_id, count(*) AS interactions, {counts} FROM {interactions} "
+            f"SELECT user_id, count(*) AS interactions, {counts}, "
+            f"count(CASE WHEN {left_out} THEN 1 END) AS left_out FROM {interactions} "
             "GROUP BY user_id"
         )
 
@@ -501,7 +509,7 @@ def _sequences(
     )
     findings: str | None = json.dumps(Findings.of(histories).to_json())
     for split, begin, end in target_ranges(histories, rule):
-        batch = cut_sequences(histories, begin, end, context_limit)
+        batch = cut_sequences(histories, split, begin, end, context_limit)
         if not len(batch):
             continue
         parts = [bisect_right(plan[split], _key(user)) - 1 for user in batch["user_id"].to_pylist()]

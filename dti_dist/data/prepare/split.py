@@ -150,8 +150,18 @@ def context_lengths(
     return np.where(end > begin, np.minimum(history, context_limit), 0)
 
 
+def left_out_of_train(histories: Histories) -> np.ndarray:
+    """[interactions] whether train has no use for each: training is not to see it as a target, and
+    later targets don't see it."""
+    kept = histories.columns.get("is_kept")
+    is_history = histories.columns.get("is_history")
+    if kept is None or is_history is None:
+        return np.zeros(int(histories.lengths.sum()), dtype=bool)
+    return ~kept & ~is_history
+
+
 def cut_sequences(
-    histories: Histories, begin: np.ndarray, end: np.ndarray, context_limit: int
+    histories: Histories, split: str, begin: np.ndarray, end: np.ndarray, context_limit: int
 ) -> pa.RecordBatch:
     """The sequences of [begin, end) behind their context, for the users who have any."""
     history = histories.history_until(begin)
@@ -163,8 +173,14 @@ def cut_sequences(
         kept |= inside(histories, begin, end)
     else:
         kept = inside(histories, begin - context, end)
-    has_row = end > begin
-    offsets = np.concatenate([[0], np.cumsum((context + end - begin)[has_row])])
+    if split == "train":
+        kept &= ~left_out_of_train(histories)
+    owner = np.repeat(np.arange(len(histories.lengths)), histories.lengths)
+    lengths = np.bincount(owner[kept], minlength=len(histories.lengths))
+    # Without interactions of its own, a row would be context of nothing.
+    has_row = lengths > context
+    kept &= has_row[owner]
+    offsets = np.concatenate([[0], np.cumsum(lengths[has_row])])
 
     def lists(column: str, kind: pa.ListType) -> pa.ListArray:
         values = pa.array(histories.columns[column][kept], type=kind.value_type)

@@ -79,7 +79,7 @@ class DatasetWriter:
             return
         if split not in self._sequences:
             self._sequences[split] = self._folder_writer(split, batch.schema)
-        self.splits[split] = add_counts(self.splits[split], count_targets(batch))
+        self.splits[split] = add_counts(self.splits[split], count_targets(split, batch))
         self._sequences[split].write(batch, sequence_lengths(batch))
 
     def add_part(self, split: str, path: str, entry: FileEntry, counts: SplitCounts) -> None:
@@ -131,21 +131,31 @@ def sequence_lengths(batch: pa.RecordBatch) -> np.ndarray:
     return np.asarray(batch["item_ids"].value_lengths(), dtype=np.int64)
 
 
-def count_targets(batch: pa.RecordBatch) -> SplitCounts:
+def count_targets(split: str, batch: pa.RecordBatch) -> SplitCounts:
     """What SplitCounts says of a batch of sequence_schema that has at least one row."""
     lengths = sequence_lengths(batch)
     is_new = positions(lengths) >= np.repeat(np.asarray(batch["target_start"]), lengths)
     timestamps = np.asarray(batch["timestamps"].flatten())[is_new]
     flags = stored_values(batch, "is_target")
     is_target = is_new if flags is None else is_new & flags
-    return SplitCounts(
+    kept = stored_values(batch, "is_kept")
+    counts = SplitCounts(
         rows=len(batch),
         interactions=int(lengths.sum()),
         targets=int(np.count_nonzero(is_target)),
         clicks=int(np.asarray(batch["labels"].flatten())[is_target].sum()),
         first_timestamp=int(timestamps.min()),
         last_timestamp=int(timestamps.max()),
+        kept_targets=None if kept is None else int(np.count_nonzero(is_target & kept)),
     )
+    return in_train(counts) if split == "train" else counts
+
+
+def in_train(counts: SplitCounts) -> SplitCounts:
+    """The counts of a split that becomes train's: its targets are those that training is to see."""
+    if counts.kept_targets is None:
+        return counts
+    return counts.model_copy(update={"targets": counts.kept_targets})
 
 
 def add_counts(one: SplitCounts, other: SplitCounts) -> SplitCounts:
@@ -153,7 +163,9 @@ def add_counts(one: SplitCounts, other: SplitCounts) -> SplitCounts:
     firsts = [c.first_timestamp for c in (one, other) if c.first_timestamp is not None]
     lasts = [c.last_timestamp for c in (one, other) if c.last_timestamp is not None]
     sums = ("rows", "interactions", "targets", "clicks")
+    kept = [c.kept_targets for c in (one, other) if c.kept_targets is not None]
     return SplitCounts(
+        kept_targets=sum(kept) if kept else None,
         first_timestamp=min(firsts, default=None),
         last_timestamp=max(lasts, default=None),
         **{name: getattr(one, name) + getattr(other, name) for name in sums},
