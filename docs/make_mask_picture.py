@@ -42,7 +42,8 @@ def small_pack() -> Pack:
         offsets=np.arange(INTERACTIONS + 1, dtype=np.int64) * TOKENS_PER_ITEM,
         label_ids=(100, 101),
         prefix=np.empty(0, dtype=np.int32),
-        gaps=(),
+        words=(),
+        of_item=(True,),
         sum_id=102,
         fingerprint="picture",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import (
@@ -174,15 +175,33 @@ class TemplateConfig(Section):
     item: str = Field(
         "\n{title}:",
         description="An interaction's text before its label; {column} names an item text column. "
+        "{hour} (00 to 23) and {weekday} (Monday to Sunday) tell when the interaction was. "
         "Words written here may be special tokens; what a column holds never becomes one.",
     )
     label_words: tuple[str, str] = Field(
         (" No", " Yes"), description="The words for label 0 and 1, each one token."
     )
-    max_item_tokens: Positive = Field(64, description="Longer item texts are truncated.")
+    max_item_tokens: Positive = Field(
+        64, description="Longer item texts are truncated; between such fields, each part."
+    )
     time_gaps: bool = Field(
         False, description="Start each interaction with the time since the user's previous one."
     )
+    time_zone: str = Field(
+        "UTC", description="In which {hour} and {weekday} are told, such as Europe/Berlin."
+    )
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError(
+                f"expected a name of the IANA time zone database, such as Europe/Berlin, found "
+                f"{value!r}"
+            ) from error
+        return value
 
 
 class PackConfig(Section):

@@ -37,6 +37,11 @@ from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.model.weights import BaseWeights, Placement, fill
 
 
+def template_of(config: RunConfig, dataset: Dataset) -> Template:
+    """Raises UserError where the template names what the data set has not."""
+    return Template.for_items(config.template, dataset.manifest.item_text_columns)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """An opened data set with a tokenizer and the tokens of its items.
@@ -71,7 +76,7 @@ class Inputs:
             check_files=config.data.on_bad_shard == "fail",
             storage=config.data.storage,
         )
-        template = Template.for_items(config.template, dataset.manifest.item_text_columns)
+        template = template_of(config, dataset)
         if config.sample.context > dataset.manifest.context_limit:
             raise UserError(
                 f"sample.context is {config.sample.context}, but the data set {dataset.uri} keeps "
@@ -109,6 +114,10 @@ class Inputs:
             if not (folder / "tokenizer.json").exists():
                 folder = Path(scratch) / "tokenizer"
             yield Inputs.open(config, folder)
+
+    @property
+    def template(self) -> Template:
+        return template_of(self.config, self.dataset)
 
     @property
     def vocabulary(self) -> int:

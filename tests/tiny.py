@@ -11,13 +11,13 @@ import torch
 
 from dti_dist.attention.layout import Record
 from dti_dist.config import AttentionConfig
-from dti_dist.data.item_tokens import ItemTokens
+from dti_dist.data.item_tokens import ItemTokens, Words
 from dti_dist.data.layout import PackShape, build_pack
 from dti_dist.data.packing import assign_packs, with_shared_body
 from dti_dist.data.samples import SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch
-from dti_dist.data.template import TIME_GAPS
+from dti_dist.data.template import GAP, MOMENTS, TIME_GAPS
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.families import SUPPORTED
 
@@ -45,19 +45,41 @@ FORGETTING = {"strength": 0.9, "shape": 1.5}
 
 
 def item_tokens(
-    rng: np.random.Generator, items: int = 30, prefix: int = 0, time_gaps: bool = False
+    rng: np.random.Generator,
+    items: int = 30,
+    prefix: int = 0,
+    time_gaps: bool = False,
+    pieces: tuple[str, ...] = ("item",),
 ) -> ItemTokens:
-    """Items of 1 to 4 random tokens."""
-    lengths = rng.integers(1, 5, items)
+    """Items of 1 to 4 random tokens, and fields of the interaction: `pieces` in their order.
+
+    Of several pieces of an item, and of words, some are empty.
+    """
+    several = pieces.count("item") > 1
+    lengths = rng.integers(0 if several else 1, 5, items * pieces.count("item"))
+    if several:
+        lengths[:: pieces.count("item")] += 1
     gap_lengths = [0, *rng.integers(1, 3, len(TIME_GAPS))] if time_gaps else []
+    tokens = rng.integers(0, NO, lengths.sum()).astype(np.int32)
+
+    def texts(lengths: Any) -> tuple[np.ndarray, ...]:
+        return tuple(rng.integers(0, NO, length).astype(np.int32) for length in lengths)
+
+    made_prefix = rng.integers(0, NO, prefix).astype(np.int32)
+    words = [Words(GAP, texts(gap_lengths))] if time_gaps else []
+    for field in pieces:
+        if field != "item":
+            words.append(Words(field, texts(rng.integers(0, 3, len(MOMENTS[field])))))
     return ItemTokens(
-        tokens=rng.integers(0, NO, lengths.sum()).astype(np.int32),
+        tokens=tokens,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         label_ids=(NO, YES),
-        prefix=rng.integers(0, NO, prefix).astype(np.int32),
-        gaps=tuple(rng.integers(0, NO, length).astype(np.int32) for length in gap_lengths),
+        prefix=made_prefix,
+        words=tuple(words),
+        of_item=(*[False] * time_gaps, *(field == "item" for field in pieces)),
         sum_id=SUM,
         fingerprint="test",
+        time_zone="Asia/Kolkata",
     )
 
 

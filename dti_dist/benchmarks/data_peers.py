@@ -34,6 +34,11 @@ def exchange(folder: Path, inputs: Inputs, plan: StreamPlan) -> None:
         raise UserError(
             "--peers: the other loaders write no time gaps. Set template.time_gaps=false."
         )
+    if len(inputs.tokens.of_item) > 1:
+        raise UserError(
+            "--peers: the other loaders write texts of items alone. Leave fields such as {hour} "
+            "out of template.item."
+        )
     if inputs.dataset.has_requests:
         raise UserError(
             f"--peers: the other loaders know no requests, which {inputs.dataset.uri} has. Prepare "

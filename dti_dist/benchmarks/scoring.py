@@ -163,11 +163,10 @@ def _one_prompt_per_candidate(requests: Requests) -> Requests:
         requests,
         history_items=requests.history_items[place],
         history_labels=requests.history_labels[place],
-        history_gaps=requests.history_gaps[place],
+        history_words=requests.history_words[place],
         history_place=requests.history_place[place] + moved,
         context_start=copy_end - lengths,
         context_end=copy_end,
-        candidate_gaps=requests.candidate_gaps[request],
         candidate_offsets=np.arange(len(request) + 1),
     )
 

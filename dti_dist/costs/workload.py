@@ -17,7 +17,7 @@ from dti_dist.console import progress
 from dti_dist.data.epochs import EpochPlan
 from dti_dist.data.index import read_block
 from dti_dist.data.layout import PackShape
-from dti_dist.data.samples import Units, interaction_lengths
+from dti_dist.data.samples import Units, block_words, interaction_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch, PackStream, Share, StreamPlan
 from dti_dist.model.ctr_model import CTRModel
@@ -172,10 +172,7 @@ def _distinct_tokens(
     samples = plan.samples.cut(block).take(chosen)
     units = Units.of(samples, block)
     place, labelled = units.source, units.labelled
-    texts = block.item_ids[place].astype(np.int64)
-    if tokens.gaps:
-        texts += block.gap_buckets[place] * len(tokens.lengths)
-    kinds = len(tokens.lengths) * max(len(tokens.gaps), 1)
+    texts, kinds = tokens.text_numbers(block.item_ids[place], block_words(block, tokens, place))
     text_in_pack = of_pack[units.sample] * kinds + texts
     _, first = np.unique(text_in_pack, return_index=True)
     labels = len(np.unique((text_in_pack * 2 + block.labels[place])[labelled]))

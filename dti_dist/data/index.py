@@ -175,9 +175,9 @@ def read_block(
 
 
 def needed_columns(dataset: Dataset, tokens: ItemTokens) -> list[str]:
-    """Of sequences, for prompts. Timestamps only where time gaps are written, or make requests."""
+    """Of sequences, for prompts. Timestamps only where texts need them, or they make requests."""
     skipped = {"user_id"}
-    if not (tokens.gaps or dataset.has_requests):
+    if not (tokens.needs_times or dataset.has_requests):
         skipped.add("timestamps")
     return [name for name in dataset.sequence_columns if name not in skipped]
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from dti_dist.attention.layout import PackLayout, Record, SharedBody
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.samples import IntArray, Samples, Units, labelled_units, ranges
+from dti_dist.data.samples import (
+    IntArray,
+    Samples,
+    Units,
+    block_words,
+    labelled_units,
+    ranges,
+)
 from dti_dist.data.sequences import SequenceBlock
 
 _UNIT_STRIDE = 64  # unit arrays grow in these strides, so that few sizes occur
@@ -77,7 +84,7 @@ class Prompts:
     Attributes:
         count: [prompts] interactions of each; prompt: [I] the prompt of each.
         items: [I] rows of the item tokens.
-        gaps: [I] bucket of the time since the interaction before; None without time gaps.
+        words: [I, W] rows of the words.
         labels: [I] 0 or 1; a candidate's is not read.
         targets: [targets] which interactions get a [SUM] slot, in order.
         weight: [targets] what each counts; None: 1.
@@ -90,7 +97,7 @@ class Prompts:
     count: IntArray
     prompt: IntArray
     items: npt.NDArray[np.integer]
-    gaps: IntArray | None
+    words: IntArray
     labels: npt.NDArray[np.int8]
     targets: IntArray
     target_row: IntArray
@@ -105,9 +112,8 @@ class Prompts:
         return labelled_units(self.count, self.candidates)
 
     def text_lengths(self, tokens: ItemTokens) -> IntArray:
-        """[I] tokens of each one's gap words and item text."""
-        lengths = tokens.lengths[self.items]
-        return lengths if self.gaps is None else lengths + tokens.gap_lengths[self.gaps]
+        """[I] tokens of each one's text."""
+        return tokens.text_lengths(self.items, self.words)
 
     def body_length(self, tokens: ItemTokens) -> int:
         """L at least."""
@@ -132,7 +138,7 @@ def build_pack(
         count=units.count,
         prompt=units.sample,
         items=block.item_ids[units.source],
-        gaps=block.gap_buckets[units.source] if tokens.gaps else None,
+        words=block_words(block, tokens, units.source),
         labels=block.labels[units.source],
         targets=units.targets,
         target_row=block.rows[row],
@@ -150,7 +156,7 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     Where the shape has a `body`, equal interactions are also laid out once each.
     """
     P, L = len(tokens.prefix), shape.length
-    items, gaps, labels = prompts.items, prompts.gaps, prompts.labels
+    items, words, labels = prompts.items, prompts.words, prompts.labels
     count, prompt, target = prompts.count, prompts.prompt, prompts.targets
     end_of_prompt = count.cumsum()
     first_of_prompt = end_of_prompt - count
@@ -189,29 +195,16 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         prefix_start[unit_of] = prompt_start[prompt]
         prefix_end[unit_of] = prompt_start[prompt] + P
 
-    # The body. Reading all of it as item text, and then writing what is none, is fastest. A run
-    # is an interaction with the prefix of the prompt after it.
-    place = np.arange(body_tokens)
-    runs = lengths
-    if P:
-        runs = lengths.copy()
-        runs[end_of_prompt[:-1] - 1] += P
-    text_at = np.asarray(tokens.offsets)[items] - start
-    if gaps is not None:
-        gap_lengths = tokens.gap_lengths[gaps]
-        text_at -= gap_lengths
-    item_tokens = np.asarray(tokens.tokens)  # indexing is faster without the memory map's class
+    # The body.
     ids = np.zeros(L + shape.slots, dtype=np.int64)
-    ids[P:body_tokens] = item_tokens.take(place[P:] + text_at.repeat(runs), mode="clip")
+    write_texts(ids, tokens, items, words, start, body_tokens)
     ids[text_end[labelled]] = np.asarray(tokens.label_ids)[labels[labelled]]
-    if gaps is not None:
-        flat_gaps = np.concatenate(tokens.gaps)
-        gap_offsets = tokens.gap_lengths.cumsum() - tokens.gap_lengths
-        ids[ranges(start, gap_lengths)] = flat_gaps[ranges(gap_offsets[gaps], gap_lengths)]
     if P:
         ids[prompt_start[:, None] + np.arange(P)] = tokens.prefix
     position = np.zeros(L + shape.slots, dtype=np.int64)
-    np.subtract(place, prompt_start.repeat(prompt_tokens), out=position[:body_tokens])
+    np.subtract(
+        np.arange(body_tokens), prompt_start.repeat(prompt_tokens), out=position[:body_tokens]
+    )
     unit = np.empty(L + shape.slots, dtype=np.int32)
     unit[:body_tokens] = np.arange(units, dtype=np.int32).repeat(unit_lengths)
     unit[body_tokens:] = -1
@@ -245,7 +238,9 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
 
     shared = None
     if shape.body is not None:
-        texts = items if gaps is None else gaps * len(tokens.lengths) + items
+        # A run is an interaction with the prefix of the prompt after it.
+        runs = np.diff(start, append=body_tokens)
+        texts, _ = tokens.text_numbers(items, words)
         shared_ids, shared = _share(
             texts, labels, prompts.labelled, start, text, runs, prompt_start, P, ids[:L]
         )
@@ -274,6 +269,49 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     )
 
 
+def write_texts(
+    ids: npt.NDArray[np.int64],
+    tokens: ItemTokens,
+    items: npt.NDArray[np.integer],
+    words: IntArray,
+    start: IntArray,
+    end: int,
+) -> None:
+    """Write the texts of interactions with items [I] and words [I, W] into `ids`.
+
+    Args:
+        ids: from the first start on, what is no text gets values without a meaning.
+        start: [I] where each text begins, in order.
+        end: where the last one and what belongs to it ends.
+    """
+    if not len(items):
+        return
+    pieces = items[:, None]
+    if tokens.item_pieces > 1:
+        pieces = pieces.astype(np.int64) * tokens.item_pieces + np.arange(tokens.item_pieces)
+    source = np.asarray(tokens.offsets)[pieces]
+    begin, runs_begin = start[:, None], start[:, None]
+    if len(tokens.of_item) > 1:
+        of_item = np.array(tokens.of_item)
+        lengths = np.empty((len(items), len(of_item)), dtype=np.int64)
+        lengths[:, of_item] = np.asarray(tokens.offsets)[pieces + 1] - source
+        lengths[:, ~of_item] = tokens.word_lengths[words]
+        of_words = lengths[:, ~of_item].ravel()
+        piece_begin = start[:, None] + lengths.cumsum(axis=1) - lengths
+        begin = piece_begin[:, of_item]
+        runs_begin = begin.copy()
+        runs_begin[:, 0] = start
+    # Reading all of it as text of items, and then writing what is none, is fastest. A run is an
+    # item's piece with what stands between it and the next.
+    runs = np.diff(runs_begin.ravel(), append=end)
+    item_tokens = np.asarray(tokens.tokens)  # indexing is faster without the memory map's class
+    place = np.arange(start[0], end) + (source - begin).ravel().repeat(runs)
+    ids[start[0] : end] = item_tokens.take(place, mode="clip")
+    if tokens.words:
+        to, of = piece_begin[:, ~of_item].ravel(), tokens.word_offsets[words].ravel()
+        ids[ranges(to, of_words)] = tokens.word_tokens[ranges(of, of_words)]
+
+
 def _share(
     texts: npt.NDArray[np.integer],
     labels: npt.NDArray[np.int8],
@@ -288,7 +326,7 @@ def _share(
     """The distinct interactions, once each: token ids [Lb], and how they lie.
 
     Args:
-        texts: [interactions] equal numbers mean equal texts (gap words and item).
+        texts: [interactions] equal numbers mean equal texts in all pieces.
         labels: [interactions] 0 or 1; labelled: whether a token of it follows the text.
         start, lengths: [interactions] where each text lies in `body`, and its tokens.
         runs: [interactions] tokens from the start of each text to that of the next.

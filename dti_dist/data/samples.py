@@ -234,12 +234,18 @@ def labelled_units(count: IntArray, candidates: IntArray | None) -> npt.NDArray[
     return behind > candidates.repeat(count)
 
 
+def block_words(
+    block: SequenceBlock, tokens: ItemTokens, chosen: IntArray | slice = slice(None)
+) -> IntArray:
+    """[chosen, W] the words of a block's interactions."""
+    return tokens.word_rows(
+        len(block.item_ids[chosen]), lambda name: block.codes(name, tokens.time_zone)[chosen]
+    )
+
+
 def interaction_lengths(block: SequenceBlock, tokens: ItemTokens) -> IntArray:
-    """[interactions] tokens of each interaction in a block: gap words, item text, label."""
-    lengths = tokens.lengths[block.item_ids] + 1
-    if tokens.gaps:
-        lengths += tokens.gap_lengths[block.gap_buckets]
-    return lengths
+    """[interactions] tokens of each interaction in a block: all pieces of its text, and a label."""
+    return tokens.text_lengths(block.item_ids, block_words(block, tokens)) + 1
 
 
 def sample_lengths(samples: Samples, block: SequenceBlock, tokens: ItemTokens) -> IntArray:

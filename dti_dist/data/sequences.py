@@ -9,9 +9,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dti_dist.data.dataset import sequence_schema, stored_values
-from dti_dist.data.template import TIME_GAPS
+from dti_dist.data.template import GAP, TIME_GAPS
+from dti_dist.errors import UserError
 
 _OWN = set(sequence_schema().names)  # columns that a block has a field for
 
@@ -19,6 +21,25 @@ _OWN = set(sequence_schema().names)  # columns that a block has a field for
 def gap_bucket(seconds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The time gap's number in TIME_GAPS; len(TIME_GAPS) for the longest ones."""
     return np.searchsorted([bound for bound, _ in TIME_GAPS], seconds, side="right")
+
+
+def moment_codes(
+    name: str, seconds: npt.NDArray[np.int64], time_zone: str
+) -> npt.NDArray[np.int64]:
+    """Each time's number in MOMENTS[name].
+
+    Raises UserError where this machine does not know the time zone.
+    """
+    zone = None if time_zone == "UTC" else time_zone  # without one no database is needed
+    try:
+        moments = pa.array(seconds, pa.int64()).cast(pa.timestamp("s", zone))
+        found = pc.hour(moments) if name == "hour" else pc.day_of_week(moments)
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"template.time_zone: {time_zone!r} is not known on this machine: {error}. Install "
+            "the time zone database, the package tzdata of most Linux distributions."
+        ) from error
+    return found.to_numpy(zero_copy_only=False)
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,9 @@ class SequenceBlock:
     rows: npt.NDArray[np.int64]
     by_request: bool = False
     stored: Mapping[str, np.ndarray] = field(default_factory=dict)
+    _codes: dict[tuple[str, str], npt.NDArray[np.int64]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def weight(self) -> npt.NDArray[np.float32] | None:
@@ -115,6 +139,16 @@ class SequenceBlock:
         last = found.history.nonzero()[0][before[known] - 1]
         gaps[known] = self.timestamps[known] - self.timestamps[last]
         return gap_bucket(gaps)
+
+    def codes(self, name: str, time_zone: str) -> npt.NDArray[np.int64]:
+        """[interactions] which of a piece's texts each has, by the piece's field."""
+        if name == GAP:
+            return self.gap_buckets
+        key = name, time_zone
+        if key not in self._codes:
+            assert self.timestamps is not None, "hours and weekdays need the timestamps column"
+            self._codes[key] = moment_codes(name, self.timestamps, time_zone)
+        return self._codes[key]
 
     @staticmethod
     def empty(by_request: bool = False) -> SequenceBlock:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dti_dist.config import TemplateConfig
 from dti_dist.errors import UserError, nearest
@@ -19,48 +19,106 @@ TIME_GAPS: tuple[tuple[int, str], ...] = (
 )
 LONGEST_TIME_GAP = "\n(years later)"  # for all that is longer
 
+GAP = ""  # what picks the words for a time gap; no field of a template has this name
+
+# Fields that an interaction's time gives, and their values.
+MOMENTS: dict[str, tuple[str, ...]] = {
+    "hour": tuple(f"{hour:02}" for hour in range(24)),
+    "weekday": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an interaction's text that is tokenised by itself.
+
+    Attributes:
+        format: a format string.
+        field: what of the interaction picks one of `values`; None: the item fills the format.
+        values: of the field.
+    """
+
+    format: str
+    field: str | None = None
+    values: tuple[str, ...] = ()
+
+    def text(self, row: Mapping[str, str]) -> str:
+        return self.format.format_map(row)
+
+    def rows(self) -> list[dict[str, str]]:
+        """What `text` takes for each value."""
+        assert self.field is not None
+        return [{self.field: value} for value in self.values]
+
 
 @dataclass(frozen=True)
 class Template:
-    """A template whose columns are known to exist."""
+    """A template whose fields are known to exist.
+
+    A piece ends with a field: a literal belongs to the field behind it, the last literal to the
+    last field. Fields of the item that follow each other are in one piece.
+
+    Attributes:
+        columns: of items.
+        pieces: of an interaction's text, in order; without the words for a time gap before them.
+    """
 
     config: TemplateConfig
     columns: tuple[str, ...]
+    pieces: tuple[Piece, ...]
 
     @staticmethod
-    def alone(config: TemplateConfig) -> Template:
-        """The template of items that have whatever columns it names."""
-        columns = _columns(config)
+    def alone(
+        config: TemplateConfig, of_events: Mapping[str, Sequence[str]] | None = None
+    ) -> Template:
+        """The template of items that have whatever columns it names.
+
+        Args:
+            of_events: fields that are not the item's but the interaction's, and their values.
+        """
+        of_events = of_events or {}
+        columns = tuple(name for name in _fields(config) if name not in of_events)
         for name in columns:
             if "." in name or "[" in name:
                 raise _not_a_format(config.item, ValueError(f"{name!r} is more than a column"))
-        return Template(config, columns)
+        return Template(config, columns, _pieces(config, of_events))
 
     @staticmethod
     def for_items(config: TemplateConfig, item_text_columns: Sequence[str]) -> Template:
-        """Raises UserError when the item template is not a format string of the items' columns."""
-        fields = _columns(config)
-        if not fields:
+        """An item's column goes before a field of the interaction that has the same name.
+
+        Raises UserError when the item template is not a format string of these.
+        """
+        of_events = {k: v for k, v in MOMENTS.items() if k not in item_text_columns}
+        fields = _fields(config)
+        columns = tuple(name for name in fields if name not in of_events)
+        if not columns:
             raise UserError(
                 f"template.item {config.item!r} names no item column, so all items would read "
                 f"alike. Use at least one of: {', '.join(item_text_columns)}."
             )
-        for field in fields:
+        for field in columns:
             if field not in item_text_columns:
                 raise UserError(
                     f"template.item names the column {field!r}, which the items don't have."
-                    f"{nearest(field, item_text_columns)} "
+                    f"{nearest(field, [*item_text_columns, *of_events])} "
                     f"Item text columns: {', '.join(item_text_columns)}."
                 )
-        template = Template(config, fields)
         try:
-            template.item_text(dict.fromkeys(fields, ""))
+            template = Template(config, columns, _pieces(config, of_events))
+            for piece in template.pieces:
+                piece.text(dict.fromkeys(fields, ""))
         except (ValueError, LookupError, AttributeError) as error:  # such as {title:d}
             raise _not_a_format(config.item, error) from error
         return template
 
-    def item_text(self, row: dict[str, str]) -> str:
-        return self.config.item.format_map(row)
+    @property
+    def item_pieces(self) -> tuple[Piece, ...]:
+        return tuple(piece for piece in self.pieces if piece.field is None)
+
+    @property
+    def event_pieces(self) -> tuple[Piece, ...]:
+        return tuple(piece for piece in self.pieces if piece.field is not None)
 
     def gap_words(self) -> list[str]:
         """One text per gap bucket, shortest gap first; empty without time gaps."""
@@ -69,12 +127,49 @@ class Template:
         return [words for _, words in TIME_GAPS] + [LONGEST_TIME_GAP]
 
 
-def _columns(config: TemplateConfig) -> tuple[str, ...]:
+def with_literals(item: str, change: Callable[[str], str]) -> str:
+    """A format string with its words changed, and its fields as they are."""
+    return "".join(
+        change(literal).replace("{", "{{").replace("}", "}}") + field
+        for literal, _, field in _parsed(item)
+    )
+
+
+def _parsed(item: str) -> list[tuple[str, str | None, str]]:
+    """Each literal, the name of the field behind it, and that field as it is written."""
+    found = []
+    for literal, name, spec, conversion in string.Formatter().parse(item):
+        how = f"!{conversion}" if conversion else ""
+        # An empty spec is as none.
+        found.append((literal, name, "" if name is None else f"{{{name}{how}:{spec}}}"))
+    return found
+
+
+def _fields(config: TemplateConfig) -> tuple[str, ...]:
     try:
-        pieces = list(string.Formatter().parse(config.item))
+        parsed = _parsed(config.item)
     except ValueError as error:
         raise _not_a_format(config.item, error) from error
-    return tuple(dict.fromkeys(name for _, name, _, _ in pieces if name is not None))
+    return tuple(dict.fromkeys(name for _, name, _ in parsed if name is not None))
+
+
+def _pieces(config: TemplateConfig, of_events: Mapping[str, Sequence[str]]) -> tuple[Piece, ...]:
+    pieces: list[Piece] = []
+    text = ""
+    for literal, name, written in _parsed(config.item):
+        text += literal.replace("{", "{{").replace("}", "}}") + written
+        if name is None:  # before a brace that is one, or at the end
+            continue
+        if name in of_events:
+            pieces.append(Piece(text, name, tuple(of_events[name])))
+        elif pieces and pieces[-1].field is None:
+            pieces.append(Piece(pieces.pop().format + text))
+        else:
+            pieces.append(Piece(text))
+        text = ""
+    if pieces:
+        pieces[-1] = replace(pieces[-1], format=pieces[-1].format + text)
+    return tuple(pieces)
 
 
 def _not_a_format(item: str, error: Exception) -> UserError:

@@ -1,4 +1,4 @@
-"""Items to token ids, where a text is only text: it can't make the tokenizer's control tokens."""
+"""Texts to token ids, where a text is only text: it can't make the tokenizer's control tokens."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from string import Formatter
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from dti_dist.data.template import Template
+from dti_dist.data.template import Piece, Template, with_literals
 
 
 class TextEncoder:
-    """Tokenises item texts under a template.
+    """Tokenises texts of items and interactions under a template.
 
     A control token is [SUM], a special token, or another added one (such as Qwen's ``<think>``)
     that is neither a label word nor of letters, digits and spaces alone. A title that spells one
@@ -34,11 +33,14 @@ class TextEncoder:
         # The same tokenizer, but for control tokens' names, which no text can know.
         hidden = {name: secrets.token_hex(16) for name in names}
         self._encode = _renamed(backend, hidden).encode_batch_fast
-        self._item = _with_literals(template.config.item, _replacing(hidden))
+        hide = _replacing(hidden)
+        self._formats = {
+            piece.format: with_literals(piece.format, hide) for piece in template.pieces
+        }
 
-    def text(self, row: Mapping[str, str]) -> str:
-        """An item's text, for `encode`: the template's control tokens have other names in it."""
-        return self._item.format_map(row)
+    def text(self, piece: Piece, row: Mapping[str, str]) -> str:
+        """A piece's text, for `encode`: the template's control tokens have other names in it."""
+        return self._formats[piece.format].format_map(row)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text that `text` gave."""
@@ -90,14 +92,3 @@ def _replacing(names: Mapping[str, str]) -> Callable[[str], str]:
     longest_first = sorted(names, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     return lambda text: pattern.sub(lambda found: names[found[0]], text)
-
-
-def _with_literals(item: str, change: Callable[[str], str]) -> str:
-    """A format string with its words changed, and its fields as they are."""
-    pieces = []
-    for literal, field, spec, conversion in Formatter().parse(item):
-        pieces.append(change(literal).replace("{", "{{").replace("}", "}}"))
-        if field is not None:
-            how = f"!{conversion}" if conversion else ""
-            pieces.append(f"{{{field}{how}:{spec}}}")  # an empty spec is as none
-    return "".join(pieces)

@@ -239,6 +239,9 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
         "template": config.template.model_dump(mode="json"),
         "time_gaps": _time_gaps(config),
         "keep_negatives": inputs.dataset.manifest.keep_negatives,
+        "pieces": [
+            {"format": piece.format, "field": piece.field} for piece in inputs.template.pieces
+        ],
         "requests": requests and requests.model_dump(mode="json"),
         "attention": config.attention.model_dump(mode="json", exclude={"backend"}),
         "sum_token": SUM_TOKEN,

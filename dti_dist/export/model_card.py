@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,9 +14,9 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
 import dti_dist
-from dti_dist.config import RunConfig, TemplateConfig
+from dti_dist.config import RunConfig
 from dti_dist.data.dataset import CEILINGS
-from dti_dist.data.template import TIME_GAPS
+from dti_dist.data.template import TIME_GAPS, Template
 from dti_dist.evaluation.labels import (
     FLOOR_COLUMNS,
     LABELS,
@@ -73,7 +73,7 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
     once = {(e["split"], e["prompt"], e["checkpoint"]): e for e in measured}
     evaluations = list(once.values())
     base = _base(config)
-    prompt = _example(config.template, manifest.item_text_columns)
+    prompt = _example(inputs.template)
     card = _template().render(
         metadata=_metadata(config, made, licence, evaluations, base),
         config=config,
@@ -155,10 +155,14 @@ def _metadata(
     ).to_yaml()
 
 
-def _example(template: TemplateConfig, columns: Sequence[str]) -> str:
+def _example(made: Template) -> str:
     """A sliding-window prompt of made-up items: real ones may be nobody's to publish."""
+    template = made.config
+    of_events = {str(piece.field): piece.values[0] for piece in made.event_pieces}
     items = [
-        template.item.format_map({column: f"<{column} of item {number}>" for column in columns})
+        template.item.format_map(
+            {column: f"<{column} of item {number}>" for column in made.columns} | of_events
+        )
         for number in (1, 2, 3)
     ]
     if template.time_gaps:

@@ -74,4 +74,6 @@ def _texts(dataset: Dataset, template: Template) -> Iterator[str]:
         for batch in dataset.items_table().select(list(template.columns)).to_batches(8192)
         for row in batch.to_pylist()
     )
-    yield from map(template.item_text, rows)
+    for piece in template.event_pieces:
+        yield from map(piece.text, piece.rows())
+    yield from (piece.text(row) for row in rows for piece in template.item_pieces)

@@ -13,8 +13,8 @@ import torch
 
 from dti_dist.attention.layout import SharedBody, stack
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.layout import distinct_texts, ranges
-from dti_dist.data.samples import IntArray
+from dti_dist.data.layout import distinct_texts, write_texts
+from dti_dist.data.samples import IntArray, ranges
 from dti_dist.model.ctr_model import CTRModel, KeptStates
 from dti_dist.serving.requests import RequestPack
 
@@ -46,28 +46,30 @@ class ItemStates:
         self._model, self._pass_tokens, self._filled_up = model, pass_tokens, filled_up
         self._limit_bytes = limit_bytes
         self._layers: list[torch.Tensor] = []
-        self._first_row = np.empty(0, dtype=np.int64)  # by text, of its tokens; -1: not there
+        self._first_row: dict[bytes, int] = {}  # of a text's tokens, by its item and words
         self._used = 0
         self.hits = self.misses = 0
 
     def of(self, built: RequestPack, tokens: ItemTokens) -> KeptStates:
         """The states that a pack's [SUM] tokens read; those that are missing are computed."""
         prompts, layout = built.prompts, built.pack.layout
-        gap_kinds = max(len(tokens.gaps), 1)
-        texts = prompts.items * gap_kinds + (0 if prompts.gaps is None else prompts.gaps)
-        self._know(len(tokens.lengths) * gap_kinds)
-        wanted = np.unique(texts)
-        missing = wanted[self._first_row[wanted] < 0]
-        lengths = _text_lengths(wanted, tokens) + 2
-        if not self._has_room(int(lengths[self._first_row[wanted] < 0].sum())):
+        numbers, _ = tokens.text_numbers(prompts.items, prompts.words)
+        _, occurs, text = np.unique(numbers, return_index=True, return_inverse=True)
+        items, words = prompts.items[occurs].astype(np.int64), prompts.words[occurs]
+        names = [row.tobytes() for row in np.column_stack([items, words])]
+        missing = np.array([name not in self._first_row for name in names], dtype=bool)
+        lengths = tokens.text_lengths(items, words) + 2
+        if not self._has_room(int(lengths[missing].sum())):
             self.clear()
-            missing = wanted
-        self.hits += len(wanted) - len(missing)
-        self.misses += len(missing)
-        self._compute(missing, tokens)
+            missing[:] = True
+        self.hits += int((~missing).sum())
+        self.misses += int(missing.sum())
+        computed = self._compute(items[missing], words[missing], tokens)
+        new = [name for name, is_new in zip(names, missing, strict=True) if is_new]
+        self._first_row.update(zip(new, computed.tolist(), strict=True))
         unit_start, unit = layout.unit_start.numpy(), prompts.units(tokens)
         first = np.zeros(len(unit_start) - 1, dtype=np.int64)  # a prefix's states come first of all
-        first[unit] = self._first_row[texts]
+        first[unit] = np.array([self._first_row[name] for name in names], dtype=np.int64)[text]
         rows = np.zeros(built.shape.length, dtype=np.int64)
         rows[: unit_start[-1]] = ranges(first, np.diff(unit_start))
         # Behind a text are both labels: the one of 0, that of 1.
@@ -76,17 +78,12 @@ class ItemStates:
         return KeptStates(self._layers, torch.from_numpy(rows)[None].to(self._device))
 
     def clear(self) -> None:
-        self._first_row[:] = -1
+        self._first_row.clear()
         self._used = 0
 
     @property
     def _device(self) -> torch.device:
         return self._model.head.weight.device
-
-    def _know(self, texts: int) -> None:
-        new = texts - len(self._first_row)
-        if new > 0:
-            self._first_row = np.concatenate([self._first_row, np.full(new, -1)])
 
     @property
     def _row_bytes(self) -> int:
@@ -95,20 +92,22 @@ class ItemStates:
     def _has_room(self, more: int) -> bool:
         return not self._layers or (self._used + more) * self._row_bytes <= self._limit_bytes
 
-    def _compute(self, texts: IntArray, tokens: ItemTokens) -> None:
-        lengths = _text_lengths(texts, tokens) + 2
+    def _compute(self, items: IntArray, words: IntArray, tokens: ItemTokens) -> IntArray:
+        """Where the states of each text begin."""
+        lengths = tokens.text_lengths(items, words) + 2
+        first_row = np.empty(len(items), dtype=np.int64)
         passes = np.cumsum(lengths) // self._pass_tokens
         for number in np.unique(passes):
-            chosen = texts[passes == number]
-            ids, interactions = _lay_out(chosen, tokens, self._filled_up)
+            chosen = passes == number
+            ids, interactions = _lay_out(items[chosen], words[chosen], tokens, self._filled_up)
             with torch.inference_mode():
                 states = self._model.states(ids.to(self._device), interactions)
-            P, total = len(tokens.prefix), int(lengths[passes == number].sum())
+            P, total = len(tokens.prefix), int(lengths[chosen].sum())
             if self._used == 0:  # the prefix's states come first, once for all
                 self._store([layer[:P] for layer in states])
-            first = self._used + np.cumsum(lengths[passes == number]) - lengths[passes == number]
+            first_row[chosen] = self._used + np.cumsum(lengths[chosen]) - lengths[chosen]
             self._store([layer[P : P + total] for layer in states])
-            self._first_row[chosen] = first
+        return first_row
 
     def _store(self, states: list[torch.Tensor]) -> None:
         end = self._used + len(states[0])
@@ -126,32 +125,15 @@ class ItemStates:
         self._used = end
 
 
-def _text_lengths(texts: IntArray, tokens: ItemTokens) -> IntArray:
-    """[texts] tokens of each, gap words included."""
-    if not tokens.gaps:
-        return tokens.lengths[texts]
-    items, gaps = np.divmod(texts, len(tokens.gaps))
-    return tokens.lengths[items] + tokens.gap_lengths[gaps]
-
-
 def _lay_out(
-    texts: IntArray, tokens: ItemTokens, filled_up: Callable[[int], int]
+    items: IntArray, words: IntArray, tokens: ItemTokens, filled_up: Callable[[int], int]
 ) -> tuple[torch.Tensor, SharedBody]:
     """Token ids [1, Lb] of the prefix and then of each text with both labels, and how they lie."""
-    items, gaps = np.divmod(texts, max(len(tokens.gaps), 1))
-    P, text = len(tokens.prefix), _text_lengths(texts, tokens)
-    start, body = distinct_texts(text, np.full(len(texts), 2), P)
+    P, text = len(tokens.prefix), tokens.text_lengths(items, words)
+    start, body = distinct_texts(text, np.full(len(items), 2), P)
     length = filled_up(len(body.position))
     ids = np.zeros(length, dtype=np.int64)
     ids[:P] = tokens.prefix
-    item_lengths = tokens.lengths[items]
-    ids[ranges(start + text - item_lengths, item_lengths)] = np.asarray(tokens.tokens)[
-        ranges(np.asarray(tokens.offsets)[items], item_lengths)
-    ]
-    if tokens.gaps:
-        gap_lengths = tokens.gap_lengths
-        ids[ranges(start, gap_lengths[gaps])] = np.concatenate(tokens.gaps)[
-            ranges((gap_lengths.cumsum() - gap_lengths)[gaps], gap_lengths[gaps])
-        ]
+    write_texts(ids, tokens, items, words, start, len(body.position))
     ids[start + text], ids[start + text + 1] = tokens.label_ids
     return torch.from_numpy(ids)[None], stack([body.padded(length)])

@@ -6,12 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
-from dti_dist.data.item_tokens import ItemTokens, encode, label_token_ids
+from dti_dist.data.item_tokens import (
+    ItemTokens,
+    encode,
+    event_words,
+    gap_words,
+    label_token_ids,
+    order_of_pieces,
+)
 from dti_dist.data.samples import IntArray
 from dti_dist.data.template import Template
 from dti_dist.data.text_encoder import TextEncoder
@@ -35,7 +42,7 @@ class ItemTexts:
         self.template = template
         self._base, self._tokenizer, self._remembered = base, tokenizer, remembered
         self._new: list[list[int]] = []
-        self._row_of: dict[str, int] = {}
+        self._row_of: dict[tuple[str, ...], int] = {}
         self._tokens: ItemTokens | None = base
         self.generation = 0
 
@@ -47,18 +54,21 @@ class ItemTexts:
             UserError: a label word is not one token of the tokenizer.
         """
         config = template.config
+        encoder = TextEncoder(tokenizer, template, sum_id)
         base = ItemTokens(
             tokens=np.empty(0, dtype=np.int32),
             offsets=np.zeros(1, dtype=np.int64),
             label_ids=label_token_ids(tokenizer, config.label_words),
             prefix=np.array(encode(tokenizer, config.prefix), dtype=np.int32),
-            gaps=tuple(
-                np.array(encode(tokenizer, words), dtype=np.int32) for words in template.gap_words()
-            ),
+            words=(*gap_words(template, tokenizer), *event_words(template, encoder)),
+            of_item=order_of_pieces(template),
             sum_id=sum_id,
             fingerprint="",
+            time_zone=config.time_zone,
         )
-        return ItemTexts(base, template, tokenizer)
+        items = ItemTexts(base, template, tokenizer)
+        items.__dict__["encoder"] = encoder
+        return items
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -82,9 +92,9 @@ class ItemTexts:
 
     @property
     def longest_interaction(self) -> int:
-        """Most tokens that an interaction can have: gap words, a cut text, a label."""
-        gaps = self._base.gap_lengths.max(initial=0)
-        return int(gaps) + self.template.config.max_item_tokens + 1
+        """Most tokens that an interaction can have: words, cut texts of an item, a label."""
+        limit = self.template.config.max_item_tokens
+        return self._base.longest_words + self._base.item_pieces * limit + 1
 
     def rows_of(self, items: Sequence[Item]) -> IntArray:
         """[items] the row of each, by its text; -1 where it has no text or no tokens.
@@ -94,7 +104,7 @@ class ItemTexts:
         Raises:
             UserError: an item lacks a column of the template, or is not text.
         """
-        texts = [self._text(item, number) for number, item in enumerate(items)]
+        texts = [self._texts(item, number) for number, item in enumerate(items)]
         new = [text for text in dict.fromkeys(texts) if text and text not in self._row_of]
         if len(self._row_of) + len(new) > self._remembered and self._row_of:
             self._row_of.clear()
@@ -111,25 +121,26 @@ class ItemTexts:
         Raises:
             UserError: as of `rows_of`.
         """
-        texts = [self._text(item, number) for number, item in enumerate(items)]
+        texts = [self._texts(item, number) for number, item in enumerate(items)]
         rows = self._add(texts)
         self._base, self._new = self.tokens, []
         return rows
 
-    def _add(self, texts: Sequence[str]) -> IntArray:
+    def _add(self, texts: Sequence[tuple[str, ...]]) -> IntArray:
         if not texts:
             return np.empty(0, dtype=np.int64)
-        encoded = self.encoder.encode(texts)
-        limit = self.template.config.max_item_tokens
-        has_tokens = np.array([bool(ids) for ids in encoded])
-        first = len(self._base.lengths) + len(self._new)
+        pieces, limit = self._base.item_pieces, self.template.config.max_item_tokens
+        encoded = iter(self.encoder.encode([*chain.from_iterable(texts)]))
+        of_items = [[*islice(encoded, pieces)] if text else [] for text in texts]
+        has_tokens = np.array([any(item) for item in of_items])
+        first = len(self._base.lengths) + len(self._new) // pieces
         rows = np.where(has_tokens, first + np.cumsum(has_tokens) - 1, -1)
-        self._new += [ids[:limit] for ids in encoded if ids]
+        self._new += [ids[:limit] for item in of_items if any(item) for ids in item]
         self._tokens = None
         return rows
 
-    def _text(self, item: Item, number: int) -> str:
-        """The template's text of an item; empty where all of its columns are."""
+    def _texts(self, item: Item, number: int) -> tuple[str, ...]:
+        """The template's texts of an item; none where all of its columns are empty."""
         columns = self.template.columns
         if isinstance(item, str):
             if len(columns) > 1:
@@ -151,7 +162,9 @@ class ItemTexts:
                     f"template.item names; {column!r} is missing.{nearest(column, item)}"
                 )
             values[column] = _as_text(item[column], f"Item {number}, {column}")
-        return self.encoder.text(values) if any(map(str.strip, values.values())) else ""
+        if not any(map(str.strip, values.values())):
+            return ()
+        return tuple(self.encoder.text(piece, values) for piece in self.template.item_pieces)
 
 
 def _as_text(value: Any, where: str) -> str:

@@ -12,7 +12,7 @@ from dti_dist.config import AttentionConfig, SampleConfig, StorageConfig, Templa
 from dti_dist.console import without_library_chatter
 from dti_dist.data import item_tokens
 from dti_dist.data.dataset import Dataset
-from dti_dist.data.template import Template
+from dti_dist.data.template import MOMENTS, Template
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs, cache_dir_of
 from dti_dist.model import sources
@@ -46,8 +46,7 @@ class Pretrained:
     def of(inputs: Inputs, model: CTRModel) -> Pretrained:
         """A model with the inputs that it was made for."""
         dataset, config = inputs.dataset, inputs.config
-        template = Template.for_items(config.template, dataset.manifest.item_text_columns)
-        items = ItemTexts(inputs.tokens, template, inputs.tokenizer)
+        items = ItemTexts(inputs.tokens, inputs.template, inputs.tokenizer)
         return Pretrained(model, items, config.sample.context, dataset, dataset.has_requests)
 
 
@@ -114,6 +113,9 @@ def load_exported(
         head, sum_id = str(settings["head"]), int(settings["sum_token_id"])
         label_ids = settings["label_token_ids"]
         no, yes = int(label_ids[0]), int(label_ids[1])
+        # Exports of before had no fields but the item's.
+        fields = [piece["field"] for piece in settings.get("pieces", ()) if piece["field"]]
+        of_events = {name: MOMENTS[name] for name in fields}
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{folder}: expected what dti-dist export writes, found something else: {error}. "
@@ -121,10 +123,18 @@ def load_exported(
         ) from error
     dataset = None
     if data is None:
-        items = ItemTexts.none_yet(Template.alone(config), tokenizer, sum_id)
+        items = ItemTexts.none_yet(Template.alone(config, of_events), tokenizer, sum_id)
     else:
         dataset = Dataset.open(data, storage=storage)
         template = Template.for_items(config, dataset.manifest.item_text_columns)
+        found = {piece.field for piece in template.event_pieces}
+        if found != of_events.keys():
+            differ = ", ".join(map(repr, sorted(map(str, found ^ of_events.keys()))))
+            raise UserError(
+                f"{data}: expected a data set in which template.item {config.item!r} reads as in "
+                f"training; found {differ}, a column of the items in one of the two, and told by "
+                "the interaction's time in the other. Rename the items' column."
+            )
         cache = cache_dir_of(dataset)
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache)
         items = ItemTexts(tokens, template, tokenizer)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.layout import Pack, PackShape, Prompts, lay_out
 from dti_dist.data.samples import IntArray, ranges
-from dti_dist.data.sequences import gap_bucket
+from dti_dist.data.sequences import gap_bucket, moment_codes
+from dti_dist.data.template import GAP
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,27 @@ class Requests:
     Attributes:
         history_items: [H] rows of the item tokens.
         history_labels: [H] 0 or 1.
-        history_gaps: [H] bucket of the time since the interaction before; all 0 without time gaps.
+        history_words: [H, W] rows of the item tokens' words.
         history_place: [H] the first interaction that the user was shown with it; itself, where each
             was shown alone.
         context_start, context_end: [R].
         candidate_items: [C].
-        candidate_gaps: [R] bucket of the time since the last interaction of the history.
+        candidate_words: [C, W].
         candidate_offsets: [R + 1].
     """
 
     history_items: IntArray
     history_labels: npt.NDArray[np.int8]
-    history_gaps: IntArray
+    history_words: IntArray
     history_place: IntArray
     context_start: IntArray
     context_end: IntArray
     candidate_items: IntArray
-    candidate_gaps: IntArray
+    candidate_words: IntArray
     candidate_offsets: IntArray
 
     def __len__(self) -> int:
-        return len(self.candidate_gaps)
+        return len(self.candidate_offsets) - 1
 
 
 _NEVER = np.iinfo(np.int64).max
@@ -114,7 +115,7 @@ class CutRequests:
 
 
 def cut_requests(
-    raw: RawRequests, n: int, time_gaps: bool, by_request: bool, share: bool = False
+    raw: RawRequests, n: int, tokens: ItemTokens, by_request: bool, share: bool = False
 ) -> CutRequests:
     """Each request with the last n interactions before it, and its candidates that have a text.
 
@@ -122,6 +123,7 @@ def cut_requests(
     only such, still is the one before.
 
     Args:
+        tokens: of the items; its words need the times of requests and histories, or not.
         by_request: interactions of one time were shown at once, and none sees another of them.
         share: requests of one user share what their contexts have in common.
     """
@@ -140,15 +142,7 @@ def cut_requests(
     kept = kept[(known & past)[kept]]
     of = request[kept]
     stamps = raw.timestamps[kept] if raw.timestamps is not None else None
-    gaps, last_gaps = np.zeros(len(kept), dtype=np.int64), np.zeros(R, dtype=np.int64)
     nth, ends = np.arange(len(kept)), np.searchsorted(of, np.arange(R), side="right")
-    if time_gaps and len(kept):
-        assert stamps is not None, "time gaps need timestamps"
-        before = np.maximum(_shown_with(of, stamps if by_request else None) - 1, 0)
-        gaps = np.where(of[before] == of, gap_bucket(stamps - stamps[before]), 0)
-        has_history = np.bincount(of, minlength=R) > 0
-        last = stamps[np.maximum(ends - 1, 0)]
-        last_gaps = np.where(has_history, gap_bucket(times - last), 0)
     recent = nth >= (ends - n)[of]
     context = np.bincount(of[recent], minlength=R)
     order, chosen, start = np.arange(R), nth[recent], np.cumsum(context) - context
@@ -159,6 +153,22 @@ def cut_requests(
         order, chosen, start = _share(raw.whose, chosen, place, context)
         owner = raw.whose.user
     history = kept[chosen]
+
+    def past_codes(name: str) -> IntArray:
+        assert stamps is not None, "texts of times need timestamps"
+        if name != GAP:
+            return moment_codes(name, stamps[chosen], tokens.time_zone)
+        before = np.maximum(_shown_with(of, stamps if by_request else None) - 1, 0)
+        return np.where(of[before] == of, gap_bucket(stamps - stamps[before]), 0)[chosen]
+
+    def request_codes(name: str) -> IntArray:
+        if name != GAP:
+            return moment_codes(name, times, tokens.time_zone)
+        if stamps is None or not len(stamps):
+            return np.zeros(R, dtype=np.int64)
+        has_history = np.bincount(of, minlength=R) > 0
+        return np.where(has_history, gap_bucket(times - stamps[np.maximum(ends - 1, 0)]), 0)
+
     candidates = np.diff(raw.candidate_offsets)[order]
     scored = ranges(raw.candidate_offsets[order], candidates)
     has_text = raw.candidates[scored] >= 0
@@ -168,14 +178,14 @@ def cut_requests(
         requests=Requests(
             history_items=raw.items[history],
             history_labels=raw.labels[history],
-            history_gaps=gaps[chosen],
+            history_words=tokens.word_rows(len(chosen), past_codes),
             history_place=_shown_with(
                 owner[of[chosen]], stamps[chosen] if by_request and stamps is not None else None
             ),
             context_start=start[order],
             context_end=(start + context)[order],
             candidate_items=raw.candidates[scored],
-            candidate_gaps=last_gaps[order],
+            candidate_words=tokens.word_rows(R, request_codes)[order[of_candidate]],
             candidate_offsets=np.concatenate(
                 [[0], np.cumsum(np.bincount(of_candidate, minlength=R))]
             ),
@@ -241,13 +251,11 @@ def pack_requests(requests: Requests, tokens: ItemTokens, pack_tokens: int) -> I
     A context longer than a pack gets one candidate at a time. Requests without candidates are in
     no pack.
     """
-    text = tokens.lengths + 1  # with its label, or its [SUM]
-    gaps = tokens.gap_lengths if tokens.gaps else np.zeros(1, dtype=np.int64)
     prefix = len(tokens.prefix)
-    history = _ends(text[requests.history_items] + gaps[requests.history_gaps])
+    # A text with its label, or its [SUM].
+    history = _ends(tokens.text_lengths(requests.history_items, requests.history_words) + 1)
+    ends = _ends(tokens.text_lengths(requests.candidate_items, requests.candidate_words) + 1)
     candidates = np.diff(requests.candidate_offsets)
-    costs = text[requests.candidate_items] + gaps[requests.candidate_gaps].repeat(candidates)
-    ends = _ends(costs)
     pieces: list[list[int]] = []
     room = pack_tokens
     for request in np.flatnonzero(candidates).tolist():
@@ -309,13 +317,13 @@ def build_request_pack(
     Args:
         shape_of: what a pack of so many tokens and so many candidates is padded to.
     """
-    prompts = _prompts(requests, pieces, with_gaps=bool(tokens.gaps))
+    prompts = _prompts(requests, pieces)
     slots = len(prompts.targets)
     shape = shape_of(prompts.body_length(tokens), slots)
     return RequestPack(lay_out(prompts, tokens, shape), shape, prompts)
 
 
-def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
+def _prompts(requests: Requests, pieces: Pieces) -> Prompts:
     candidates = pieces.end - pieces.first
     history = pieces.history_end - pieces.history_start
     count = history + candidates
@@ -327,12 +335,11 @@ def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
     request = np.searchsorted(requests.candidate_offsets, from_candidates, side="right") - 1
 
     def interactions(of_history: np.ndarray, of_candidates: np.ndarray | int) -> np.ndarray:
-        values = np.empty(len(piece), dtype=of_history.dtype)
+        values = np.empty((len(piece), *of_history.shape[1:]), dtype=of_history.dtype)
         values[~is_candidate] = of_history
         values[is_candidate] = of_candidates
         return values
 
-    gaps = requests.history_gaps[from_history], requests.candidate_gaps[request]
     place = interactions(requests.history_place[from_history], requests.context_end[request])
     return Prompts(
         count=count,
@@ -340,7 +347,9 @@ def _prompts(requests: Requests, pieces: Pieces, with_gaps: bool) -> Prompts:
         items=interactions(
             requests.history_items[from_history], requests.candidate_items[from_candidates]
         ),
-        gaps=interactions(*gaps) if with_gaps else None,
+        words=interactions(
+            requests.history_words[from_history], requests.candidate_words[from_candidates]
+        ),
         labels=interactions(requests.history_labels[from_history], 0),
         targets=np.flatnonzero(is_candidate),
         target_row=request,

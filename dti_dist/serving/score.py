@@ -37,6 +37,7 @@ from dti_dist.runs.exported import is_run
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import choose_checkpoint
+from dti_dist.serving.given import MOST_SECONDS
 from dti_dist.serving.histories import Histories
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.request_files import RequestFiles, RequestRows
@@ -285,17 +286,20 @@ class PartScorer:
     ) -> PartScorer:
         dataset = scorer.dataset
         catalogue = _Catalogue.open(dataset, scorer.items, options)
-        if scorer.items.tokens.gaps and "timestamp" not in files.schema.names:
+        tokens = scorer.items.tokens
+        if tokens.needs_times and "timestamp" not in files.schema.names:
             raise UserError(
                 f"{files.files[0].uri}: expected the column 'timestamp', when each request is "
-                "made: template.time_gaps puts the time since the last interaction into the prompt."
+                "made: by its template (time_gaps, or a field such as {hour}) the model reads "
+                "times."
             )
         histories = None
         if files.names_users and dataset is not None:
             workspace = stack.enter_context(open_workspace(threads=options.threads))
             rows = _rows_of_parts(files, mine, options.part_requests)
-            time_gaps = bool(scorer.items.tokens.gaps)
-            histories = Histories(workspace, dataset, rows, scorer.n, time_gaps, ranks.is_main)
+            histories = Histories(
+                workspace, dataset, rows, scorer.n, tokens.has_gaps, ranks.is_main
+            )
         elif files.names_users and not files.brings_histories:
             raise UserError(
                 f"{files.files[0].uri}: expected 'history_items' and 'history_labels', or a data "
@@ -346,8 +350,14 @@ class PartScorer:
             if timestamps is not None:
                 timestamps = np.concatenate([timestamps, found.timestamps])[order]
             offsets = np.concatenate([[0], np.cumsum(np.bincount(of, minlength=R))])
-        gaps = bool(self.scorer.items.tokens.gaps)
-        if timestamps is None and (gaps or rows.times is not None):
+        tokens = self.scorer.items.tokens
+        if tokens.has_moments and rows.times is not None and rows.times.max() > MOST_SECONDS:
+            missing = int(rows.times.argmax())
+            raise UserError(
+                f"{self.files.where(rows.first + missing)}: timestamp: expected a time, found "
+                "null. The model's template names the hour or the weekday."
+            )
+        if timestamps is None and (tokens.needs_times or rows.times is not None):
             raise UserError(
                 f"{self.files.where(rows.first)} and later rows: expected 'history_timestamps' "
                 "beside 'history_items': requests have a 'timestamp', and only what was before it "

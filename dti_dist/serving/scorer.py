@@ -169,7 +169,7 @@ class Scorer:
         Raises:
             UserError: history or candidates are no lists, a label is not 0 or 1, a timestamp is
                 none or not in seconds, an item lacks a column, has no text or none that is UTF-8,
-                or timestamps are missing that the template's time gaps need.
+                or timestamps are missing that the template's texts of times need.
         """
         return self.score_batch([Request(history, candidates, timestamp)])[0]
 
@@ -189,7 +189,7 @@ class Scorer:
     def cut(self, raw: RawRequests) -> CutRequests:
         """Requests as the model reads them."""
         exact = self.model.scheme.policy.exact
-        return cut_requests(raw, self.n, bool(self.items.tokens.gaps), self.by_request, exact)
+        return cut_requests(raw, self.n, self.items.tokens, self.by_request, exact)
 
     def score_requests(
         self, requests: Requests, on_scored: Callable[[int], None] = lambda requests: None
@@ -261,10 +261,10 @@ class Scorer:
         self, stamps: Sequence[int | None], requests: Sequence[ReadRequest]
     ) -> npt.NDArray[np.int64] | None:
         timed = [request for request in requests if request.timestamp is not None]
-        if self.items.tokens.gaps and len(timed) < len(requests):
+        if self.items.tokens.needs_times and len(timed) < len(requests):
             raise UserError(
-                "Expected a timestamp of each request: template.time_gaps puts the time since the "
-                "last interaction into the prompt."
+                "Expected a timestamp of each request: by its template (time_gaps, or a field such "
+                "as {hour}) the model reads times."
             )
         missing = [number for number, stamp in enumerate(stamps) if stamp is None]
         if not missing:

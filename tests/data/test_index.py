@@ -60,9 +60,11 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-@pytest.mark.parametrize("time_gaps", [False, True])
-def test_the_index_has_the_size_of_every_sample(dataset, tmp_path, split, time_gaps):
-    tokens = tokenise(dataset, tmp_path, time_gaps=time_gaps)
+@pytest.mark.parametrize(
+    "template", [{}, {"time_gaps": True}, {"item": "{title} on {weekday}, {details}"}]
+)
+def test_the_index_has_the_size_of_every_sample(dataset, tmp_path, split, template):
+    tokens = tokenise(dataset, tmp_path, **template)
     found = load_or_build(dataset, split, SAMPLE, tokens, tmp_path)
     places = [
         (part.path, number)

@@ -76,10 +76,44 @@ def test_each_item_has_the_tokens_of_its_text(tmp_path, tokenizer, monkeypatch):
     assert [tokenizer.decode(piece) for piece in pieces] == [f"{title}:" for title in TITLES]
     assert tokens.lengths.tolist() == [len(piece) for piece in pieces]
     assert tokenizer.decode(tokens.prefix) == "shop"
-    assert [tokenizer.decode(words) for words in tokens.gaps] == made.gap_words()
-    assert tokens.gap_lengths.tolist() == [len(words) for words in tokens.gaps]
+    (gaps,) = tokens.words
+    assert [tokenizer.decode(words) for words in gaps.texts] == made.gap_words()
+    assert tokens.of_item == (False, True)
     assert [tokenizer.decode([token]) for token in tokens.label_ids] == [" No", " Yes"]
     assert tokens.sum_id == SUM_ID
+
+
+def test_pieces_are_tokenised_each_by_itself_and_cached(tmp_path, tokenizer, unread):
+    item = "{weekday}: {title}, at {hour} <{kind}>"
+    made = template(item, time_gaps=True)
+    load(tmp_path, tokenizer, made=made)
+    unread()
+    tokens = load(tmp_path, tokenizer, made=made)
+    assert tokens.of_item == (False, False, True, False, True)
+    pieces = [tokenizer.decode(p) for p in np.split(tokens.tokens, tokens.offsets[1:-1])]
+    assert pieces[0::2] == [f": {title}" for title in TITLES]
+    assert pieces[1::2] == [" <new>"] * len(TITLES)
+    assert tokens.lengths.tolist() == [
+        len(item_tokens.encode(tokenizer, f": {title}"))
+        + len(item_tokens.encode(tokenizer, " <new>"))
+        for title in TITLES
+    ]
+    gaps, days, hours = ([tokenizer.decode(t) for t in words.texts] for words in tokens.words)
+    assert gaps == made.gap_words()
+    assert days[::6] == ["Monday", "Sunday"]
+    assert hours == [f", at {hour:02}" for hour in range(24)]
+    rows = tokens.word_rows(2, {"": np.array([5, 0]), "weekday": [6, 1], "hour": [0, 23]}.get)
+    assert rows.tolist() == [[5, 12, 13], [0, 7, 36]]
+    longest = [max(len(text) for text in words.texts) for words in tokens.words]
+    assert tokens.longest_words == sum(longest)
+
+
+def test_the_time_zone_counts_only_where_times_are_told(tmp_path, tokenizer):
+    def mark(item, zone):
+        return load(tmp_path, tokenizer, made=template(item, time_zone=zone)).fingerprint
+
+    assert mark("{title}", "UTC") == mark("{title}", "Asia/Tokyo")
+    assert mark("{title} {hour}", "UTC") != mark("{title} {hour}", "Asia/Tokyo")
 
 
 def test_long_texts_are_cut_and_counted(tmp_path, tokenizer, capsys):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from datetime import datetime
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dti_dist.data import item_tokens as item_tokens_module
 from dti_dist.data.layout import PackShape, build_pack
 from dti_dist.data.packing import assign_packs, pack_shape
-from dti_dist.data.samples import Samples, SampleSettings
+from dti_dist.data.samples import Samples, SampleSettings, block_words
 from dti_dist.errors import UserError
 from tests.tiny import item_tokens, sequences, users
 
@@ -65,6 +68,16 @@ def test_packs_of_realistic_samples_are_nearly_full(k, at_least):
 # --- the arrays ------------------------------------------------------------------------------
 
 
+def orders_of_pieces():
+    """One piece of the item, or several with words before, between and behind them."""
+    some = st.lists(st.sampled_from(["item", "hour", "weekday"]), max_size=2)
+    return st.one_of(
+        st.just(("item",)),
+        some.map(lambda found: ("item", *found, "hour")),
+        some.map(lambda found: (*found, "item")),
+    )
+
+
 def plain_pack(samples, block, tokens, shape):
     """A pack laid out token by token, as lists under the names of Pack's fields."""
     body, slots = [], []  # (token, position, unit); a dict per target
@@ -87,12 +100,23 @@ def plain_pack(samples, block, tokens, shape):
         for position in range(first, end):
             at = block.offsets[row] + position
             units.append((len(body), first_unit, *prefix))
-            if tokens.gaps:
+            if tokens.has_gaps:
                 gap = 0 if position == 0 else block.timestamps[at] - block.timestamps[at - 1]
                 bounds = (3600, 86400, 7 * 86400, 30 * 86400, 365 * 86400)
-                write(tokens.gaps[sum(gap >= bound for bound in bounds)])
-            item = block.item_ids[at]
-            write(tokens.tokens[tokens.offsets[item] : tokens.offsets[item + 1]])
+                write(tokens.words[0].texts[sum(gap >= bound for bound in bounds)])
+            item_piece = iter(range(block.item_ids[at] * tokens.item_pieces, 10**9))
+            words = iter(tokens.words[tokens.has_gaps :])
+            for of_item in tokens.of_item[tokens.has_gaps :]:
+                if of_item:
+                    piece = next(item_piece)
+                    write(tokens.tokens[tokens.offsets[piece] : tokens.offsets[piece + 1]])
+                else:
+                    piece = next(words)
+                    moment = datetime.fromtimestamp(
+                        int(block.timestamps[at]), ZoneInfo(tokens.time_zone)
+                    )
+                    code = {"hour": moment.hour, "weekday": moment.weekday()}[piece.field]
+                    write(piece.texts[code])
             if position >= first_target:
                 slots.append(
                     {
@@ -142,18 +166,20 @@ def plain_pack(samples, block, tokens, shape):
     k=st.integers(1, 6),
     prefix=st.sampled_from([0, 1, 4]),
     time_gaps=st.booleans(),
+    pieces=orders_of_pieces(),
 )
 def test_a_pack_is_what_laying_it_out_token_by_token_gives(
-    seed, lengths, target_start, n, k, prefix, time_gaps
+    seed, lengths, target_start, n, k, prefix, time_gaps, pieces
 ):
     rng = np.random.default_rng(seed)
-    tokens = item_tokens(rng, prefix=prefix, time_gaps=time_gaps)
+    tokens = item_tokens(rng, prefix=prefix, time_gaps=time_gaps, pieces=pieces)
     block = users(rng, lengths, target_start=target_start)
     samples = SampleSettings(n, k, 0).cut(block)
     chosen = rng.permutation(len(samples))[: int(rng.integers(0, 9))]
     samples = samples.take(chosen)  # in any order, as after shuffling; maybe none
-    pack = build_pack(samples, block, tokens, SHAPE)
-    expected = plain_pack(samples, block, tokens, SHAPE)
+    shape = replace(SHAPE, length=2048)
+    pack = build_pack(samples, block, tokens, shape)
+    expected = plain_pack(samples, block, tokens, shape)
     found = vars(pack) | vars(pack.layout)
     assert found.keys() - expected.keys() == {
         "layout",
@@ -174,15 +200,19 @@ def test_a_pack_is_what_laying_it_out_token_by_token_gives(
     items=st.integers(1, 12),
     prefix=st.integers(0, 3),
     time_gaps=st.booleans(),
+    pieces=orders_of_pieces(),
+    numbers=st.sampled_from([1, 40, 1 << 40]),
 )
 def test_a_shared_body_holds_each_distinct_interaction_once(
-    seed, lengths, items, prefix, time_gaps
+    seed, lengths, items, prefix, time_gaps, pieces, numbers
 ):
     rng = np.random.default_rng(seed)
-    tokens = item_tokens(rng, items=items, prefix=prefix, time_gaps=time_gaps)
+    tokens = item_tokens(rng, items=items, prefix=prefix, time_gaps=time_gaps, pieces=pieces)
     block = users(rng, lengths, items=items)
     samples = SampleSettings(4, 3, 0).cut(block)
-    pack = build_pack(samples, block, tokens, replace(SHAPE, body=128))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(item_tokens_module, "_MOST_NUMBERS", numbers)  # of texts, before they fold
+        pack = build_pack(samples, block, tokens, replace(SHAPE, body=128))
     plain = build_pack(samples, block, tokens, SHAPE)
     shared, ids = pack.layout.shared, pack.tokens[: -SHAPE.slots]
     used = plain.body_tokens
@@ -192,7 +222,7 @@ def test_a_shared_body_holds_each_distinct_interaction_once(
 
     # Each token, where it stands in a sample, and what of its own interaction it sees before it.
     seen = {}
-    gap_of = block.gap_buckets if time_gaps else np.zeros(len(block.item_ids), int)
+    words = block_words(block, tokens)
     texts = set()
     unit = plain.layout.unit[:used].numpy()
     for place in range(used):
@@ -206,12 +236,13 @@ def test_a_shared_body_holds_each_distinct_interaction_once(
         assert seen.setdefault(at, found) == found
     for sample_row, first, end in zip(samples.row, samples.first, samples.end, strict=True):
         places = block.offsets[sample_row] + np.arange(first, end)
-        texts |= {(int(gap_of[i]), int(block.item_ids[i]), int(block.labels[i])) for i in places}
-    distinct_texts = {(gap, item) for gap, item, _ in texts}
-    lengths_of = tokens.lengths
-    gap_lengths = tokens.gap_lengths if time_gaps else np.zeros(6, int)
+        texts |= {
+            (*words[i].tolist(), int(block.item_ids[i]), int(block.labels[i])) for i in places
+        }
+    distinct_texts = {text[:-1] for text in texts}
     assert len(ids) == (prefix if texts else 0) + len(texts) + sum(
-        int(lengths_of[item] + gap_lengths[gap]) for gap, item in distinct_texts
+        int(tokens.lengths[item]) + sum(int(tokens.word_lengths[row]) for row in rows)
+        for *rows, item in distinct_texts
     )
 
 

@@ -93,10 +93,21 @@ def made(request):
     return request.param()
 
 
+class WholeTexts(TextEncoder):
+    """Of templates with one piece."""
+
+    def __init__(self, tokenizer, template, sum_id):
+        super().__init__(tokenizer, template, sum_id)
+        (self.piece,) = template.pieces
+
+    def text(self, row):
+        return super().text(self.piece, row)
+
+
 @cache
 def encoder_of(made, item="{title}", **settings):
     tokenizer, sum_id = made
-    return TextEncoder(
+    return WholeTexts(
         tokenizer, Template.for_items(TemplateConfig(item=item, **settings), ["title", "b"]), sum_id
     )
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from datetime import datetime, timezone
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -42,7 +43,7 @@ PLAIN = {
     "attention": {"policy": "windowed", "positions": "rope"},
     "template": {
         "prefix": "What is liked:",
-        "item": "\n{title}, {details}:",
+        "item": "\n{title} on {weekday}, {details}:",
         "time_gaps": True,
         "label_words": ["N", "Y"],
         "max_item_tokens": 9,  # cuts some: a token is a byte
@@ -231,7 +232,12 @@ def asked(run_dir: Path) -> list[dict]:
     for row in rows:
         times = row["timestamps"]
         interactions = [
-            {**items[item], "label": label, "seconds": times[i] - times[i - 1] if i else 0}
+            {
+                **items[item],
+                "label": label,
+                "seconds": times[i] - times[i - 1] if i else 0,
+                "weekday": f"{datetime.fromtimestamp(times[i], timezone.utc):%A}",
+            }
             for i, (item, label) in enumerate(zip(row["item_ids"], row["labels"], strict=True))
         ]
         first = max(row["target_start"], config.sample.min_context)

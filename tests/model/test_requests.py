@@ -26,9 +26,12 @@ POLICIES = ("windowed", "reset", "budget", "isolated")
 SHAPE = PackShape(length=512, slots=128)
 
 
-def world(seed=0, prefix=0, time_gaps=False, items=30):
+PIECES = (("item",), ("weekday", "item", "hour", "item"))
+
+
+def world(seed=0, prefix=0, time_gaps=False, items=30, pieces=("item",)):
     rng = np.random.default_rng(seed)
-    tokens = item_tokens(rng, items=items, prefix=prefix, time_gaps=time_gaps)
+    tokens = item_tokens(rng, items=items, prefix=prefix, time_gaps=time_gaps, pieces=pieces)
     return tokens, users(rng, [40, 9, 2, 33], items=items, requests=True)
 
 
@@ -84,11 +87,12 @@ def test_streaming_equals_sliding_window_and_scorer_under_exact_policies(family,
     k=st.integers(2, 20),
     policy=st.sampled_from(["budget", "isolated", "isolated, shared"]),
     positions=st.sampled_from(["rope", "alibi"]),
+    pieces=st.sampled_from(PIECES),
 )
-def test_that_holds_for_any_requests_and_sizes(seed, n, k, policy, positions):
+def test_that_holds_for_any_requests_and_sizes(seed, n, k, policy, positions, pieces):
     policy, _, shared = policy.partition(", ")
     prefix = 3 if policy == "isolated" else 0
-    tokens, block = world(seed, prefix=prefix, time_gaps=True, items=8)
+    tokens, block = world(seed, prefix=prefix, time_gaps=True, items=8, pieces=pieces)
     attention = {"budget": "even"} if policy == "budget" else {}
     model = ctr_model("llama", policy, n, positions=positions, prefix=prefix, **attention)
     shape = PackShape(1024, 128)
@@ -168,6 +172,23 @@ def test_the_order_and_number_of_a_request_reach_none_of_its_targets(policy, k):
         assert changed
         for was, logit in changed.items():
             assert abs(before[was] - logit) < 1e-9
+
+
+@pytest.mark.parametrize("policy", ["budget", "isolated"])
+def test_streaming_equals_sliding_window_and_scorer_with_fields_of_the_interaction(policy):
+    tokens, block = world(time_gaps=True, pieces=PIECES[1], items=6)
+    model = exact_model("llama", policy)
+    streaming, sliding = (
+        logits_and_gradients(model, batch_of(block, tokens, N, k, SHAPE)) for k in (K, 1)
+    )
+    assert_the_same(streaming, sliding, 1e-6)
+    scores = scores_of(model, block, tokens)
+    assert scores.keys() == streaming[0].keys()
+    for key, score in scores.items():
+        assert abs(float(torch.sigmoid(streaming[0][key].detach())) - score) < 2e-7
+    moved = replace(block, timestamps=block.timestamps + 3600)
+    an_hour_later = logits_by_target(model, batch_of(moved, tokens, N, K, SHAPE))
+    assert largest_difference(an_hour_later, streaming[0]) > 1e-3, "the hours are read"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -386,7 +386,12 @@ def test_what_is_added_to_scores_is_said(view):
 
 
 @pytest.mark.parametrize(
-    "overrides", [["sample.paradigm=sliding_window"], ["template.time_gaps=true"]]
+    "overrides",
+    [
+        ["sample.paradigm=sliding_window"],
+        ["template.time_gaps=true"],
+        ["template.item={weekday}: {title} at {hour}:"],
+    ],
 )
 def test_other_prompts_are_drawn_too(view, overrides, tmp_path):
     shown = view(*overrides)

@@ -49,14 +49,15 @@ def requests_of(block, tokens, candidates=(), share=False):
         times=np.array([block.timestamps[h.stop] for _, _, h, _ in parts]),
         whose=Whose(np.array([row for row, *_ in parts]), np.zeros(len(parts), dtype=np.int64)),
     )
-    cut = cut_requests(raw, N, bool(tokens.gaps), by_request=False, share=share)
+    cut = cut_requests(raw, N, tokens, by_request=False, share=share)
     keys = [(int(block.rows[row]), position) for row, position, _, _ in parts]
     return cut.requests, keys
 
 
-def world(prefix=0, time_gaps=False, seed=0):
+def world(prefix=0, time_gaps=False, seed=0, pieces=("item",)):
     rng = np.random.default_rng(seed)
-    return item_tokens(rng, prefix=prefix, time_gaps=time_gaps), users(rng, [20, 9, 2, 13])
+    tokens = item_tokens(rng, prefix=prefix, time_gaps=time_gaps, pieces=pieces)
+    return tokens, users(rng, [20, 9, 2, 13])
 
 
 def sliding_window_scores(model, block, tokens):
@@ -94,6 +95,14 @@ def test_that_holds_for_all_positions_heads_prefixes_and_time_gaps(policy, posit
     tokens, block = world(prefix=prefix, time_gaps=True)
     model = ctr_model("llama", policy, N, head, prefix=prefix, positions=positions)
     assert_equal_to_sliding_window(model, block, tokens)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_that_holds_for_fields_of_the_interaction(policy):
+    pieces = ("hour", "item", "weekday", "item")
+    tokens, block = world(prefix=2 * (policy == "isolated"), time_gaps=True, pieces=pieces)
+    model = ctr_model("llama", policy, N, prefix=len(tokens.prefix))
+    assert_equal_to_sliding_window(model, block, tokens, pack_tokens=200)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -165,12 +174,12 @@ def test_a_score_is_the_same_alone_among_999_others_and_in_any_order(policy):
             Requests(
                 history_items=np.array([5, 7, 9, 11]),
                 history_labels=np.array([1, 0, 0, 1], dtype=np.int8),
-                history_gaps=np.zeros(4, dtype=np.int64),
+                history_words=np.zeros((4, 0), dtype=np.int64),
                 history_place=np.arange(4),
                 context_start=np.array([0]),
                 context_end=np.array([4]),
                 candidate_items=np.asarray(items),
-                candidate_gaps=np.zeros(1, dtype=np.int64),
+                candidate_words=np.zeros((count, 0), dtype=np.int64),
                 candidate_offsets=np.array([0, count]),
             )
         )
@@ -205,12 +214,12 @@ def test_packing_takes_each_candidate_once_in_order_with_its_context(shapes, roo
     requests = Requests(
         history_items=rng.integers(0, 30, history.sum()),
         history_labels=rng.integers(0, 2, history.sum()).astype(np.int8),
-        history_gaps=np.zeros(history.sum(), dtype=np.int64),
+        history_words=np.zeros((history.sum(), 0), dtype=np.int64),
         history_place=np.arange(history.sum()),
         context_start=history.cumsum() - history,
         context_end=history.cumsum(),
         candidate_items=rng.integers(0, 30, candidates.sum()),
-        candidate_gaps=np.zeros(len(shapes), dtype=np.int64),
+        candidate_words=np.zeros((candidates.sum(), 0), dtype=np.int64),
         candidate_offsets=np.concatenate([[0], candidates.cumsum()]),
     )
     seen = []
@@ -274,7 +283,7 @@ def test_requests_of_one_user_share_their_contexts_and_score_as_alone(policy, se
     raw = looked_up(rng, block, 40, n)
     scores, history = [], []
     for share in (True, False):
-        cut = cut_requests(raw, n, time_gaps=True, by_request=True, share=share)
+        cut = cut_requests(raw, n, tokens, by_request=True, share=share)
         assert cut.scored.tolist() != list(range(120)) or not share  # by user and time
         found = np.empty(120, dtype=np.float32)
         found[cut.scored] = scorer_of(model, tokens, pack_tokens=room).score_requests(cut.requests)
@@ -309,7 +318,7 @@ def test_histories_are_sorted_and_cut_to_what_is_before_the_request():
         candidate_offsets=np.array([0, 2, 4, 4]),
         times=np.array([60, 6, 0]),
     )
-    cut = cut_requests(raw, n=2, time_gaps=False, by_request=False)
+    cut = cut_requests(raw, 2, item_tokens(np.random.default_rng(0)), by_request=False)
     assert cut.requests.history_items.tolist() == [12, 10, 21, 22]
     assert cut.requests.history_labels.tolist() == [1, 0, 0, 1]
     assert cut.requests.context_start.tolist() == [0, 2, 4]

@@ -33,11 +33,15 @@ def model(synthetic, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gap_model(synthetic, tmp_path_factory):
-    """The same, isolated and with time gaps in the prompt."""
+    """The same, isolated and with texts of times in the prompt."""
     return export_random_weights(
         tmp_path_factory.mktemp("gap-model"),
         synthetic,
-        template={"item": "{title}", "time_gaps": True, "prefix": "Will they like it?"},
+        template={
+            "item": "{title} on {weekday} at {hour}, {details}:",
+            "time_gaps": True,
+            "prefix": "Will they like it?",
+        },
         attention={"policy": "isolated"},
     )
 

@@ -36,11 +36,15 @@ def exported(request, synthetic, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def isolated(synthetic, tmp_path_factory):
-    """A folder with time gaps, whose item states are kept."""
+    """A folder with texts of times, whose item states are kept."""
     return export_random_weights(
         tmp_path_factory.mktemp("isolated"),
         synthetic,
-        template={"item": "{title}", "time_gaps": True},
+        template={
+            "item": "{title} at {hour}",
+            "time_gaps": True,
+            "time_zone": "America/Sao_Paulo",
+        },
         attention={"policy": "isolated"},
     )
 
