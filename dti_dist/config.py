@@ -184,6 +184,13 @@ class TemplateConfig(Section):
     max_item_tokens: Positive = Field(
         64, description="Longer item texts are truncated; between such fields, each part."
     )
+    profile: str | None = Field(
+        None,
+        description="The text of a prompt's user, such as '{age} {gender}', which [SUM] alone "
+        "reads; {column} names a user text column. Default: none.",
+    )
+    max_profile_tokens: Positive = Field(64, description="Longer profiles are truncated.")
+    missing: str = Field("unknown", description="The text of a value that is not known.")
     time_gaps: bool = Field(
         False, description="Start each interaction with the time since the user's previous one."
     )
@@ -513,11 +520,6 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     run_dir: LocalPath = Field(description="The run's folder: config, metrics, checkpoints, eval.")
     seed: NonNegative = 0
-    tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {},
-        description="Weights of the losses of the data set's tasks, such as {like: 0.5}; of a task "
-        "that is not named here 1.0.",
-    )
     data: DataConfig
     sample: SampleConfig = SampleConfig()
     template: TemplateConfig = TemplateConfig()

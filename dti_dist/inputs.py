@@ -28,7 +28,7 @@ from dti_dist.data.samples import SampleSettings
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import StreamPlan
 from dti_dist.data.template import Template
-from dti_dist.errors import UserError, nearest
+from dti_dist.errors import UserError
 from dti_dist.files import replacing
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
@@ -39,7 +39,10 @@ from dti_dist.model.weights import BaseWeights, Placement, fill
 
 def template_of(config: RunConfig, dataset: Dataset) -> Template:
     """Raises UserError where the template names what the data set has not."""
-    return Template.for_items(config.template, dataset.manifest.item_text_columns)
+    manifest = dataset.manifest
+    return Template.for_items(
+        config.template, manifest.item_text_columns, manifest.user_text_columns
+    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,6 @@ class Inputs:
                 f"only {dataset.manifest.context_limit} interactions before the targets of valid "
                 f"and test. Prepare it with --context-limit {config.sample.context} or more."
             )
-        _check_task_weights(config, dataset)
         if (tokenizer_dir / "tokenizer.json").exists():
             from transformers import AutoTokenizer
 
@@ -176,7 +178,6 @@ class Inputs:
             samples=settings,
             epochs=plan_epochs(index, shape, order, epochs, self.cache_dir, group),
             skip_bad=config.data.on_bad_shard == "skip",
-            task_weights=tuple(config.tasks.get(task, 1.0) for task in self.dataset.tasks),
         )
 
     def _shape(
@@ -247,7 +248,10 @@ class Inputs:
     def wrap(self, causal_lm: Any) -> CTRModel:
         """A causal LM with the config's attention, head and adapters."""
         config = self.config
-        longest = (config.sample.context + 1) * self.tokens.longest_interaction
+        tokens = self.tokens
+        longest = len(tokens.prefix) + (config.sample.context + 1) * tokens.longest_interaction
+        if tokens.profiles is not None:
+            longest = max(longest, tokens.profiles.longest)
         model = CTRModel(
             causal_lm,
             head=config.model.head,
@@ -255,24 +259,12 @@ class Inputs:
             n=config.sample.context,
             attention=config.attention,
             prefix_length=len(self.tokens.prefix),
-            longest_span=len(self.tokens.prefix) + longest,
+            longest_span=longest,
             keep_negatives=self.dataset.manifest.keep_negatives,
-            further_tasks=self.dataset.tasks[1:],
         )
         if config.model.lora.rank:
             add_adapters(model, config.model.lora, self.tokens.sum_id, config.seed)
         return model
-
-
-def _check_task_weights(config: RunConfig, dataset: Dataset) -> None:
-    known = [task.name for task in dataset.manifest.tasks]
-    for name in config.tasks:
-        if name not in known:
-            there = f"the tasks {', '.join(known)}" if known else "one label, whose weight is 1"
-            raise UserError(
-                f"tasks.{name}: expected a task of the data set {dataset.uri}, which has {there}."
-                f"{nearest(name, known)} Leave it out, or prepare the data set with it."
-            )
 
 
 def _keep(tokenizer: Any, folder: Path) -> None:

@@ -265,8 +265,7 @@ class EventOptions:
         user_col: The user's id.
         item_col: The item's id.
         time_col: The timestamp.
-        label: SQL expression over the events' columns: "rating >= 4", "clicked". Several are
-            several tasks, each NAME=EXPRESSION, the main one first; further ones may be null.
+        label: One SQL expression over the events' columns: "rating >= 4", "clicked".
         text_cols: The item table's texts, most telling first.
         item_key: The item table's id (default: as --item-col).
         time_unit: Unit of times that are numbers since 1970.
@@ -275,6 +274,9 @@ class EventOptions:
         weight: SQL expression: what a target counts in the loss and in metrics (default: 1).
         keep_negatives: Share of the targets with label 0 that training is to see, in (0, 1); valid
             and test keep all, and predictions are corrected to be of the true traffic.
+        users: A table with a row for each user, likewise.
+        user_key: That table's id (default: as --user-col).
+        user_text_cols: That table's texts, for template.profile.
     """
 
     items: Annotated[
@@ -283,7 +285,7 @@ class EventOptions:
     user_col: Annotated[str, _COLUMN]
     item_col: Annotated[str, _COLUMN]
     time_col: Annotated[str, _COLUMN]
-    label: Annotated[tuple[str, ...], Parameter(metavar="EXPR")]
+    label: Annotated[str, Parameter(metavar="EXPR")]
     text_cols: Annotated[tuple[str, ...], _COLUMNS]
     item_key: Annotated[str | None, _COLUMN] = None
     time_unit: TimeUnit | None = None
@@ -291,6 +293,11 @@ class EventOptions:
     columns: Annotated[tuple[str, ...], _COLUMNS] = ()
     weight: Annotated[str | None, Parameter(metavar="EXPR")] = None
     keep_negatives: Annotated[float | None, Parameter(metavar="SHARE")] = None
+    users: Annotated[
+        tuple[str, ...], PLACE, Parameter(consume_multiple=True, metavar="PATH [PATH ...]")
+    ] = ()
+    user_key: Annotated[str | None, _COLUMN] = None
+    user_text_cols: Annotated[tuple[str, ...], _COLUMNS] = ()
 
     def __post_init__(self) -> None:
         refuse_share(self.keep_negatives)

@@ -14,6 +14,7 @@ from dti_dist.config import AttentionConfig
 from dti_dist.data.item_tokens import ItemTokens, Words
 from dti_dist.data.layout import PackShape, build_pack
 from dti_dist.data.packing import assign_packs, with_shared_body
+from dti_dist.data.profiles import ProfileTokens
 from dti_dist.data.samples import SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import Batch
@@ -42,6 +43,22 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 FORGETTING = {"strength": 0.9, "shape": 1.5}
+
+
+def profile_tokens(rng: np.random.Generator, profiles: int = 5) -> ProfileTokens:
+    """Profiles of 0 to 4 random tokens, the first of 2."""
+    lengths = [2, *rng.integers(0, 5, profiles - 1)]
+    return ProfileTokens.of([rng.integers(0, NO, length).tolist() for length in lengths])
+
+
+def with_profiles(
+    tokens: ItemTokens, block: SequenceBlock, seed: int = 0
+) -> tuple[ItemTokens, SequenceBlock]:
+    """The same users, each with a profile."""
+    rng = np.random.default_rng(seed)
+    profiles = profile_tokens(rng)
+    of_rows = rng.integers(0, len(profiles), len(block.rows))
+    return replace(tokens, profiles=profiles), replace(block, profile=of_rows)
 
 
 def item_tokens(
@@ -279,20 +296,13 @@ def ctr_model(
     backend: str = "auto",
     budget: Any = "even",
     positions: str = "rope",
-    further_tasks: tuple[str, ...] = (),
     **changes: Any,
 ) -> CTRModel:
     attention = AttentionConfig(
         policy=policy, positions=positions, budget=budget, backend=backend, forgetting=FORGETTING
     )
     model = CTRModel(
-        causal_lm(family, **changes),
-        head,
-        (NO, YES),
-        n,
-        attention,
-        prefix_length=prefix,
-        further_tasks=further_tasks,
+        causal_lm(family, **changes), head, (NO, YES), n, attention, prefix_length=prefix
     )
     if head == "linear":
         torch.nn.init.normal_(model.head.weight)

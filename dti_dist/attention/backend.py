@@ -19,6 +19,7 @@ from dti_dist.attention.intervals import (
 )
 from dti_dist.attention.layout import PackLayout, SharedBody
 from dti_dist.attention.readout import (
+    ProfileReading,
     ScoreBias,
     Turn,
     alibi_slopes,
@@ -40,7 +41,10 @@ _READOUT_CHUNK = 32
 
 @dataclass(frozen=True)
 class _Backend:
-    """How a backend plans body and readout attention of several windows, and runs a plan."""
+    """How a backend plans body and readout attention of several windows, and runs a plan.
+
+    Queries and keys may have another width than values.
+    """
 
     plan_body: Callable[[VisibleIntervals], list[Any]]
     plan_readout: Callable[[VisibleIntervals, ScoreBias | None], list[Any]]
@@ -166,6 +170,10 @@ class AttentionPlans:
             slots = torch.zeros_like(slots)
         self.positions = slots if self._kept else torch.cat([body, slots], dim=1)
         self._turn = self._turn_initial = None
+        self._profile: ProfileReading | None = None
+        if scheme.positions.rotated and layout.profile_end is not None:
+            keys = layout.unit.shape[1] + (length if scheme.policy.forgets else 0)
+            self._profile = ProfileReading.of(layout, keys, _needed(inverse_frequencies))
         if scheme.turns_keys:
             by = in_sample - rotated_by if scheme.positions.rotated else -rotated_by
             self._turn = Turn.by(by, _needed(inverse_frequencies))
@@ -208,6 +216,8 @@ class AttentionPlans:
         if not self._has_slots:
             return torch.zeros_like(q_body) if body is None else body
         keys, values = self._memory(layer, k, v)
+        if self._profile is not None and self._rotates(layer):
+            q_slots, keys = self._profile(q_slots, keys)
         readout_plan = self._readout[windows.readout[layer]]
         readout = attention(q_slots, keys, values, readout_plan, scale).transpose(1, 2)
         # In the order of tokens, as the model goes on with it.
@@ -215,10 +225,13 @@ class AttentionPlans:
             return F.pad(readout, (0, 0, 0, 0, length, 0)).transpose(1, 2)
         return torch.cat([body.transpose(1, 2), readout], dim=1).transpose(1, 2)
 
+    def _rotates(self, layer: int) -> bool:
+        return self.scheme.rotary_layers[layer] if self.scheme.rotary_layers else True
+
     def _memory(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[B, Hkv, Tk, D] each: what [SUM] reads. The samples, the slots, initial embeddings."""
         scheme, length = self.scheme, self.body_length
-        rotary = scheme.rotary_layers[layer] if scheme.rotary_layers else True
+        rotary = self._rotates(layer)
         turn = self._turn if rotary else None
         if self._rows is not None and self._kept is None:
             return read_shared(k, v, length, self._rows, turn)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from dti_dist.attention.intervals import VisibleIntervals
 from dti_dist.attention.readout import ScoreBias
@@ -107,14 +108,17 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, plan: ChunkedPlan, scale:
     """Softmax attention over the visible keys of every query, with gradients.
 
     Args:
-        q: [B, Hq, Tq, D], on a CPU.
-        k, v: [B, Hkv, Tk, D], Hq a multiple of Hkv.
+        q: [B, Hq, Tq, Dk], on a CPU.
+        k: [B, Hkv, Tk, Dk], Hq a multiple of Hkv; v: [B, Hkv, Tk, D], Dk at least D.
         plan: built from the intervals of the same B packs.
         scale: factor of the scores.
 
     Returns:
         [B, Hq, Tq, D].
     """
+    wider = q.shape[-1] - v.shape[-1]
+    if wider:  # the kernel wants them alike
+        return _ChunkedAttention.apply(q, k, F.pad(v, (0, wider)), plan, scale)[..., :-wider]
     return _ChunkedAttention.apply(q, k, v, plan, scale)
 
 

@@ -83,8 +83,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: DensePlan, scale: flo
     """Softmax attention in the dtype of its inputs; memory O(Tq·Tk).
 
     Args:
-        q: [B, Hq, Tq, D].
-        k, v: [B, Hkv, Tk, D], Hq a multiple of Hkv.
+        q: [B, Hq, Tq, Dk].
+        k: [B, Hkv, Tk, Dk], Hq a multiple of Hkv; v: [B, Hkv, Tk, D].
         plan: of the same B packs.
         scale: factor of the scores.
 

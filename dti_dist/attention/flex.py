@@ -201,8 +201,8 @@ def flex_attention_call(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: 
     """Softmax attention over the visible keys of every query, compiled.
 
     Args:
-        q: [B, Hq, Tq, D], D at least 16.
-        k, v: [B, Hkv, Tk, D], Hq a multiple of Hkv.
+        q: [B, Hq, Tq, Dk], Dk at least 16.
+        k: [B, Hkv, Tk, Dk], Hq a multiple of Hkv; v: [B, Hkv, Tk, D].
         plan: built from the intervals of the same B packs, on the same device.
         scale: factor of the scores.
 

@@ -65,14 +65,17 @@ def body_intervals(layout: PackLayout, w_body: Windows, prefix_visible: bool) ->
 def shared_body_intervals(shared: SharedBody, prefix_length: int) -> VisibleIntervals:
     """What tokens of a shared body see among each other; Tq = Tk = Lb.
 
-    A token sees its own interaction up to itself, and the prefix. Of two labels after one text,
-    none sees the other.
+    A token sees its own interaction up to itself, and the prefix; a profile's, its own profile up
+    to itself. Of two labels after one text, none sees the other.
     """
     length = shared.position.shape[1]
     position = torch.arange(length, device=shared.start.device).expand_as(shared.start)
     ranges = [(shared.start, shared.end), (position, position + 1)]
     if prefix_length:
-        behind = (shared.start >= prefix_length).int()  # neither prefix nor padding
+        behind = shared.start >= prefix_length  # neither prefix nor padding
+        if shared.profiles is not None:
+            behind &= position < shared.profiles
+        behind = behind.int()
         ranges.append((torch.zeros_like(behind), behind * prefix_length))
     return _stack(ranges, key_length=length)
 
@@ -83,21 +86,23 @@ def readout_intervals(
     """What [SUM] slots see among all T tokens of the pack; Tq = S, Tk = T.
 
     The slot of target t sees interactions t - w_readout … t of its own sample up to, and without,
-    the label of t, but no other of t's request; its sample's prefix if ``prefix_visible``; and
-    itself. An unused slot sees itself alone.
+    the label of t, but no other of t's request; its sample's prefix if ``prefix_visible``; its
+    sample's profile; and itself. An unused slot sees itself alone.
     """
     length = layout.length
     unit = layout.unit[:, length:]
     ranges = _in_window(layout, unit, _window_start(layout, unit, w_readout), layout.readout_end)
     if prefix_visible:
         ranges.append(_prefix_range(layout, unit))
+    if layout.profile_start is not None and layout.profile_end is not None:
+        ranges.append((_of(layout.profile_start, unit), _of(layout.profile_end, unit)))
     slot = torch.arange(length, layout.unit.shape[1], device=unit.device)
     ranges.append((slot, slot + 1))
     return _stack(ranges, key_length=layout.unit.shape[1])
 
 
-# Padding reads unit 0 below. It begins at 0 and has no prefix before it, so the prefix range of
-# padding is empty, and so is the body range of an unused slot, whose readout_end is 0.
+# Padding reads unit 0 below. It begins at 0 and has nothing before it, so its ranges of prefix and
+# profile are empty, and so is the body range of an unused slot, whose readout_end is 0.
 
 
 def _of(per_unit: Tensor, unit: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """How tokens lie in packs: the one record that goes from packing to the attention's masks.
 
 A batch has B packs of T = L + S tokens: the L tokens of its samples, then a readout tail of S [SUM]
-slots. A pack is cut into *units*: an interaction (its text, then its label token) or the optional
-prefix of a sample. The units of a sample are contiguous and in order, the prefix first.
+slots. A pack is cut into *units*: an interaction (its text, then its label token), or the optional
+profile or prefix of a sample. The units of a sample are contiguous and in order, the profile first,
+then the prefix. A profile, the text of the user, is read by [SUM] alone: the other tokens of its
+sample have the states and positions that they would have without it.
 
 Interactions that a user was shown at once are a *request*: none sees another of them. The first
 history of a request stands directly behind the context that the request has, so as a target it
@@ -88,12 +90,15 @@ class SharedBody(Record):
         start, end: [B, Lb] the tokens of its own interaction that a token sees beside itself and
             the prefix: of two labels of a text, none sees the other. Padding sees itself alone.
         source: [B, L] which of the Lb tokens stands at each place of the samples.
+        profiles: [B, 1] from which token on there are profiles, each distinct one once, which see
+            no prefix; None without.
     """
 
     position: Tensor
     start: Tensor
     end: Tensor
     source: Tensor
+    profiles: Tensor | None = None
 
     def padded(self, length: int) -> SharedBody:
         """The same with so many tokens; of one pack."""
@@ -109,18 +114,21 @@ class PackLayout(Record):
         unit: [B, T] unit of every token within its pack; for a [SUM] slot the unit of its target;
             -1 for padding and unused slots.
         position: [B, T] of every token within its sample; of a slot, that of its target's label.
+            Both a profile and what is behind it begin at 0.
         unit_start: [B, U+1] position in the pack of each unit's first token, padded with the last
             end; other arrays [B, U] are padded with 0.
-        unit_first: [B, U] for an interaction the first interaction of its sample; for a prefix
-            itself.
+        unit_first: [B, U] for an interaction the first interaction of its sample; for a profile
+            or prefix itself.
         prefix_start, prefix_end: [B, U] span of the prefix of the unit's sample; empty when
-            there is none, and for the prefix itself.
+            there is none, and for the prefix itself and the profile.
         readout_end: [B, S] exclusive end of what a [SUM] slot may see: the end of its target's
             text. 0 for unused slots.
         unit_place: [B, U] the unit whose place in the sample a unit takes: of a candidate the first
             one that is not before its request, of any other itself.
         unit_context_end: [B, U] the unit before which a unit's context ends: the first one that is
             not before its request. Both None: each interaction is alone in its request.
+        profile_start, profile_end: [B, U] span of the profile of the unit's sample; empty for the
+            profile itself. None: no sample has one.
         shared: the body where equal interactions are shared; None where the L tokens are it.
     """
 
@@ -133,6 +141,8 @@ class PackLayout(Record):
     readout_end: Tensor
     unit_place: Tensor | None = None
     unit_context_end: Tensor | None = None
+    profile_start: Tensor | None = None
+    profile_end: Tensor | None = None
     shared: SharedBody | None = None
 
     @property
@@ -150,6 +160,8 @@ class PackLayout(Record):
         names = ["unit_first", "prefix_start", "prefix_end"]
         if self.unit_place is not None:
             names += ["unit_place", "unit_context_end"]
+        if self.profile_start is not None:
+            names += ["profile_start", "profile_end"]
         return replace(
             self,
             unit_start=padded(self.unit_start, units + 1, fill=self.unit_start[-1]),
@@ -163,6 +175,17 @@ class PackLayout(Record):
             return unit
         place = self.unit_place.gather(1, unit.clamp(min=0).long())
         return torch.where(unit < 0, unit, place.to(unit.dtype))
+
+    def before(self, end: Tensor) -> Tensor:
+        """[B, T] whether a token of the body lies before what `end` says of the unit behind its
+        own: with `prefix_end`, the tokens of prefixes; with `profile_end`, those of profiles.
+
+        Args:
+            end: [B, U].
+        """
+        behind = (self.unit.clamp(min=0).long() + 1).clamp(max=end.shape[1] - 1)
+        place = torch.arange(self.unit.shape[1], device=end.device)
+        return (end.gather(1, behind) > place) & (self.unit >= 0) & (place < self.length)
 
     @staticmethod
     def of_shared_body(shared: SharedBody) -> PackLayout:

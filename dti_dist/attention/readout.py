@@ -1,7 +1,7 @@
 """How [SUM] reads: its positions, what it forgets, and states that interactions share.
 
-Body tokens keep the attention of their model. What [SUM] reads may differ in three ways, each of
-which is a change of the keys and values of its own attention call:
+Body tokens keep the attention of their model. What [SUM] reads may differ in four ways, each of
+which is a change of its own attention call:
 
 - positions: under ``alibi`` [SUM] has no position id. Its query is not rotated, it reads un-rotated
   keys, and a score gets -slope_h · (tokens between). Under ``rope`` it has the position of its
@@ -9,6 +9,9 @@ which is a change of the keys and values of its own attention call:
   (``isolated`` restarts them), keys are rotated by the difference: rotations add up.
 - forgetting (``reset``): beside each context token's key and value there are those of its initial
   embedding, and the two share the token's weight by the distance of its interaction.
+- the profile: [SUM] reads it as if it stood directly behind it, wherever its target lies. Under
+  ``alibi`` that is a distance of 0. Under ``rope`` one query can't have two positions, so queries
+  and keys get a second half: see `ProfileReading`.
 - sharing (``isolated``): keys and values of distinct interactions are brought into the order of the
   samples, where intervals are contiguous.
 """
@@ -32,7 +35,7 @@ from dti_dist.attention.layout import PackLayout
 class ScoreBias:
     """What a readout score gets beside the mask; integer arrays, and two small tables.
 
-    bias[b, h, q, key] = -slopes[h] · (query_position[b, q] - key_position[b, key])
+    bias[b, h, q, key] = -slopes[h] · max(query_position[b, q] - key_position[b, key], 0)
     + log_weights[memory of key, query_unit[b, q] - key_unit[b, key]]
 
     Attributes:
@@ -56,7 +59,7 @@ class ScoreBias:
 
     def distance(self, b: Tensor, q: Tensor, key: Tensor) -> Tensor:
         """Tokens between, which the slopes multiply."""
-        return self.query_position[b, q] - self.key_position[b, key]
+        return (self.query_position[b, q] - self.key_position[b, key]).clamp(min=0)
 
     def log_weight(self, b: Tensor, q: Tensor, key: Tensor) -> Tensor:
         """What `log_weights` say of a query and a key."""
@@ -81,7 +84,7 @@ def _log_weights(forgetting: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.stack([torch.log1p(-alpha), torch.log(alpha)]).float()
 
 
-_NO_DISTANCE = 2**30  # as a key's unit: never behind its query, so nothing of it is forgotten
+_NO_DISTANCE = 2**30  # as a key's unit or position: never behind its query
 
 
 def score_bias(
@@ -100,16 +103,19 @@ def score_bias(
     place = layout.place_of(unit)
     log_weights = None
     key_position, key_unit = position, place
+    in_profile = None
+    if layout.profile_end is not None:
+        in_profile = layout.before(layout.profile_end)
+        key_position = torch.where(in_profile, _NO_DISTANCE, position)
     if forgetting is not None:
         log_weights = _log_weights(tuple(forgetting.tolist()), device)
-        # A prefix is no interaction: it is never forgotten.
-        context = unit[:, :length]
-        index = context.clamp(min=0).long()
-        starts = layout.prefix_end.gather(1, (index + 1).clamp(max=layout.prefix_end.shape[1] - 1))
-        in_prefix = (starts > torch.arange(length, device=device)) & (context >= 0)
-        context = torch.where(in_prefix, _NO_DISTANCE, place[:, :length])
-        key_unit = torch.cat([context, place[:, length:], context], dim=1)
-        key_position = torch.cat([position, position[:, :length]], dim=1)
+        # Neither prefix nor profile is an interaction: they are never forgotten.
+        no_interaction = layout.before(layout.prefix_end)
+        if in_profile is not None:
+            no_interaction |= in_profile
+        key_unit = torch.where(no_interaction, _NO_DISTANCE, place)
+        key_unit = torch.cat([key_unit, key_unit[:, :length]], dim=1)
+        key_position = torch.cat([key_position, key_position[:, :length]], dim=1)
     return ScoreBias(
         slopes=slopes,
         log_weights=log_weights,
@@ -166,8 +172,50 @@ class Turn:
         return torch.cat([*(part.to(keys.dtype) for part in turned), rest], dim=-1)
 
 
+@dataclass(frozen=True)
+class ProfileReading:
+    """Rotary positions for [SUM] of its profile, which stands directly before it at any place.
+
+    A rotary score depends on the distance alone, and the slots of a sample have many to its
+    profile. So scores are made of twice the dimensions: in the first half a query meets the
+    interactions, as it is; in the second, turned to the end of the profile, the profile's keys.
+
+    Attributes:
+        in_profile: [B, 1, Tk, 1] which keys are of a profile.
+        turn: [B, S] of queries.
+    """
+
+    in_profile: Tensor
+    turn: Turn
+
+    @staticmethod
+    def of(layout: PackLayout, keys: int, inverse_frequencies: Tensor) -> ProfileReading | None:
+        """None where no sample has a profile.
+
+        Args:
+            keys: Tk, of which those behind the T tokens are of no profile.
+        """
+        if layout.profile_start is None or layout.profile_end is None:
+            return None
+        total, length = layout.unit.shape[1], layout.length
+        unit = layout.unit[:, length:].clamp(min=0).long()
+        ends_at = (layout.profile_end - layout.profile_start).gather(1, unit)
+        in_profile = F.pad(layout.before(layout.profile_end), (0, keys - total))
+        by = ends_at - layout.position[:, length:]
+        return ProfileReading(in_profile[:, None, :, None], Turn.by(by, inverse_frequencies))
+
+    def __call__(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, Hq, S, D] and [B, Hkv, Tk, D] → [B, Hq, S, 2 D] and [B, Hkv, Tk, 2 D]."""
+        turned = self.turn(queries.transpose(1, 2)).transpose(1, 2)
+        halves = keys.masked_fill(self.in_profile, 0), keys.masked_fill(~self.in_profile, 0)
+        return torch.cat([queries, turned], dim=-1), torch.cat(halves, dim=-1)
+
+
 def restarted_positions(layout: PackLayout) -> Tensor:
-    """[B, L] positions that restart behind the prefix with each interaction: ``isolated``."""
+    """[B, L] positions that restart behind the prefix with each interaction: ``isolated``.
+
+    A profile's begin at 0.
+    """
     length = layout.length
     unit = layout.unit[:, :length]
     index = unit.clamp(min=0).long()

@@ -157,7 +157,8 @@ def _pack_sizes(plan: StreamPlan, epoch: EpochPlan, packs: int) -> Iterator[tupl
 def _distinct_tokens(
     plan: StreamPlan, row_groups: tuple[int, ...], chosen: np.ndarray, of_pack: np.ndarray
 ) -> int:
-    """Tokens of the distinct interactions of each pack, as packing lays them out, summed.
+    """Tokens of the distinct interactions and profiles of each pack, as packing lays them out,
+    summed.
 
     Args:
         chosen: [samples] of the window; of_pack: [samples] the pack of each.
@@ -177,7 +178,11 @@ def _distinct_tokens(
     _, first = np.unique(text_in_pack, return_index=True)
     labels = len(np.unique((text_in_pack * 2 + block.labels[place])[labelled]))
     text_tokens = int((interaction_lengths(block, tokens)[place[first]] - 1).sum())
-    return text_tokens + labels + len(tokens.prefix) * len(np.unique(of_pack))
+    of_profiles = 0
+    if tokens.profiles is not None and block.profile is not None:
+        pairs = np.stack([of_pack, block.profile[samples.row]])
+        of_profiles = int(tokens.profiles.lengths[np.unique(pairs, axis=1)[1]].sum())
+    return text_tokens + labels + len(tokens.prefix) * len(np.unique(of_pack)) + of_profiles
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@
 
     dataset.json                manifest and commit file: without it there is no data set
     items/part-*.parquet        item_id (dense: the row number across parts), source_id, texts
+    profiles/part-*.parquet     profile_id (dense: the row number across parts), texts of users,
+                                each combination once; only where users have texts
     train/part-*.parquet        one row per user sequence, see sequence_schema
     valid/part-*.parquet
     test/part-*.parquet
@@ -71,6 +73,10 @@ def item_schema(text_columns: Iterable[str]) -> pa.Schema:
     )
 
 
+def profile_schema(text_columns: Iterable[str]) -> pa.Schema:
+    return pa.schema([("profile_id", pa.int64()), *((name, pa.string()) for name in text_columns)])
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
@@ -92,66 +98,31 @@ class RequestRule(_Record):
     context_only: str | None = None
 
 
-class TaskRule(_Record):
-    """One of several labels that are predicted.
-
-    Attributes:
-        label: SQL expression, 0 or 1; of a further task it may be null, where it is unknown.
-    """
-
-    name: str
-    label: str
-
-
-ONLY_TASK = "label"
-"""The name of a task that was given none."""
-UNKNOWN = -1
-"""A label that is null, in arrays."""
-_LABEL_OF = "label_"
-
-
-def label_column(task: str) -> str:
-    """The name of the labels of a further task, wherever they are a column."""
-    return f"{_LABEL_OF}{task}"
-
-
-def further_tasks(columns: Iterable[str]) -> tuple[str, ...]:
-    """The tasks, beside the main one, whose labels are among these columns."""
-    return tuple(c.removeprefix(_LABEL_OF) for c in columns if c.startswith(_LABEL_OF))
-
-
 @dataclass(frozen=True)
 class StoredColumn:
     """A list of sequences beside ``item_ids``, ``labels`` and ``timestamps``: a value for each
-    interaction.
-
-    Attributes:
-        nullable: it may be null, which in arrays is UNKNOWN.
-        below: values are whole numbers from 0 to below this; None: any.
-    """
+    interaction, null only where ``nullable``."""
 
     name: str
     type: pa.DataType
     nullable: bool = False
-    below: int | None = None
 
 
 class InteractionRules(_Record):
-    """What interactions have beside item, label and time.
+    """What sequences have beside item, label and time.
 
     Attributes:
         requests: None: each interaction is one, history and a target.
-        tasks: several labels, the main one first, which is that of ``labels``; empty: one label,
-            whose task is called ``label``.
         weight: SQL expression: what a target counts in the loss and in metrics. None: 1.
         keep_negatives: the share of the targets with label 0 that training is to see, drawn by a
             hash of the interaction. None: all.
+        user_text_columns: texts of users; a sequence names a row of the table of profiles.
     """
 
     requests: RequestRule | None = None
-    tasks: tuple[TaskRule, ...] = ()
     weight: str | None = None
     keep_negatives: float | None = None
+    user_text_columns: list[str] = []
 
     @property
     def stored(self) -> tuple[StoredColumn, ...]:
@@ -166,10 +137,6 @@ class InteractionRules(_Record):
             columns.append(StoredColumn("weight", pa.float32()))
         if self.keep_negatives is not None:  # whether training is to see it as a target
             columns.append(StoredColumn("is_kept", pa.bool_()))
-        columns += [
-            StoredColumn(label_column(task.name), pa.int8(), nullable=True, below=2)
-            for task in self.tasks[1:]
-        ]
         return tuple(columns)
 
 
@@ -185,6 +152,8 @@ def sequence_schema(rules: InteractionRules = NO_RULES) -> pa.Schema:
             ("labels", pa.list_(pa.int8())),  # 0 or 1
             ("timestamps", pa.list_(pa.int64())),  # seconds since 1970-01-01 UTC, of the request
             ("target_start", pa.int32()),  # number of context-only interactions
+            # The user's row of the table of profiles.
+            *([("profile", pa.int32())] if rules.user_text_columns else []),
             *((column.name, pa.list_(column.type)) for column in rules.stored),
         ]
     )
@@ -192,33 +161,16 @@ def sequence_schema(rules: InteractionRules = NO_RULES) -> pa.Schema:
 
 def stored_values(rows: pa.RecordBatch, name: str) -> np.ndarray | None:
     """[interactions of all rows] of a StoredColumn; None where there is none of the name."""
-    return flat_values(rows[name]) if name in rows.schema.names else None
-
-
-def flat_values(lists: pa.ListArray) -> np.ndarray:
-    """[interactions of all rows] of a list of sequences; of a label that is null, UNKNOWN."""
-    values = lists.flatten()
-    if pa.types.is_integer(values.type) and values.null_count:
-        values = values.fill_null(UNKNOWN)
-    return values.to_numpy(zero_copy_only=False)
-
-
-class TaskCounts(_Record):
-    """Targets whose label of a further task is known, and those where it is 1."""
-
-    known: int = 0
-    clicks: int = 0
-
-    @property
-    def rate(self) -> float:
-        return self.clicks / max(self.known, 1)
+    if name not in rows.schema.names:
+        return None
+    return rows[name].flatten().to_numpy(zero_copy_only=False)
 
 
 class SplitCounts(_Record):
     """``interactions`` includes context; ``clicks`` are targets with label 1; ``kept_targets``, the
     targets that training is to see (with ``keep_negatives`` only). The timestamps are those of the
     first and the last interaction that is not there as context alone, in seconds since epoch; None
-    in an empty split. ``tasks``: counts of further tasks."""
+    in an empty split."""
 
     rows: int = 0
     interactions: int = 0
@@ -227,7 +179,6 @@ class SplitCounts(_Record):
     kept_targets: int | None = None
     first_timestamp: int | None = None
     last_timestamp: int | None = None
-    tasks: dict[str, TaskCounts] = {}
 
 
 class Counts(_Record):
@@ -444,7 +395,7 @@ class Dataset:
         dataset = cls(uri, _read_manifest(uri, settings), settings)
         if check_files:
             dataset._check_sizes()
-            for folder in ("items", *SPLITS):
+            for folder in ("items", "profiles", *SPLITS):
                 for part in dataset._folder(folder)[:1]:
                     dataset.open_part(part).close()
         return dataset
@@ -492,18 +443,11 @@ class Dataset:
         """Whether equal timestamps of a user are one request; else each interaction is one."""
         return self.manifest.requests is not None
 
-    def label_rates(self, split: str) -> list[float]:
-        """Of each task, the share of label 1 among the known labels of a split: of the main task,
-        among the targets that training is to see."""
+    def label_rate(self, split: str) -> float:
+        """The share of label 1 among the targets of a split that training is to see."""
         counts = self.manifest.counts.splits[split]
         kept = counts.targets if counts.kept_targets is None else counts.kept_targets
-        further = [counts.tasks[task].rate for task in self.tasks[1:]]
-        return [counts.clicks / max(kept, 1), *further]
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of what is predicted, the main task first."""
-        return tuple(task.name for task in self.manifest.tasks) or (ONLY_TASK,)
+        return counts.clicks / max(kept, 1)
 
     @property
     def sequence_columns(self) -> list[str]:
@@ -519,20 +463,27 @@ class Dataset:
 
     def items_table(self) -> pa.Table:
         """All items: item_id (int64, equal to the row number), source_id, text columns."""
-        tables = []
+        return self._numbered_table("items", "item_id")
+
+    def profiles_table(self) -> pa.Table:
+        """Distinct profiles: profile_id (int64, equal to the row number), text columns of users."""
+        return self._numbered_table("profiles", "profile_id")
+
+    def _numbered_table(self, folder: str, number: str) -> pa.Table:
+        tables = [self._schema(folder).empty_table()]
         first = 0
-        for part in self._folder("items"):
+        for part in self._folder(folder):
             with self.open_part(part) as file, _reading(part, None):
                 table = file.read()
-            if not np.array_equal(table["item_id"], np.arange(first, first + len(table))):
+            if not np.array_equal(table[number], np.arange(first, first + len(table))):
                 raise BadShard(
-                    f"{part.uri}: expected item_id to be the row number, {first} to "
+                    f"{part.uri}: expected {number} to be the row number, {first} to "
                     f"{first + len(table) - 1}; found other values. Run prepare again.",
                     part.path,
                 )
             first += len(table)
             tables.append(table)
-        return pa.concat_tables(tables)
+        return pa.concat_tables(tables[1:] or tables)
 
     def verify_checksums(self) -> None:
         """Read every file and compare its SHA-256; UserError names those that differ."""
@@ -552,6 +503,8 @@ class Dataset:
     def _schema(self, folder: str) -> pa.Schema:
         if folder == "items":
             return item_schema(self.manifest.item_text_columns)
+        if folder == "profiles":
+            return profile_schema(self.manifest.user_text_columns)
         return sequence_schema(self.manifest)
 
     def _folder(self, folder: str) -> list[Part]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dti_dist.console import progress
 from dti_dist.data import array_folder
-from dti_dist.data.dataset import UNKNOWN, BadShard, Dataset, Part, iter_sequences
+from dti_dist.data.dataset import BadShard, Dataset, Part, iter_sequences
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.samples import IntArray, Samples, SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock, find_fault
@@ -93,8 +93,7 @@ class SplitIndex:
         sample_offsets: [row groups + 1] bounds of each row group's samples.
         tokens: [samples] unsigned, body tokens; targets: [samples] unsigned.
         row_targets: [rows of these row groups] unsigned, targets of each user sequence.
-        totals: [samples, tasks] what the targets whose label of a task is known count together:
-            their weights, or else their number. None: one task without weights.
+        weight: [samples] float32, what each one's targets count together; None: 1 each.
         left_out: what could not be read, where that is allowed.
         fingerprint: changes with data, tokenizer, sample settings and what was left out.
         folder: where the index lies.
@@ -106,7 +105,7 @@ class SplitIndex:
     tokens: npt.NDArray[np.unsignedinteger]
     targets: npt.NDArray[np.unsignedinteger]
     row_targets: npt.NDArray[np.unsignedinteger]
-    totals: npt.NDArray[np.number] | None
+    weight: npt.NDArray[np.float32] | None
     left_out: tuple[LeftOut, ...]
     fingerprint: str
     folder: Path
@@ -144,7 +143,7 @@ class SplitIndex:
             tokens=self.tokens[:samples],
             targets=self.targets[:samples],
             row_targets=self.row_targets[:rows],
-            totals=None if self.totals is None else self.totals[:samples],
+            weight=None if self.weight is None else self.weight[:samples],
         )
 
 
@@ -157,12 +156,13 @@ def read_block(
         for_training: leave out the targets that training is not to see, as in all of train.
 
     Raises BadShard naming the file, the row group and where it can the row: what can't be read, a
-    null, sequences of unequal length, a label other than 0 and 1, an unknown item.
+    null, sequences of unequal length, a label other than 0 and 1, an unknown item or profile.
     """
     split = row_group.part.split("/")[0]
     place = [(row_group.part, row_group.number)]
     (batch,) = iter_sequences(dataset, split, needed_columns(dataset, tokens), place)
-    fault = find_fault(batch.rows, len(tokens.lengths), dataset.manifest.stored)
+    profiles = 0 if tokens.profiles is None else len(tokens.profiles)
+    fault = find_fault(batch.rows, len(tokens.lengths), profiles)
     if fault is not None:
         row, problem = fault
         raise BadShard(
@@ -176,8 +176,11 @@ def read_block(
 
 
 def needed_columns(dataset: Dataset, tokens: ItemTokens) -> list[str]:
-    """Of sequences, for prompts. Timestamps only where texts need them, or they make requests."""
+    """Of sequences, for prompts. Timestamps only where texts need them, or they make requests;
+    profiles only where they are read."""
     skipped = {"user_id"}
+    if tokens.profiles is None:
+        skipped.add("profile")
     if not (tokens.needs_times or dataset.has_requests):
         skipped.add("timestamps")
     return [name for name in dataset.sequence_columns if name not in skipped]
@@ -297,7 +300,7 @@ class _Sizes:
     tokens: npt.NDArray[np.unsignedinteger]
     targets: npt.NDArray[np.unsignedinteger]
     row_targets: npt.NDArray[np.unsignedinteger]
-    totals: npt.NDArray[np.number] | None
+    weight: npt.NDArray[np.float32] | None
 
 
 def _index_share(
@@ -334,26 +337,18 @@ def _sizes(block: SequenceBlock, settings: SampleSettings, tokens: ItemTokens) -
         array_folder.smallest(sample_lengths(samples, block, tokens)),
         array_folder.smallest(samples.targets),
         array_folder.smallest(of_rows),
-        totals_of(samples, block, settings),
+        _weights(samples, block, settings),
     )
 
 
-def totals_of(
+def _weights(
     samples: Samples, block: SequenceBlock, settings: SampleSettings
-) -> npt.NDArray[np.number] | None:
-    """`SplitIndex.totals` of the first samples that the settings cut."""
-    further, weight = block.further_labels, block.weight
-    if further is None and weight is None:
+) -> npt.NDArray[np.float32] | None:
+    if block.weight is None:
         return None
-    at = settings.targets(block)[: samples.targets.sum()]
-    counted = np.ones((len(at), 1), dtype=np.int64)
-    if weight is not None:
-        counted = weight[at, None].astype(np.float64)
-    if further is not None:
-        counted = np.concatenate([counted, counted * (further[at] != UNKNOWN)], axis=1)
+    weights = block.weight[settings.targets(block)]
     first = np.cumsum(samples.targets) - samples.targets
-    totals = np.add.reduceat(counted, first) if len(first) else counted
-    return array_folder.smallest(totals) if weight is None else totals.astype(np.float32)
+    return np.add.reduceat(weights, first) if len(first) else weights
 
 
 def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[LeftOut]) -> None:
@@ -367,11 +362,11 @@ def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[Left
         for place, sizes in good
     ]
     none = np.empty(0, dtype=np.uint8)
-    totals = [sizes.totals for _, sizes in good if sizes.totals is not None]
+    weights = [sizes.weight for _, sizes in good if sizes.weight is not None]
     array_folder.save(
         folder,
         {
-            **({"totals": np.concatenate(totals)} if totals else {}),
+            **({"weight": np.concatenate(weights)} if weights else {}),
             "row_groups": np.array(row_groups, dtype=np.int64).reshape(-1, 5),
             "sample_offsets": np.cumsum([0] + [len(sizes.tokens) for _, sizes in good]),
             **{
@@ -402,7 +397,7 @@ def _open(folder: Path) -> SplitIndex:
         tokens=arrays["tokens"],
         targets=arrays["targets"],
         row_targets=arrays["row_targets"],
-        totals=arrays.get("totals"),
+        weight=arrays.get("weight"),
         left_out=tuple(LeftOut(**entry) for entry in left_out),
         fingerprint=mark,
         folder=folder,

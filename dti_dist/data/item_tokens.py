@@ -17,11 +17,13 @@ import numpy.typing as npt
 from dti_dist.console import progress, say
 from dti_dist.data import array_folder
 from dti_dist.data.dataset import Dataset
+from dti_dist.data.profiles import ProfileTokens, load_profiles
 from dti_dist.data.template import GAP, MOMENTS, Template
 from dti_dist.data.text_encoder import TextEncoder
 from dti_dist.errors import UserError
 
 _BATCH = 8192  # items tokenised in one call: enough for the tokenizer's own threads
+_OF_PROFILES = {"profile", "max_profile_tokens", "missing"}  # settings that items don't depend on
 _RULE = "texts make no control tokens"  # tokens of before were made by another
 _MOST_NUMBERS = 1 << 40  # of texts: room for a pack's number beside them
 
@@ -57,8 +59,9 @@ class ItemTokens:
         words: [W] pieces; where there are words for time gaps, they are the first.
         of_item: [J + W] whether each piece of an interaction is its item's.
         sum_id: token id of [SUM].
-        fingerprint: changes with items, template or tokenizer.
+        fingerprint: changes with items, profiles, template or tokenizer.
         time_zone: in which hours and weekdays are told.
+        profiles: of users; None where the template has no profile.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -70,6 +73,7 @@ class ItemTokens:
     sum_id: int
     fingerprint: str
     time_zone: str = "UTC"
+    profiles: ProfileTokens | None = None
 
     @cached_property
     def item_pieces(self) -> int:
@@ -187,7 +191,9 @@ def fingerprint(dataset: Dataset, template: Template, tokenizer: Any, sum_id: in
     of_events = template.event_pieces
     parts = [
         json.dumps(files, sort_keys=True),
-        template.config.model_dump_json(exclude=None if of_events else {"time_zone"}),
+        template.config.model_dump_json(
+            exclude=_OF_PROFILES | (set() if of_events else {"time_zone"})
+        ),
         tokenizer.backend_tokenizer.to_str(),
         str(sum_id),
         _RULE,
@@ -217,6 +223,7 @@ def load_or_build(
     stored = array_folder.load(folder)
     assert stored is not None, f"{folder} was removed while it was in use"
     arrays, _ = stored
+    profiles = load_profiles(dataset, template, tokenizer, sum_id, cache_dir)
     return ItemTokens(
         tokens=arrays["tokens"],
         offsets=arrays["offsets"],
@@ -225,8 +232,9 @@ def load_or_build(
         words=(*gap_words(template, tokenizer), *_as_words(template, arrays)),
         of_item=order_of_pieces(template),
         sum_id=sum_id,
-        fingerprint=mark,
+        fingerprint=mark if profiles is None else f"{mark}-{profiles.fingerprint}",
         time_zone=template.config.time_zone,
+        profiles=profiles,
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dti_dist.attention.layout import PackLayout, Record, SharedBody
-from dti_dist.data.dataset import UNKNOWN
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.samples import (
     IntArray,
@@ -59,8 +58,6 @@ class Pack(Record):
         weight: [B, S] float32, what each target counts in the loss; 0 for slots without one.
         target_row, target_position: [B, S] which interaction of the split is the target; -1 unused.
         body_tokens: tokens without padding that the layers run on, slots not counted.
-        further_labels: [B, S, tasks - 1] float32, labels of the tasks beside the main one: 0, 1,
-            or UNKNOWN, as of slots without a target. None: there is one task.
     """
 
     tokens: Tensor
@@ -71,7 +68,6 @@ class Pack(Record):
     target_row: Tensor
     target_position: Tensor
     body_tokens: int
-    further_labels: Tensor | None = None
 
     @property
     def targets(self) -> int:
@@ -93,10 +89,10 @@ class Prompts:
         targets: [targets] which interactions get a [SUM] slot, in order.
         weight: [targets] what each counts; None: 1.
         target_row, target_position: [targets] which interaction of the split, or of the requests.
-        further_labels: [targets, tasks - 1] as of Pack.
         candidates: [prompts] how many of its interactions are candidates.
         place: [I] how many interactions of its prompt lie before its request. Both are None where
             each interaction is alone in its request, and none a candidate.
+        profiles: [prompts] rows of the tokens' profiles; None where the tokens have none.
     """
 
     count: IntArray
@@ -110,7 +106,7 @@ class Prompts:
     candidates: IntArray | None = None
     place: IntArray | None = None
     weight: npt.NDArray[np.float32] | None = None
-    further_labels: npt.NDArray[np.int8] | None = None
+    profiles: IntArray | None = None
 
     @property
     def labelled(self) -> npt.NDArray[np.bool_]:
@@ -123,15 +119,28 @@ class Prompts:
 
     def body_length(self, tokens: ItemTokens) -> int:
         """L at least."""
-        prefixes = len(tokens.prefix) * len(self.count)
-        return int(self.text_lengths(tokens).sum() + self.labelled.sum()) + prefixes
+        fronts = len(tokens.prefix) * len(self.count) + int(self.profile_lengths(tokens).sum())
+        return int(self.text_lengths(tokens).sum() + self.labelled.sum()) + fronts
+
+    def profile_lengths(self, tokens: ItemTokens) -> IntArray:
+        """[prompts] tokens of each one's profile."""
+        if self.profiles is None:
+            return np.zeros(len(self.count), dtype=np.int64)
+        assert tokens.profiles is not None, "tokens with profiles"
+        return tokens.profiles.lengths[self.profiles]
 
     def units(self, tokens: ItemTokens) -> IntArray:
-        """[I] the unit of each; with a prefix, one more before each prompt's."""
+        """[I] the unit of each; each prompt's profile and prefix, if any, lie before its first."""
         unit = np.arange(len(self.items))
-        if len(tokens.prefix):
-            unit += self.prompt + 1
+        fronts = (self.profiles is not None) + (len(tokens.prefix) > 0)
+        if fronts:
+            unit += fronts * (self.prompt + 1)
         return unit
+
+    def profile_units(self, tokens: ItemTokens) -> IntArray:
+        """[prompts] the unit of each one's profile, where there are some."""
+        first = self.units(tokens)[self.count.cumsum() - self.count]
+        return first - 1 - (len(tokens.prefix) > 0)
 
 
 def build_pack(
@@ -140,7 +149,6 @@ def build_pack(
     """Lay samples end to end in a pack. No samples at all give a pack without targets."""
     units = Units.of(samples, block)
     row = samples.row[units.sample[units.targets]]
-    further = block.further_labels
     prompts = Prompts(
         count=units.count,
         prompt=units.sample,
@@ -153,13 +161,19 @@ def build_pack(
         candidates=units.candidates,
         place=units.place,
         weight=None if block.weight is None else block.weight[units.source[units.targets]],
-        further_labels=None if further is None else further[units.source[units.targets]],
+        profiles=None if tokens.profiles is None else _profiles(block)[samples.row],
     )
     return lay_out(prompts, tokens, shape)
 
 
+def _profiles(block: SequenceBlock) -> IntArray:
+    assert block.profile is not None, "profiles need the profile column"
+    return block.profile.astype(np.int64)
+
+
 def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
-    """Lay prompts end to end: each one's prefix, then its interactions, text and label token.
+    """Lay prompts end to end: each one's profile, its prefix, then its interactions, text and label
+    token.
 
     Where the shape has a `body`, equal interactions are also laid out once each.
     """
@@ -169,7 +183,8 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     end_of_prompt = count.cumsum()
     first_of_prompt = end_of_prompt - count
 
-    # Where each interaction lies in the body. Each prompt's prefix lies before its first one.
+    # Where each interaction lies in the body, each prompt's profile and prefix before its first.
+    has_profiles, profile_lengths = prompts.profiles is not None, prompts.profile_lengths(tokens)
     text = prompts.text_lengths(tokens)
     labelled: slice | npt.NDArray[np.bool_] = slice(None)
     lengths = text + 1
@@ -179,6 +194,8 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     end = lengths.cumsum()
     if P:
         end += P * (prompt + 1)
+    if has_profiles:
+        end += profile_lengths.cumsum()[prompt]
     start = end - lengths
     text_end = end - 1 if prompts.candidates is None else start + text
     body_tokens = int(end[-1]) if len(end) else 0
@@ -188,9 +205,13 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     # Units in body order.
     unit_of = prompts.units(tokens)
     unit_lengths = lengths
-    if P:
-        unit_lengths = np.full(len(items) + len(count), P)
+    fronts = has_profiles + bool(P)
+    if fronts:
+        unit_lengths = np.full(len(items) + len(count) * fronts, P)
         unit_lengths[unit_of] = lengths
+    if has_profiles:
+        profile_unit = prompts.profile_units(tokens)
+        unit_lengths[profile_unit] = profile_lengths
     units = len(unit_lengths)
     room = -(-max(units, 1) // _UNIT_STRIDE) * _UNIT_STRIDE
     unit_start = np.full(room + 1, body_tokens, dtype=np.int32)
@@ -203,6 +224,15 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         prefix_start[unit_of] = prompt_start[prompt]
         prefix_end[unit_of] = prompt_start[prompt] + P
 
+    profiles = profile_start = profile_end = None
+    if prompts.profiles is not None:
+        at = ranges(prompt_start - profile_lengths, profile_lengths)
+        profiles = _Profiles(prompts.profiles, profile_lengths, at)
+        profile_start, profile_end = np.zeros((2, room), dtype=np.int32)
+        profile_start[:units] = (prompt_start - profile_lengths).repeat(count + fronts)
+        profile_end[:units] = prompt_start.repeat(count + fronts)
+        profile_start[profile_unit] = profile_end[profile_unit] = 0
+
     # The body.
     ids = np.zeros(L + shape.slots, dtype=np.int64)
     write_texts(ids, tokens, items, words, start, body_tokens)
@@ -210,9 +240,11 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
     if P:
         ids[prompt_start[:, None] + np.arange(P)] = tokens.prefix
     position = np.zeros(L + shape.slots, dtype=np.int64)
-    np.subtract(
-        np.arange(body_tokens), prompt_start.repeat(prompt_tokens), out=position[:body_tokens]
-    )
+    zero = prompt_start.repeat(prompt_tokens + profile_lengths)
+    if profiles is not None:
+        ids[profiles.at] = profile_ids(profiles.rows, tokens)
+        zero[profiles.at] -= profile_lengths.repeat(profile_lengths)
+    np.subtract(np.arange(body_tokens), zero, out=position[:body_tokens])
     unit = np.empty(L + shape.slots, dtype=np.int32)
     unit[:body_tokens] = np.arange(units, dtype=np.int32).repeat(unit_lengths)
     unit[body_tokens:] = -1
@@ -239,7 +271,7 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         context_end[unit_of] = unit_of[begins]
 
     def tail(values: np.ndarray | int, unused: int, dtype: type) -> Tensor:
-        array: np.ndarray = np.empty((shape.slots, *np.shape(values)[1:]), dtype=dtype)
+        array: np.ndarray = np.empty(shape.slots, dtype=dtype)
         array[:used] = values
         array[used:] = unused
         return torch.from_numpy(array)
@@ -250,7 +282,16 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         runs = np.diff(start, append=body_tokens)
         texts, _ = tokens.text_numbers(items, words)
         shared_ids, shared = _share(
-            texts, labels, prompts.labelled, start, text, runs, prompt_start, P, ids[:L]
+            texts,
+            labels,
+            prompts.labelled,
+            start,
+            text,
+            runs,
+            prompt_start,
+            P,
+            ids[:L],
+            profiles,
         )
         body_tokens = len(shared_ids)
         ids = np.concatenate([shared_ids, ids[L:]])
@@ -266,6 +307,8 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
             readout_end=tail(text_end[target], 0, np.int32),
             unit_place=None if unit_place is None else torch.from_numpy(unit_place),
             unit_context_end=None if context_end is None else torch.from_numpy(context_end),
+            profile_start=None if profile_start is None else torch.from_numpy(profile_start),
+            profile_end=None if profile_end is None else torch.from_numpy(profile_end),
             shared=shared,
         ),
         labels=tail(labels[target], 0, np.float32),
@@ -274,9 +317,6 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         target_row=tail(prompts.target_row, -1, np.int64),
         target_position=tail(prompts.target_position, -1, np.int32),
         body_tokens=body_tokens,
-        further_labels=None
-        if prompts.further_labels is None
-        else tail(prompts.further_labels, UNKNOWN, np.float32),
     )
 
 
@@ -323,6 +363,30 @@ def write_texts(
         ids[ranges(to, of_words)] = tokens.word_tokens[ranges(of, of_words)]
 
 
+def profile_ids(profiles: IntArray, tokens: ItemTokens) -> npt.NDArray[np.int32]:
+    """The tokens of some profiles, end to end."""
+    assert tokens.profiles is not None, "tokens with profiles"
+    starts = np.asarray(tokens.profiles.offsets)[profiles]
+    return np.asarray(tokens.profiles.tokens)[ranges(starts, tokens.profiles.lengths[profiles])]
+
+
+@dataclass(frozen=True)
+class _Profiles:
+    """Profiles of samples.
+
+    Attributes:
+        rows, lengths: [samples] the profile of each, and its tokens.
+        at: where these lie in the body, sample after sample.
+    """
+
+    rows: IntArray
+    lengths: IntArray
+    at: IntArray
+
+
+_OF_TOKENS = ("position", "start", "end")
+
+
 def _share(
     texts: npt.NDArray[np.integer],
     labels: npt.NDArray[np.int8],
@@ -333,8 +397,10 @@ def _share(
     prefix_at: IntArray,
     prefix_length: int,
     body: npt.NDArray[np.int64],
+    profiles: _Profiles | None,
 ) -> tuple[npt.NDArray[np.int64], SharedBody]:
-    """The distinct interactions, once each: token ids [Lb], and how they lie.
+    """The distinct interactions, and behind them the distinct profiles, once each: token ids [Lb],
+    and how they lie.
 
     Args:
         texts: [interactions] equal numbers mean equal texts in all pieces.
@@ -349,22 +415,49 @@ def _share(
     occurs[unit[labelled], labels[labelled]] = 1
     prefix = prefix_length if len(prefix_at) else 0
     unit_start, shared = distinct_texts(lengths[first], occurs.sum(axis=1), prefix)
-    used = len(shared.position)
 
-    end_of_samples = prefix + int(runs.sum())
+    begin = int(start[0]) if len(start) else 0
+    end_of_samples = begin + int(runs.sum())
     source = np.zeros(len(body), dtype=np.int64)
     np.add(
-        np.arange(prefix, end_of_samples),
+        np.arange(begin, end_of_samples),
         (unit_start[unit] - start).repeat(runs),
-        out=source[prefix:end_of_samples],
+        out=source[begin:end_of_samples],
     )
     label_at = unit_start[unit] + lengths + occurs[unit, 0] * labels
     source[(start + lengths)[labelled]] = label_at[labelled]
     if prefix:
         source[prefix_at[:, None] + np.arange(prefix)] = np.arange(prefix)
-    tokens = np.empty(used, dtype=np.int64)
+    if profiles is not None:
+        _, first, which = np.unique(profiles.rows, return_index=True, return_inverse=True)
+        profile_start, laid = distinct_profiles(profiles.lengths[first], len(shared.position))
+        source[profiles.at] = ranges(profile_start[which], profiles.lengths)
+        joined = {n: torch.cat([vars(shared)[n], vars(laid)[n]]) for n in _OF_TOKENS}
+        shared = replace(shared, profiles=laid.profiles, **joined)
+    tokens = np.empty(len(shared.position), dtype=np.int64)
     tokens[source[:end_of_samples]] = body[:end_of_samples]
     return tokens, replace(shared, source=torch.from_numpy(source))
+
+
+def distinct_profiles(lengths: IntArray, behind: int = 0) -> tuple[IntArray, SharedBody]:
+    """Profiles end to end, behind so many tokens of another kind.
+
+    Args:
+        lengths: [profiles] tokens of each.
+
+    Returns:
+        [profiles] where each begins, and how their tokens lie, with an empty `source`.
+    """
+    starts = behind + lengths.cumsum() - lengths
+    place = behind + np.arange(int(lengths.sum()))
+    start_seen = starts.repeat(lengths)
+    return starts, SharedBody(
+        position=torch.from_numpy(place - start_seen),
+        start=torch.from_numpy(start_seen.astype(np.int32)),
+        end=torch.from_numpy(place.astype(np.int32)),
+        source=torch.empty(0, dtype=torch.int64),
+        profiles=torch.tensor([behind]),
+    )
 
 
 def distinct_texts(

@@ -249,16 +249,20 @@ def interaction_lengths(block: SequenceBlock, tokens: ItemTokens) -> IntArray:
 
 
 def sample_lengths(samples: Samples, block: SequenceBlock, tokens: ItemTokens) -> IntArray:
-    """[samples] body tokens of each prompt, prefix included and [SUM] slots not."""
+    """[samples] body tokens of each prompt, profile and prefix included and [SUM] slots not."""
     lengths = interaction_lengths(block, tokens)
+    front: IntArray | int = len(tokens.prefix)
+    if tokens.profiles is not None:
+        assert block.profile is not None, "profiles need the profile column"
+        front = front + tokens.profiles.lengths[block.profile[samples.row]]
     if block.by_request:
         units = Units.of(samples, block)
         of_units = lengths[units.source] - ~units.labelled
         body = np.bincount(units.sample, of_units, minlength=len(samples)).astype(np.int64)
-        return len(tokens.prefix) + body
+        return front + body
     ends = np.concatenate([[0], np.cumsum(lengths)])
     start = block.offsets[samples.row]
-    return len(tokens.prefix) + ends[start + samples.end] - ends[start + samples.first]
+    return front + ends[start + samples.end] - ends[start + samples.first]
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> IntArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -11,19 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dti_dist.data.dataset import (
-    NO_RULES,
-    InteractionRules,
-    StoredColumn,
-    further_tasks,
-    label_column,
-    sequence_schema,
-    stored_values,
-)
+from dti_dist.data.dataset import sequence_schema, stored_values
 from dti_dist.data.template import GAP, TIME_GAPS
 from dti_dist.errors import UserError
 
-_OWN = set(sequence_schema().names)  # columns that a block has a field for
+_OWN = {*sequence_schema().names, "profile"}  # columns that a block has a field for
 
 
 def gap_bucket(seconds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -80,6 +72,7 @@ class SequenceBlock:
         rows: [rows] int64, row numbers in the whole split.
         by_request: a row's interactions of one time are a request: none knows another's label.
             Else each is a request of its own.
+        profile: [rows] rows of the data set's profiles; None where not read.
         stored: [interactions] each StoredColumn of the data set, by name.
     """
 
@@ -90,6 +83,7 @@ class SequenceBlock:
     target_start: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
     by_request: bool = False
+    profile: npt.NDArray[np.integer] | None = None
     stored: Mapping[str, np.ndarray] = field(default_factory=dict)
     _codes: dict[tuple[str, str], npt.NDArray[np.int64]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -117,13 +111,6 @@ class SequenceBlock:
     def is_target(self) -> npt.NDArray[np.bool_] | None:
         """[interactions] whether it may be a target; None: all."""
         return self.stored.get("is_target")
-
-    @cached_property
-    def further_labels(self) -> npt.NDArray[np.int8] | None:
-        """[interactions, tasks - 1] labels of the tasks beside the main one, in the data set's
-        order: 0, 1 or UNKNOWN. None: there is one task."""
-        tasks = further_tasks(self.stored)
-        return np.stack([self.stored[label_column(t)] for t in tasks], axis=1) if tasks else None
 
     @cached_property
     def requests(self) -> RequestBounds:
@@ -166,7 +153,7 @@ class SequenceBlock:
         return self._codes[key]
 
     @staticmethod
-    def empty(rules: InteractionRules = NO_RULES) -> SequenceBlock:
+    def empty(by_request: bool = False) -> SequenceBlock:
         none = np.empty(0, dtype=np.int64)
         return SequenceBlock(
             none.astype(np.int32),
@@ -175,8 +162,8 @@ class SequenceBlock:
             np.zeros(1, np.int64),
             none,
             none,
-            rules.requests is not None,
-            {column.name: none.astype(column.type.to_pandas_dtype()) for column in rules.stored},
+            by_request,
+            none,
         )
 
     @staticmethod
@@ -193,6 +180,7 @@ class SequenceBlock:
             target_start=rows["target_start"].to_numpy().astype(np.int64),
             rows=np.arange(first_row, first_row + rows.num_rows),
             by_request=by_request,
+            profile=rows["profile"].to_numpy() if "profile" in rows.schema.names else None,
             stored={
                 name: values
                 for name in rows.schema.names
@@ -219,6 +207,7 @@ class SequenceBlock:
             target_start=np.concatenate([block.target_start for block in blocks]),
             rows=np.concatenate([block.rows for block in blocks]),
             by_request=blocks[0].by_request,
+            profile=joined(block.profile for block in blocks),
             stored={
                 name: np.concatenate([block.stored[name] for block in blocks])
                 for name in blocks[0].stored
@@ -226,19 +215,16 @@ class SequenceBlock:
         )
 
 
-def find_fault(
-    rows: pa.RecordBatch, items: int, stored: Sequence[StoredColumn] = ()
-) -> tuple[int, str] | None:
+def find_fault(rows: pa.RecordBatch, items: int, profiles: int = 0) -> tuple[int, str] | None:
     """The first row that breaks the format, and what was expected and found there; else None.
 
     Args:
         rows: some or all columns of sequence_schema.
-        items: how many items there are.
-        stored: what the data set's sequences have beside.
+        items, profiles: how many there are.
     """
-    nullable = {column.name for column in stored if column.nullable}
     lists = [name for name in rows.schema.names if pa.types.is_list(rows.schema.field(name).type)]
-    for name in [*lists, "target_start"]:
+    of_rows = [name for name in ("target_start", "profile") if name in rows.schema.names]
+    for name in [*lists, *of_rows]:
         column = rows[name]
         if column.null_count:
             row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
@@ -259,15 +245,14 @@ def find_fault(
             found = f"{int(lengths[row])} and {len(rows[name][row])}"
             return row, f"item_ids and {name}: expected lists of one length, found {found}"
         values = rows[name].flatten()
-        if values.null_count and name not in nullable:
+        if values.null_count:
             row, at = first(values.is_null().to_numpy(zero_copy_only=False))
             return row, f"{name}[{at}]: expected a value, found null"
     for name, end, expected in (
         ("labels", 2, "0 or 1"),
         ("item_ids", items, f"0 to {items - 1}, a row of the item table"),
-        *((c.name, c.below, f"0 to {c.below - 1}") for c in stored if c.below is not None),
     ):
-        values = rows[name].flatten().fill_null(0).to_numpy()
+        values = rows[name].flatten().to_numpy()
         bad = (values < 0) | (values >= end)
         if bad.any():
             row, at = first(bad)
@@ -283,4 +268,11 @@ def find_fault(
     if bad.any():
         row = int(np.argmax(bad))
         return row, f"target_start: expected 0 to {int(lengths[row])}, found {start[row]}"
+    if "profile" in of_rows:
+        profile = rows["profile"].to_numpy()
+        bad = (profile < 0) | (profile >= profiles)
+        if bad.any():
+            row = int(np.argmax(bad))
+            expected = f"0 to {profiles - 1}, a row of the table of profiles"
+            return row, f"profile: expected {expected}, found {profile[row]}"
     return None

@@ -61,11 +61,13 @@ class Template:
     Attributes:
         columns: of items.
         pieces: of an interaction's text, in order; without the words for a time gap before them.
+        profile_columns: of users.
     """
 
     config: TemplateConfig
     columns: tuple[str, ...]
     pieces: tuple[Piece, ...]
+    profile_columns: tuple[str, ...] = ()
 
     @staticmethod
     def alone(
@@ -81,17 +83,23 @@ class Template:
         for name in columns:
             if "." in name or "[" in name:
                 raise _not_a_format(config.item, ValueError(f"{name!r} is more than a column"))
-        return Template(config, columns, _pieces(config, of_events))
+        return Template(config, columns, _pieces(config, of_events), _profile_columns(config))
 
     @staticmethod
-    def for_items(config: TemplateConfig, item_text_columns: Sequence[str]) -> Template:
+    def for_items(
+        config: TemplateConfig,
+        item_text_columns: Sequence[str],
+        user_text_columns: Sequence[str] = (),
+    ) -> Template:
         """An item's column goes before a field of the interaction that has the same name.
 
-        Raises UserError when the item template is not a format string of these.
+        Raises UserError when the item template is not a format string of these, or that of the
+        profile not one of the users' columns.
         """
         of_events = {k: v for k, v in MOMENTS.items() if k not in item_text_columns}
         fields = _fields(config)
         columns = tuple(name for name in fields if name not in of_events)
+        profile_columns = _profile_columns(config, user_text_columns)
         if not columns:
             raise UserError(
                 f"template.item {config.item!r} names no item column, so all items would read "
@@ -105,7 +113,7 @@ class Template:
                     f"Item text columns: {', '.join(item_text_columns)}."
                 )
         try:
-            template = Template(config, columns, _pieces(config, of_events))
+            template = Template(config, columns, _pieces(config, of_events), profile_columns)
             for piece in template.pieces:
                 piece.text(dict.fromkeys(fields, ""))
         except (ValueError, LookupError, AttributeError) as error:  # such as {title:d}
@@ -119,6 +127,13 @@ class Template:
     @property
     def event_pieces(self) -> tuple[Piece, ...]:
         return tuple(piece for piece in self.pieces if piece.field is not None)
+
+    def profile_values(self, row: Mapping[str, str | None]) -> dict[str, str]:
+        """What the profile's format takes of a user, with a text for what is not known."""
+        values = {name: row.get(name) or "" for name in self.profile_columns}
+        return {
+            name: value if value.strip() else self.config.missing for name, value in values.items()
+        }
 
     def gap_words(self) -> list[str]:
         """One text per gap bucket, shortest gap first; empty without time gaps."""
@@ -147,10 +162,13 @@ def _parsed(item: str) -> list[tuple[str, str | None, str]]:
 
 def _fields(config: TemplateConfig) -> tuple[str, ...]:
     try:
-        parsed = _parsed(config.item)
+        return _names(config.item)
     except ValueError as error:
         raise _not_a_format(config.item, error) from error
-    return tuple(dict.fromkeys(name for _, name, _ in parsed if name is not None))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for _, name, _ in _parsed(text) if name is not None))
 
 
 def _pieces(config: TemplateConfig, of_events: Mapping[str, Sequence[str]]) -> tuple[Piece, ...]:
@@ -170,6 +188,42 @@ def _pieces(config: TemplateConfig, of_events: Mapping[str, Sequence[str]]) -> t
     if pieces:
         pieces[-1] = replace(pieces[-1], format=pieces[-1].format + text)
     return tuple(pieces)
+
+
+def _profile_columns(
+    config: TemplateConfig, user_text_columns: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Columns that the profile names; of those given, where some are given."""
+    if config.profile is None:
+        return ()
+    try:
+        fields = _names(config.profile)
+        config.profile.format_map(dict.fromkeys(fields, ""))
+    except (ValueError, LookupError, AttributeError) as error:  # such as {age:d}
+        raise UserError(
+            f"template.profile {config.profile!r} is not a format string of user text columns: "
+            f"{error}. Write columns in braces, as in '{{age}} {{gender}}', and a brace itself "
+            "twice."
+        ) from error
+    known = fields if user_text_columns is None else user_text_columns
+    if not fields:
+        raise UserError(
+            f"template.profile {config.profile!r} names no user text column, so all users would "
+            "read alike. Text that is the same for all belongs in template.prefix."
+        )
+    for field in fields:
+        if field not in known:
+            has = (
+                f"User text columns: {', '.join(known)}."
+                if known
+                else "It has none: prepare it with some (events --users TABLE --user-text-cols, "
+                "movielens), or leave template.profile out."
+            )
+            raise UserError(
+                f"template.profile names the column {field!r}, which the users of the data set "
+                f"don't have.{nearest(field, known)} {has}"
+            )
+    return fields
 
 
 def _not_a_format(item: str, error: Exception) -> UserError:

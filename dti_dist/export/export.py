@@ -22,13 +22,11 @@ from dti_dist.export.model_card import Exported, model_card
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.heads import task_parameter
 from dti_dist.model.lora import SumEmbedding, is_adapted, merged
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.model.weights import Placement, Reader, as_kept, fill, hollow
 from dti_dist.redaction import redact
 from dti_dist.runs.commits import refuse_altered
-from dti_dist.runs.exported import TASKS_FILE
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
 from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import TrainedWeights, choose_checkpoint
@@ -49,8 +47,7 @@ def export(
 
     With the head yes_no the folder holds a causal LM; with linear, a sequence classifier with one
     label (its `score` is the head). Both load with transformers' Auto classes. Adapters are merged
-    into the weights, or with `adapter_only` they are all that is written, for peft. Further tasks
-    are in TASKS_FILE.
+    into the weights, or with `adapter_only` they are all that is written, for peft.
 
     Args:
         out: a folder or any fsspec URL. It appears whole; in an object store dti_config.json comes
@@ -85,7 +82,6 @@ def export(
             save_adapter(model, chosen, sources.public_name(config.model.name), folder)
         else:
             save_model(model, as_kept(weights), inputs.tokenizer, chosen, folder)
-        _save_tasks(model, weights, folder)
         weights.check_base()
         inputs.tokenizer.save_pretrained(folder)
         card = model_card(
@@ -205,18 +201,6 @@ def save_adapter(model: CTRModel, dtype: torch.dtype, base_model: str, folder: P
     )
 
 
-def _save_tasks(model: CTRModel, read: Reader, folder: Path) -> None:
-    """The vectors of further tasks, which no class of transformers has room for."""
-    from safetensors.torch import save_file
-
-    vectors = {
-        task: read(f"head.{task_parameter(task)}", vector).detach().float().contiguous()
-        for task, vector in model.head.task_vectors.items()
-    }
-    if vectors:
-        save_file(vectors, folder / TASKS_FILE)
-
-
 def hollow_hugging_face_model(model: CTRModel) -> Any:
     """A transformers model of the family that has the same weights, but for their values.
 
@@ -246,7 +230,12 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
     """What a program needs beside the weights to build prompts and read predictions."""
     config = inputs.config
     requests = inputs.dataset.manifest.requests
-    why_not = why_not_plain(model, config.sample.context, inputs.dataset.has_requests)
+    why_not = why_not_plain(
+        model,
+        config.sample.context,
+        inputs.dataset.has_requests,
+        has_profile=inputs.tokens.profiles is not None,
+    )
     return {
         "dti_dist_version": dti_dist.__version__,
         "base_model": sources.public_name(config.model.name),
@@ -259,7 +248,6 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
             {"format": piece.format, "field": piece.field} for piece in inputs.template.pieces
         ],
         "requests": requests and requests.model_dump(mode="json"),
-        "tasks": [task.name for task in inputs.dataset.manifest.tasks],
         "attention": config.attention.model_dump(mode="json", exclude={"backend"}),
         "sum_token": SUM_TOKEN,
         "sum_token_id": inputs.tokens.sum_id,
@@ -284,7 +272,9 @@ _WHY_PLAIN = (
 )
 
 
-def why_not_plain(model: CTRModel, n: int, by_request: bool = False) -> str | None:
+def why_not_plain(
+    model: CTRModel, n: int, by_request: bool = False, has_profile: bool = False
+) -> str | None:
     """Why a plain causal forward pass over a sliding-window prompt isn't the trained function.
 
     None where it is: where every state that [SUM] is made of has seen all tokens before it, by the
@@ -292,8 +282,14 @@ def why_not_plain(model: CTRModel, n: int, by_request: bool = False) -> str | No
 
     Args:
         by_request: interactions that were shown at once do not see each other.
+        has_profile: [SUM] reads a profile.
     """
     scheme = model.scheme
+    if has_profile:
+        return (
+            "[SUM] alone reads the profile (template.profile), at the same distance from every "
+            "target, and in a plain causal forward pass all tokens do, at their own."
+        )
     body, readout = scheme.windows.body, scheme.windows.readout
     if not scheme.positions.rotated:
         return (

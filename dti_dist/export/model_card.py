@@ -20,7 +20,6 @@ from dti_dist.data.template import TIME_GAPS, Template
 from dti_dist.evaluation.labels import (
     FLOOR_COLUMNS,
     LABELS,
-    each_task,
     floor_rows,
     worse_than_regression,
 )
@@ -29,7 +28,6 @@ from dti_dist.model import sources
 from dti_dist.model.heads import HEADS
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.runs.commits import Commit
-from dti_dist.runs.exported import TASKS_FILE
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.metrics_log import logged_until, read_lines
 from dti_dist.runs.origin import published_origin
@@ -73,7 +71,7 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
     config, manifest = inputs.config, inputs.dataset.manifest
     measured = [figures for figures in run.read_evaluations() if "checkpoint" in figures]
     once = {(e["split"], e["prompt"], e["checkpoint"]): e for e in measured}
-    evaluations = [of_task for figures in once.values() for of_task in each_task(figures)]
+    evaluations = list(once.values())
     base = _base(config)
     prompt = _example(inputs.template)
     card = _template().render(
@@ -84,8 +82,6 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
         base=base,
         began_with=published_origin(run.origin),
         head=HEADS[config.model.head],
-        tasks=inputs.dataset.tasks,
-        tasks_file=TASKS_FILE,
         licence=licence,
         evaluations=evaluations,
         beside=[
@@ -172,7 +168,17 @@ def _example(made: Template) -> str:
     if template.time_gaps:
         items[1] = f"{TIME_GAPS[1][1]}{items[1]}"
     no, yes = template.label_words
-    return f"{template.prefix}{items[0]}{no}{items[1]}{yes}{items[2]}{SUM_TOKEN}"
+    profile = ""
+    if template.profile:
+        profile = template.profile.format_map(_Named())
+    return f"{profile}{template.prefix}{items[0]}{no}{items[1]}{yes}{items[2]}{SUM_TOKEN}"
+
+
+class _Named(dict[str, str]):
+    """A made-up text of the user by column."""
+
+    def __missing__(self, column: str) -> str:
+        return f"<{column} of the user>"
 
 
 def _targets_seen(metrics: Path, step: int) -> str:

@@ -77,3 +77,8 @@ def _texts(dataset: Dataset, template: Template) -> Iterator[str]:
     for piece in template.event_pieces:
         yield from map(piece.text, piece.rows())
     yield from (piece.text(row) for row in rows for piece in template.item_pieces)
+    if template.config.profile:
+        table = dataset.profiles_table().select(list(template.profile_columns))
+        for batch in table.to_batches(8192):
+            values = map(template.profile_values, batch.to_pylist())
+            yield from map(template.config.profile.format_map, values)

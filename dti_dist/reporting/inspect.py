@@ -45,8 +45,10 @@ class Line:
     """A line of the shown prompt.
 
     Attributes:
-        first, last: interactions of the sample; more than one where some are left out. 0: prefix.
-        role: ``prefix``, ``older`` (than n for all shown targets), ``context`` or ``target``.
+        first, last: interactions of the sample; more than one where some are left out. 0: what lies
+            before them.
+        role: ``profile``, ``prefix``, ``older`` (than n for all shown targets), ``context`` or
+            ``target``.
         start, end: places in the pack.
         pieces: the text of its tokens, without the label, some of one character together; none
             where interactions are left out.
@@ -72,7 +74,7 @@ class Line:
     @property
     def name(self) -> str:
         if self.first == 0:
-            return "prefix"
+            return self.role
         return f"{self.first}" if self.first == self.last else f"{self.first}–{self.last}"
 
 
@@ -299,7 +301,8 @@ class _OpenedPack:
         tokens: [T] token ids of the samples end to end, then of the slots.
         unit: [T]; -1 for padding.
         units: how many units are used.
-        first: [units] first interaction of each unit's sample, or -1 for a prefix.
+        first: [units] first interaction of each unit's sample, or -1 for a profile or prefix.
+        fronts: what lies before a sample's first interaction.
         stands: [units] how often the unit's text stands in the pack.
         slots: used ones.
     """
@@ -316,8 +319,11 @@ class _OpenedPack:
         self.unit_start = layout.unit_start[0].long().numpy()
         self.units = int(unit[: layout.length].max()) + 1
         self.first = layout.unit_first[0, : self.units].long().numpy().copy()
-        if len(inputs.tokens.prefix):
-            self.first[layout.prefix_end[0, : self.units].numpy() == 0] = -1
+        self.fronts = ["profile"] if inputs.tokens.profiles is not None else []
+        self.fronts += ["prefix"] if len(inputs.tokens.prefix) else []
+        # Of the units that are their own first, each sample has these and its first interaction.
+        (own,) = (self.first == np.arange(self.units)).nonzero()
+        self.first[own.reshape(-1, len(self.fronts) + 1)[:, :-1]] = -1
         self.stands = np.ones(self.units, dtype=np.int64)
         if layout.shared is not None:
             text = layout.shared.source[0].numpy()[self.unit_start[: self.units]]
@@ -352,7 +358,7 @@ class _OpenedPack:
         slots = slots[np.argsort(slot_unit[slots], kind="stable")]  # as they lie in the pack
         lines = self._lines(int(starts[chosen]), slots)
         cells = self._cells(lines, slots)
-        sample_start = starts - (len(self.inputs.tokens.prefix) > 0)
+        sample_start = starts - len(self.fronts)
         ends = np.append(sample_start[1:], self.units)
         config = self.inputs.config
         model = load_model_config(self.inputs.model, self.inputs.vocabulary)
@@ -388,7 +394,7 @@ class _OpenedPack:
         )
 
     def _lines(self, start: int, slots: npt.NDArray[np.int64]) -> tuple[Line, ...]:
-        """The sample from its prefix to the last of the targets; what is too much is left out.
+        """The sample from its front to the last of the targets; what is too much is left out.
 
         Args:
             start: the sample's first interaction; slots: of the targets.
@@ -411,9 +417,9 @@ class _OpenedPack:
         ]
         ends = dict(zip(units.tolist(), self.layout.readout_end[0, slots].tolist(), strict=True))
         lines = []
-        if len(self.inputs.tokens.prefix):
-            begin, end = self.unit_start[start - 1 : start + 1].tolist()
-            lines.append(Line(0, 0, "prefix", begin, end, self._pieces(begin, end)))
+        for unit, role in enumerate(self.fronts, start - len(self.fronts)):
+            begin, end = self.unit_start[unit : unit + 2].tolist()
+            lines.append(Line(0, 0, role, begin, end, self._pieces(begin, end)))
         for first, last, role in spans:
             unit = start + first - 1
             begin, end = int(self.unit_start[unit]), int(self.unit_start[start + last])
@@ -639,7 +645,8 @@ def _shares(seen: Tensor, parts: Tensor) -> Shares:
 
 
 def _apart(lines: Sequence[Line]) -> npt.NDArray[np.int64]:
-    """[lines, lines] interactions that even the nearest of two lines lie apart; prefix: -1."""
+    """[lines, lines] interactions that even the nearest of two lines lie apart; -1 with a profile
+    or prefix."""
     first = np.array([line.first for line in lines])
     place = np.array([line.before + 1 for line in lines])
     last = np.array([line.last for line in lines])

@@ -356,9 +356,13 @@ def _draw_edges(
         if middle - last < 0.17:  # two numbers would touch
             continue
         last = middle
-        name = "P" if line.first == 0 else line.name if line.first == line.last else "⋮"
+        name = line.name if line.first == line.last else "⋮"
+        name = _IN_FRONT.get(line.role, name)
         page.text(x + middle, y - 0.18, name, ha="center", **named)
         page.text(x - 0.13, y + middle, name, ha="right", **named)
+
+
+_IN_FRONT = {"profile": "U", "prefix": "P"}
 
 
 def _groups(cells: tuple[Cell, ...]) -> Iterator[list[int]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dti_dist.errors import UserError
 from dti_dist.serving.item_texts import Item
+from dti_dist.serving.profile_texts import Profile
 
 MOST_SECONDS = 10**11  # the year 5138; milliseconds reached it in 1973
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -38,12 +39,14 @@ class Request:
     """A user's history, oldest first, and the candidates to score after it.
 
     Of the history the last n interactions count that are before `timestamp` (optional). A tuple
-    (item, label) or (item, label, timestamp) may stand for an Interaction.
+    (item, label) or (item, label, timestamp) may stand for an Interaction. `profile` has texts of
+    the user by column, where the template has a profile; what is missing there is not known.
     """
 
     history: Iterable[Interaction | tuple[Any, ...]]
     candidates: Iterable[Item]
     timestamp: Time | None = None
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class ReadRequest:
     history: list[ReadInteraction]
     candidates: list[Item]
     timestamp: int | None
+    profile: Profile | None = None
 
 
 def read_requests(given: Any) -> list[ReadRequest]:
@@ -83,6 +87,7 @@ def _request(given: Any, where: str) -> ReadRequest:
         [_interaction(one, f"{where}history, interaction {n}") for n, one in enumerate(history)],
         _listed(given.candidates, f"{where}candidates", "texts, or mappings of columns to texts"),
         _seconds(given.timestamp, f"{where}timestamp"),
+        given.profile,
     )
 
 

@@ -47,6 +47,7 @@ class Histories:
 
     Args:
         time_gaps: find too what the time gap of the oldest is counted from.
+        profiles: find the profiles of all users that requests name, as last prepared.
         wanted: requests; those that bring a history, or name no user, are passed over.
     """
 
@@ -58,7 +59,9 @@ class Histories:
         most: int,
         time_gaps: bool = False,
         visible: bool = True,
+        profiles: bool = False,
     ):
+        self._profiles = profiles
         self._connection = workspace.connection
         with sql_errors("looking up users", _MORE_ROOM):
             self._gather(wanted)
@@ -66,7 +69,9 @@ class Histories:
             self._look_up(most, time_gaps)
 
     def _gather(self, wanted: Iterable[RequestRows]) -> None:
-        self._connection.execute("CREATE TABLE wanted (row BIGINT, user_id VARCHAR, time BIGINT)")
+        self._connection.execute(
+            "CREATE TABLE wanted (row BIGINT, user_id VARCHAR, time BIGINT, looks BOOLEAN)"
+        )
         for rows in wanted:
             if rows.user_ids is None:
                 continue
@@ -79,20 +84,25 @@ class Histories:
                     "time": np.full(len(numbers), np.iinfo(np.int64).max)
                     if times is None
                     else times,
+                    "looks": ~rows.has_history,  # for a history
                 }
-            ).filter(pa.array(~rows.has_history))
+            )
+            if not self._profiles:
+                named = named.filter(pa.array(~rows.has_history))
             self._insert("wanted", "SELECT * FROM batch WHERE user_id IS NOT NULL", named)
 
     def _read(self, dataset: Dataset, visible: bool) -> None:
         self._connection.execute("CREATE TABLE users AS SELECT DISTINCT user_id FROM wanted")
         self._connection.execute(
             "CREATE TABLE rows (user_id VARCHAR, place BIGINT, items INTEGER[], labels TINYINT[], "
-            "timestamps BIGINT[])"
+            "timestamps BIGINT[], profile INTEGER)"
         )
         (users,) = self._connection.execute("SELECT count(*) FROM users").fetchall()[0]
         total = sum(part.rows for split in SPLITS for part in dataset.parts(split)) if users else 0
         place = 0
-        columns = [name for name in dataset.sequence_columns if name != "is_target"]
+        skipped = {"is_target"} if self._profiles else {"is_target", "profile"}
+        columns = [name for name in dataset.sequence_columns if name not in skipped]
+        profile = "profile" if self._profiles else "NULL"
         own = [f"{name}[target_start + 1:]" for name in ("item_ids", "labels", "timestamps")]
         if "is_history" in columns:
             own = [f"list_where({name}, is_history[target_start + 1:])" for name in own]
@@ -101,7 +111,7 @@ class Histories:
                 for batch in iter_sequences(dataset, split, columns):
                     self._insert(
                         "rows",
-                        f"SELECT user_id, {place}, {', '.join(own)} FROM batch "
+                        f"SELECT user_id, {place}, {', '.join(own)}, {profile} FROM batch "
                         "SEMI JOIN users USING (user_id) "
                         "WHERE len(item_ids) > target_start",
                         pa.Table.from_batches([batch.rows]),
@@ -127,11 +137,26 @@ class Histories:
             "len(timestamps) - past AS future "
             f"FROM (SELECT *, {oldest} AS oldest FROM ("
             "SELECT row, history.*, len([t FOR t IN timestamps IF t < time]) AS past "
-            f"FROM wanted JOIN (SELECT user_id, {joined} FROM rows GROUP BY user_id) AS history "
-            "USING (user_id))) ORDER BY row"
+            f"FROM (FROM wanted WHERE looks) JOIN (SELECT user_id, {joined} FROM rows GROUP BY "
+            "user_id) AS history USING (user_id))) ORDER BY row"
+        )
+        self._connection.execute(
+            "CREATE TABLE found_profiles AS SELECT row, profile FROM wanted JOIN "
+            f"(SELECT user_id, last(profile {order}) AS profile FROM rows GROUP BY user_id) "
+            "USING (user_id) WHERE profile IS NOT NULL"
         )
         for table in ("rows", "users", "wanted"):
             self._connection.execute(f"DROP TABLE {table}")
+
+    def profiles_of(self, first: int, end: int) -> IntArray:
+        """[end - first] rows of the data set's profiles; -1 for users that are not known."""
+        with sql_errors("looking up users", _MORE_ROOM):
+            found = self._connection.sql(
+                f"SELECT row, profile FROM found_profiles WHERE row >= {first} AND row < {end}"
+            ).to_arrow_table()
+        rows = np.full(end - first, -1, dtype=np.int64)
+        rows[found["row"].to_numpy() - first] = found["profile"].to_numpy()
+        return rows
 
     def of(self, first: int, end: int) -> FoundHistories:
         """Of requests first … end - 1."""

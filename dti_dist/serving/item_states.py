@@ -1,19 +1,26 @@
 """States of isolated interactions, computed once and kept for all users: policy `isolated`.
 
 An interaction's keys and values depend on its own text and label alone, so what one user's history
-or candidates needed serves all others. What is left to compute of a request are its [SUM] tokens.
+or candidates needed serves all others. Those of a profile depend on the profile alone, and are kept
+too. What is left to compute of a request are its [SUM] tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 from dti_dist.attention.layout import SharedBody, stack
 from dti_dist.data.item_tokens import ItemTokens
-from dti_dist.data.layout import distinct_texts, write_texts
+from dti_dist.data.layout import (
+    Prompts,
+    distinct_profiles,
+    distinct_texts,
+    profile_ids,
+    write_texts,
+)
 from dti_dist.data.samples import IntArray, ranges
 from dti_dist.model.ctr_model import CTRModel, KeptStates
 from dti_dist.serving.requests import RequestPack
@@ -47,6 +54,7 @@ class ItemStates:
         self._limit_bytes = limit_bytes
         self._layers: list[torch.Tensor] = []
         self._first_row: dict[bytes, int] = {}  # of a text's tokens, by its item and words
+        self._row_of_profile: dict[int, int] = {}  # of its first token
         self._used = 0
         self.hits = self.misses = 0
 
@@ -59,17 +67,24 @@ class ItemStates:
         names = [row.tobytes() for row in np.column_stack([items, words])]
         missing = np.array([name not in self._first_row for name in names], dtype=bool)
         lengths = tokens.text_lengths(items, words) + 2
-        if not self._has_room(int(lengths[missing].sum())):
+        profiles = _profiles(prompts, self._row_of_profile)
+        more = int(lengths[missing].sum() + _profile_lengths(profiles, tokens).sum())
+        if not self._has_room(more):
             self.clear()
             missing[:] = True
+            profiles = _profiles(prompts, self._row_of_profile)
         self.hits += int((~missing).sum())
         self.misses += int(missing.sum())
         computed = self._compute(items[missing], words[missing], tokens)
         new = [name for name, is_new in zip(names, missing, strict=True) if is_new]
         self._first_row.update(zip(new, computed.tolist(), strict=True))
+        self._compute_profiles(profiles, tokens)
         unit_start, unit = layout.unit_start.numpy(), prompts.units(tokens)
         first = np.zeros(len(unit_start) - 1, dtype=np.int64)  # a prefix's states come first of all
         first[unit] = np.array([self._first_row[name] for name in names], dtype=np.int64)[text]
+        if prompts.profiles is not None:
+            rows_of = [self._row_of_profile[profile] for profile in prompts.profiles.tolist()]
+            first[prompts.profile_units(tokens)] = rows_of
         rows = np.zeros(built.shape.length, dtype=np.int64)
         rows[: unit_start[-1]] = ranges(first, np.diff(unit_start))
         # Behind a text are both labels: the one of 0, that of 1.
@@ -79,6 +94,7 @@ class ItemStates:
 
     def clear(self) -> None:
         self._first_row.clear()
+        self._row_of_profile.clear()
         self._used = 0
 
     @property
@@ -109,6 +125,24 @@ class ItemStates:
             self._store([layer[P : P + total] for layer in states])
         return first_row
 
+    def _compute_profiles(self, profiles: IntArray, tokens: ItemTokens) -> None:
+        lengths = _profile_lengths(profiles, tokens)
+        passes = np.cumsum(lengths) // self._pass_tokens
+        for number in np.unique(passes):
+            chosen = passes == number
+            starts, body = distinct_profiles(lengths[chosen])
+            total = len(body.position)
+            length = self._filled_up(max(total, 1))
+            ids = np.zeros((1, length), dtype=np.int64)
+            ids[0, :total] = profile_ids(profiles[chosen], tokens)
+            with torch.inference_mode():
+                states = self._model.states(
+                    torch.from_numpy(ids).to(self._device), stack([body.padded(length)])
+                )
+            rows = (self._used + starts).tolist()
+            self._row_of_profile.update(zip(profiles[chosen].tolist(), rows, strict=True))
+            self._store([layer[:total] for layer in states])
+
     def _store(self, states: list[torch.Tensor]) -> None:
         end = self._used + len(states[0])
         if not self._layers:
@@ -123,6 +157,18 @@ class ItemStates:
         for kept, new in zip(self._layers, states, strict=True):
             kept[self._used : end] = new
         self._used = end
+
+
+def _profiles(prompts: Prompts, known: Mapping[int, int]) -> IntArray:
+    """The distinct profiles of prompts that are not known yet."""
+    if prompts.profiles is None:
+        return np.empty(0, dtype=np.int64)
+    distinct = np.unique(prompts.profiles)
+    return distinct[np.array([profile not in known for profile in distinct.tolist()], dtype=bool)]
+
+
+def _profile_lengths(profiles: IntArray, tokens: ItemTokens) -> IntArray:
+    return profiles if tokens.profiles is None else tokens.profiles.lengths[profiles]
 
 
 def _lay_out(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +22,8 @@ from dti_dist.data.samples import IntArray
 from dti_dist.data.template import Template
 from dti_dist.data.text_encoder import TextEncoder
 from dti_dist.errors import UserError, nearest
+from dti_dist.serving.profile_texts import ProfileTexts
+from dti_dist.serving.texts import as_text
 
 Item = str | Mapping[str, str]
 
@@ -45,6 +46,9 @@ class ItemTexts:
         self._row_of: dict[tuple[str, ...], int] = {}
         self._tokens: ItemTokens | None = base
         self.generation = 0
+        self.profiles: ProfileTexts | None = None
+        if base.profiles is not None or (template and template.config.profile):
+            self.profiles = ProfileTexts(base.profiles, template, tokenizer, base.sum_id)
 
     @staticmethod
     def none_yet(template: Template, tokenizer: Any, sum_id: int) -> ItemTexts:
@@ -77,7 +81,7 @@ class ItemTexts:
 
     @property
     def tokens(self) -> ItemTokens:
-        """All rows so far."""
+        """All rows so far, of items and profiles."""
         if self._tokens is None:
             new = np.fromiter(chain.from_iterable(self._new), dtype=np.int32)
             lengths = [len(ids) for ids in self._new]
@@ -88,6 +92,8 @@ class ItemTexts:
                     [self._base.offsets, self._base.offsets[-1] + np.cumsum(lengths, dtype=int)]
                 ),
             )
+        if self.profiles is not None and self._tokens.profiles is not self.profiles.tokens:
+            self._tokens = replace(self._tokens, profiles=self.profiles.tokens)
         return self._tokens
 
     @property
@@ -161,32 +167,7 @@ class ItemTexts:
                     f"Item {number}: expected the columns {', '.join(columns)}, which "
                     f"template.item names; {column!r} is missing.{nearest(column, item)}"
                 )
-            values[column] = _as_text(item[column], f"Item {number}, {column}")
+            values[column] = as_text(item[column], f"Item {number}, {column}")
         if not any(map(str.strip, values.values())):
             return ()
         return tuple(self.encoder.text(piece, values) for piece in self.template.item_pieces)
-
-
-def _as_text(value: Any, where: str) -> str:
-    missing = isinstance(value, float) and math.isnan(value)  # NaN, as a DataFrame has it
-    if value is None or missing:
-        return ""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise _not_utf8(where, error) from error
-    if not isinstance(value, str):
-        raise UserError(f"{where}: expected a text, found {value!r:.60}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise _not_utf8(where, error) from error
-    return value
-
-
-def _not_utf8(where: str, error: UnicodeError) -> UserError:
-    return UserError(
-        f"{where}: expected UTF-8 text, found bytes that are none ({error}). Decode it with the "
-        "encoding that it was written in."
-    )

@@ -58,6 +58,7 @@ class RequestRows:
         items: Lists of item ids (strings); labels: int8; timestamps: int64 seconds or None.
         has_history: [R] whether the request brings its history.
         times: [R] int64 seconds, the largest int64 where not given; None without the column.
+        profiles: [R] texts of each user by column, None where not given; None without the column.
     """
 
     first: int
@@ -69,6 +70,7 @@ class RequestRows:
     timestamps: IntArray | None
     has_history: npt.NDArray[np.bool_]
     times: IntArray | None
+    profiles: list[dict[str, str | None] | None] | None = None
 
 
 @dataclass
@@ -248,6 +250,7 @@ class RequestFiles:
             times = np.where(missing, np.iinfo(np.int64).max, times)
         if users is not None:
             users = text(users, "user_id", np.arange(rows + 1))
+        profiles = column("profile")
         kept = [name for name in table.schema.names if name not in HISTORY_COLUMNS]
         return RequestRows(
             first=first,
@@ -259,6 +262,7 @@ class RequestFiles:
             timestamps=stamps,
             has_history=has_history,
             times=times,
+            profiles=None if profiles is None else profiles.to_pylist(),
         )
 
 
@@ -398,6 +402,13 @@ def _check_columns(path: str, schema: pa.Schema) -> None:
         "history_timestamps": ("lists of seconds or timestamps", True, is_time),
         "timestamp": ("seconds or timestamps", False, is_time),
     }
+    if "profile" in schema.names:
+        kind = schema.field("profile").type
+        if not (pa.types.is_struct(kind) or pa.types.is_null(kind)):
+            raise UserError(
+                f"{path}: column 'profile': expected a struct of the user's texts by column, found "
+                f"{kind}."
+            )
     if "candidates" not in schema.names:
         raise UserError(
             f"{path}: expected the column 'candidates', {expected['candidates'][0]}; found "

@@ -38,6 +38,8 @@ class Requests:
         candidate_items: [C].
         candidate_words: [C, W].
         candidate_offsets: [R + 1].
+        profiles: [R] rows of the tokens' profiles; None where the tokens have none. Contexts that
+            overlap have the same.
     """
 
     history_items: IntArray
@@ -49,6 +51,7 @@ class Requests:
     candidate_items: IntArray
     candidate_words: IntArray
     candidate_offsets: IntArray
+    profiles: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.candidate_offsets) - 1
@@ -80,6 +83,7 @@ class RawRequests:
         timestamps: [H] seconds, or None where they are not known.
         times: [R] seconds, when each request is made; None or the largest int64: after all.
         whose: of which users the histories are parts; None: each is its own.
+        profiles: [R] rows of the tokens' profiles; None where the tokens have none.
     """
 
     items: IntArray
@@ -90,6 +94,7 @@ class RawRequests:
     candidate_offsets: IntArray
     times: IntArray | None
     whose: Whose | None = None
+    profiles: IntArray | None = None
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,9 @@ def cut_requests(
     # What one request leaves out for another reason than its age, another would bring back.
     if share and raw.whose is not None and known.all():
         place = (nth - (ends - np.bincount(of, minlength=R))[of])[recent]
-        order, chosen, start = _share(raw.whose, chosen, place, context)
-        owner = raw.whose.user
+        whose = _with_profiles(raw.whose, raw.profiles)
+        order, chosen, start = _share(whose, chosen, place, context)
+        owner = whose.user
     history = kept[chosen]
 
     def past_codes(name: str) -> IntArray:
@@ -189,6 +195,7 @@ def cut_requests(
             candidate_offsets=np.concatenate(
                 [[0], np.cumsum(np.bincount(of_candidate, minlength=R))]
             ),
+            profiles=None if raw.profiles is None else raw.profiles[order],
         ),
         scored=scored,
         context=context,
@@ -206,6 +213,15 @@ def _shown_with(of: IntArray, stamps: IntArray | None) -> IntArray:
         return nth
     opens = (np.diff(of, prepend=-1) != 0) | (np.diff(stamps, prepend=0) != 0)
     return np.maximum.accumulate(np.where(opens, nth, 0))
+
+
+def _with_profiles(whose: Whose, profiles: IntArray | None) -> Whose:
+    """A user with two profiles counts as two, for a prompt has one."""
+    if profiles is None:
+        return whose
+    pairs = np.stack([whose.user, profiles])
+    _, first, which = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
+    return Whose(first[which.reshape(-1)], whose.begins)
 
 
 def _share(
@@ -251,7 +267,10 @@ def pack_requests(requests: Requests, tokens: ItemTokens, pack_tokens: int) -> I
     A context longer than a pack gets one candidate at a time. Requests without candidates are in
     no pack.
     """
-    prefix = len(tokens.prefix)
+    fronts = np.full(len(requests), len(tokens.prefix))
+    if requests.profiles is not None:
+        assert tokens.profiles is not None, "tokens with profiles"
+        fronts += tokens.profiles.lengths[requests.profiles]
     # A text with its label, or its [SUM].
     history = _ends(tokens.text_lengths(requests.history_items, requests.history_words) + 1)
     ends = _ends(tokens.text_lengths(requests.candidate_items, requests.candidate_words) + 1)
@@ -261,7 +280,7 @@ def pack_requests(requests: Requests, tokens: ItemTokens, pack_tokens: int) -> I
     for request in np.flatnonzero(candidates).tolist():
         first, last = requests.candidate_offsets[request : request + 2].tolist()
         start, end = int(requests.context_start[request]), int(requests.context_end[request])
-        context = prefix + int(history[end] - history[start])
+        context = int(fronts[request]) + int(history[end] - history[start])
         joins = bool(pieces) and start < min(end, pieces[-1][1])
         more = int(history[end] - history[pieces[-1][1]]) if joins else context
         whole = more + int(ends[last] - ends[first])
@@ -312,7 +331,7 @@ def build_request_pack(
     tokens: ItemTokens,
     shape_of: Callable[[int, int], PackShape] = PackShape,
 ) -> RequestPack:
-    """Lay pieces end to end: prefix, context with labels, then candidates without.
+    """Lay pieces end to end: profile, prefix, context with labels, then candidates without.
 
     Args:
         shape_of: what a pack of so many tokens and so many candidates is padded to.
@@ -356,4 +375,9 @@ def _prompts(requests: Requests, pieces: Pieces) -> Prompts:
         target_position=from_candidates,
         candidates=candidates,
         place=np.maximum(place - pieces.history_start[piece], 0),
+        profiles=None
+        if requests.profiles is None
+        else requests.profiles[
+            np.searchsorted(requests.candidate_offsets, pieces.first, side="right") - 1
+        ],
     )

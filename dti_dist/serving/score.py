@@ -286,12 +286,6 @@ class PartScorer:
     ) -> PartScorer:
         dataset = scorer.dataset
         catalogue = _Catalogue.open(dataset, scorer.items, options)
-        for name in _score_columns(scorer.tasks):
-            if name in files.schema.names:
-                raise UserError(
-                    f"{files.files[0].uri}: column {name!r}: expected another name than that of "
-                    "the scores of a task. Rename the column, or leave it out."
-                )
         tokens = scorer.items.tokens
         if tokens.needs_times and "timestamp" not in files.schema.names:
             raise UserError(
@@ -303,8 +297,9 @@ class PartScorer:
         if files.names_users and dataset is not None:
             workspace = stack.enter_context(open_workspace(threads=options.threads))
             rows = _rows_of_parts(files, mine, options.part_requests)
+            profiles = scorer.items.profiles is not None
             histories = Histories(
-                workspace, dataset, rows, scorer.n, tokens.has_gaps, ranks.is_main
+                workspace, dataset, rows, scorer.n, tokens.has_gaps, ranks.is_main, profiles
             )
         elif files.names_users and not files.brings_histories:
             raise UserError(
@@ -322,12 +317,11 @@ class PartScorer:
         cut = self.scorer.cut(raw)
         if self.scorer.states is not None:
             self.scorer.states.clear()  # so that a part does not depend on those before it
-        names = _score_columns(self.scorer.tasks)
-        scores = np.full((len(raw.candidates), len(names)), np.nan, dtype=np.float32)
-        scores[cut.scored] = self.scorer.score_tasks_of_requests(cut.requests, on_scored)
+        scores = np.full(len(raw.candidates), np.nan, dtype=np.float32)
+        scores[cut.scored] = self.scorer.score_requests(cut.requests, on_scored)
         without = pc.unique(rows.candidates.values.filter(pa.array(raw.candidates < 0)))
         return (
-            _table(rows, cut, dict(zip(names, scores.T, strict=True)), raw.candidates < 0),
+            _table(rows, cut, scores, raw.candidates < 0),
             _counts(rows, raw, cut, looked_up),
             [str(one) for one in without[:_EXAMPLES].to_pylist()],
         )
@@ -380,14 +374,25 @@ class PartScorer:
                 candidate_offsets=rows.candidates.offsets,
                 times=rows.times,
                 whose=Whose(user, begins),
+                profiles=self._profiles(rows),
             ),
             counts,
         )
 
-
-def _score_columns(tasks: Sequence[str]) -> list[str]:
-    """Of the output, one for each task."""
-    return ["scores", *(f"scores_{task}" for task in tasks[1:])]
+    def _profiles(self, rows: RequestRows) -> IntArray | None:
+        """[R] those of requests first, then those of users that are looked up."""
+        texts = self.scorer.items.profiles
+        if texts is None:
+            return None
+        R = len(rows.has_history)
+        given = rows.profiles or [None] * R
+        known = np.full(R, -1, dtype=np.int64)
+        if self.histories is not None:
+            known = self.histories.profiles_of(rows.first, rows.first + R)
+        asked = [one is not None or row < 0 for one, row in zip(given, known.tolist(), strict=True)]
+        asked_rows = np.flatnonzero(asked)
+        known[asked_rows] = texts.rows_of([given[row] for row in asked_rows.tolist()])
+        return known
 
 
 def _first_of_user(user_ids: pa.Array, requests: IntArray) -> IntArray:
@@ -405,16 +410,16 @@ def _rows_of_parts(
 
 
 def _table(
-    rows: RequestRows, cut: CutRequests, scores: dict[str, np.ndarray], without_text: np.ndarray
+    rows: RequestRows, cut: CutRequests, scores: np.ndarray, without_text: np.ndarray
 ) -> pa.Table:
-    """The requests' own columns but for their histories, then context and scores by column."""
-    table = rows.kept.append_column("context", pa.array(cut.context, pa.int32()))
-    for name, of_candidates in scores.items():
-        lists = pa.ListArray.from_arrays(
-            pa.array(rows.candidates.offsets, pa.int32()),
-            pa.array(of_candidates, pa.float32(), mask=without_text),
-        )
-        table = table.append_column(name, lists)
+    """The requests' own columns but for their histories, then context and scores."""
+    lists = pa.ListArray.from_arrays(
+        pa.array(rows.candidates.offsets, pa.int32()),
+        pa.array(scores, pa.float32(), mask=without_text),
+    )
+    table = rows.kept
+    for name, column in (("context", pa.array(cut.context, pa.int32())), ("scores", lists)):
+        table = table.append_column(name, column)
     return table
 
 

@@ -25,6 +25,7 @@ from dti_dist.serving.given import Interaction, ReadRequest, Request, Time, read
 from dti_dist.serving.item_states import ItemStates
 from dti_dist.serving.item_texts import Item, ItemTexts
 from dti_dist.serving.pretrained import Pretrained, load_exported, load_run
+from dti_dist.serving.profile_texts import Profile
 from dti_dist.serving.requests import (
     CutRequests,
     RawRequests,
@@ -46,9 +47,6 @@ class Scorer:
 
     A candidate's score does not depend on the others, nor on their order or number: it is what the
     model says of it alone, as the target of a sliding-window prompt.
-
-    Attributes:
-        tasks: names of what is predicted; scores are of the first, the main task.
     """
 
     def __init__(
@@ -65,13 +63,12 @@ class Scorer:
         self.dataset = pretrained.dataset
         self.n = pretrained.n
         self.by_request = pretrained.by_request
-        self.tasks = pretrained.tasks
         self.pack_tokens = pack_tokens or _PACK_TOKENS[self.device.type]
         self.states: ItemStates | None = None
         if self.model.scheme.isolated:
             limit = int(state_cache_gib * 2**30)
             self.states = ItemStates(self.model, limit, self.pack_tokens, self._filled_up)
-        self._generation = self.items.generation
+        self._generation = self._generations
         self._pads = self.device.type != "cpu"
         self._at_least = 0  # tokens of a pack, while shapes are compiled
         if self._pads:
@@ -123,14 +120,15 @@ class Scorer:
     def shapes(self) -> list[PackShape]:
         """What passes of the model are padded to on a GPU; no request needs another."""
         longest, prefix = self.items.longest_interaction, len(self.items.tokens.prefix)
+        profile = 0 if self.items.profiles is None else self.items.profiles.longest
         # A context that is longer than a pack gets one candidate at a time.
-        most = max(self.pack_tokens, prefix + (self.n + 1) * longest)
+        most = max(self.pack_tokens, profile + prefix + (self.n + 1) * longest)
         # Candidates have a token and a [SUM] at least; states have a prefix, and a text may end
         # behind the pass.
         largest = max(
             compiled_shape(most, 1).length,
             compiled_shape(most // 2, most // 2).length,
-            compiled_shape(prefix + self.pack_tokens + longest + 2, 0).length,
+            compiled_shape(prefix + self.pack_tokens + max(longest + 2, profile), 0).length,
         )
         found = [compiled_shape(_SHORTEST, 0)]
         while found[-1].length < largest:
@@ -165,39 +163,32 @@ class Scorer:
         history: Iterable[Interaction | tuple[Any, ...]],
         candidates: Iterable[Item],
         timestamp: Time | None = None,
+        profile: Profile | None = None,
     ) -> npt.NDArray[np.float32]:
         """[candidates] the probability of label 1 for each, in the order given.
 
         A history may be empty. Interactions at or after `timestamp` are left out with a warning.
+        `profile` has texts of the user, where the template has a profile.
 
         Raises:
             UserError: history or candidates are no lists, a label is not 0 or 1, a timestamp is
                 none or not in seconds, an item lacks a column, has no text or none that is UTF-8,
-                or timestamps are missing that the template's texts of times need.
+                timestamps are missing that the template's texts of times need, or a profile has a
+                column that the template's does not name.
         """
-        return self.score_batch([Request(history, candidates, timestamp)])[0]
+        return self.score_batch([Request(history, candidates, timestamp, profile)])[0]
 
     def score_batch(self, requests: Iterable[Request]) -> list[npt.NDArray[np.float32]]:
         """The scores of each request, as of `score`; requests share passes of the model."""
-        return [scores[:, 0] for scores in self._score_batch(requests)]
-
-    def score_tasks(self, requests: Iterable[Request]) -> list[dict[str, npt.NDArray[np.float32]]]:
-        """As `score_batch`, of each request the scores of every task by its name."""
-        return [
-            dict(zip(self.tasks, scores.T, strict=True)) for scores in self._score_batch(requests)
-        ]
-
-    def _score_batch(self, requests: Iterable[Request]) -> list[npt.NDArray[np.float32]]:
-        """[candidates, tasks] of each request."""
         raw = self._raw(read_requests(requests))
         cut = self.cut(raw)
         if cut.future:
             warnings.warn(
                 f"{cut.future} interactions of histories are not before their request's timestamp "
                 "and were left out.",
-                stacklevel=3,
+                stacklevel=2,
             )
-        scores = self.score_tasks_of_requests(cut.requests)
+        scores = self.score_requests(cut.requests)
         return [scores[first:end] for first, end in pairwise(raw.candidate_offsets)]
 
     def cut(self, raw: RawRequests) -> CutRequests:
@@ -211,24 +202,13 @@ class Scorer:
         """[C] the score of each candidate, from arrays: see dti_dist.serving.requests.
 
         Args:
-            on_scored: as of `score_tasks_of_requests`.
-        """
-        return self.score_tasks_of_requests(requests, on_scored)[:, 0]
-
-    def score_tasks_of_requests(
-        self, requests: Requests, on_scored: Callable[[int], None] = lambda requests: None
-    ) -> npt.NDArray[np.float32]:
-        """[C, tasks] the score of each candidate in each task.
-
-        Args:
             on_scored: called after each pass with the number of requests that are done by it.
         """
         tokens = self.items.tokens
-        if self.states is not None and self._generation != self.items.generation:
+        if self.states is not None and self._generation != self._generations:
             self.states.clear()
-            self._generation = self.items.generation
-        size = len(requests.candidate_items), len(self.tasks)
-        scores = np.full(size, np.nan, dtype=np.float32)
+            self._generation = self._generations
+        scores = np.full(len(requests.candidate_items), np.nan, dtype=np.float32)
         ends = requests.candidate_offsets[1:]
         for pieces in pack_requests(requests, tokens, self.pack_tokens):
             built = build_request_pack(requests, pieces, tokens, self._shape_of)
@@ -240,11 +220,16 @@ class Scorer:
             on_scored(int(done[1] - done[0]))
         return scores
 
+    @property
+    def _generations(self) -> tuple[int, int]:
+        profiles = self.items.profiles
+        return self.items.generation, 0 if profiles is None else profiles.generation
+
     @torch.inference_mode()
     def _probabilities(self, built: RequestPack, kept: KeptStates | None) -> np.ndarray:
         batch = Batch.collate([built.pack], built.shape)
         logits = self.model(batch.to(self.device), kept)[0]
-        return torch.sigmoid(logits.float()).cpu().numpy().reshape(-1, len(self.tasks))
+        return torch.sigmoid(logits.float()).cpu().numpy()
 
     def _shape_of(self, body: int, slots: int) -> PackShape:
         """On a GPU one of `shapes`, each of which is compiled for once; on a CPU any."""
@@ -280,7 +265,18 @@ class Scorer:
             candidates=rows[len(interactions) :],
             candidate_offsets=_offsets([request.candidates for request in requests]),
             times=_times(requests),
+            profiles=self._profiles([request.profile for request in requests]),
         )
+
+    def _profiles(self, given: Sequence[Profile | None]) -> npt.NDArray[np.int64] | None:
+        if self.items.profiles is not None:
+            return self.items.profiles.rows_of(given)
+        if any(profile is not None for profile in given):
+            raise UserError(
+                "Found a profile in a request: this model was trained without template.profile, "
+                "so it reads none. Leave it out."
+            )
+        return None
 
     def _timestamps(
         self, stamps: Sequence[int | None], requests: Sequence[ReadRequest]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 from typing import NamedTuple
@@ -16,9 +16,9 @@ class Token(NamedTuple):
     """One token of a pack, in the words of the prompt."""
 
     position: int  # in the pack
-    kind: str  # prefix, text, label, sum or pad
+    kind: str  # profile, prefix, text, label, sum or pad
     sample: int = -1
-    interaction: int = -1  # within the sample
+    interaction: int = -1  # within the sample; -2: the profile
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,17 @@ def random_packs(
     max_prefix: int = 3,
     samples: int = 4,
     interactions: int = 6,
+    max_profile: int = 0,
 ) -> Packs:
     """At most this many samples, interactions a sample and slots; what is left is padding."""
     tokens = [
-        _random_pack(random, body_length, slots, max_prefix, samples, interactions)
+        _random_pack(random, body_length, slots, max_prefix, samples, interactions, max_profile)
         for _ in range(packs)
     ]
-    return Packs(_layout(tokens, body_length), tokens)
+    layout = _layout(tokens, body_length)
+    if not max_profile:
+        layout = replace(layout, profile_start=None, profile_end=None)
+    return Packs(layout, tokens)
 
 
 def one_sample(text_lengths: list[int], targets: int) -> Packs:
@@ -57,11 +61,20 @@ def one_sample(text_lengths: list[int], targets: int) -> Packs:
 
 
 def _random_pack(
-    random: Random, body_length: int, slots: int, max_prefix: int, samples: int, interactions: int
+    random: Random,
+    body_length: int,
+    slots: int,
+    max_prefix: int,
+    samples: int,
+    interactions: int,
+    max_profile: int,
 ) -> list[Token]:
     body: list[Token] = []
     targets: list[tuple[int, int]] = []
     for sample in range(random.randint(1, samples)):
+        if max_profile:
+            profile = random.randint(0, min(max_profile, body_length - len(body)))
+            body += [Token(len(body) + i, "profile", sample, -2) for i in range(profile)]
         prefix = random.randint(0, min(max_prefix, body_length - len(body)))
         body += [Token(len(body) + i, "prefix", sample) for i in range(prefix)]
         for interaction in range(random.randint(0, interactions)):
@@ -89,7 +102,7 @@ def _layout(packs: list[list[Token]], body_length: int) -> PackLayout:
     for row in rows:
         missing = units - len(row["unit_first"])
         row["unit_start"] += [row["unit_start"][-1]] * missing
-        for name in ("unit_first", "prefix_start", "prefix_end"):
+        for name in ("unit_first", "prefix_start", "prefix_end", "profile_start", "profile_end"):
             row[name] += [0] * missing
     return PackLayout(
         **{name: torch.tensor([row[name] for row in rows], dtype=torch.int32) for name in rows[0]}
@@ -108,6 +121,8 @@ def _layout_row(tokens: list[Token], body_length: int) -> dict[str, list[int]]:
         "unit_first": [],
         "prefix_start": [],
         "prefix_end": [],
+        "profile_start": [],
+        "profile_end": [],
         "readout_end": [],
     }
     spans = list(pairwise(row["unit_start"]))
@@ -118,6 +133,10 @@ def _layout_row(tokens: list[Token], body_length: int) -> dict[str, list[int]]:
         start, end = spans[index[sample, -1]] if has_prefix else (0, 0)
         row["prefix_start"].append(start)
         row["prefix_end"].append(end)
+        has_profile = interaction != -2 and (sample, -2) in index
+        start, end = spans[index[sample, -2]] if has_profile else (0, 0)
+        row["profile_start"].append(start)
+        row["profile_end"].append(end)
     for t in tail:
         used = t.kind == "sum"
         row["readout_end"].append(spans[index[t.sample, t.interaction]][1] - 1 if used else 0)
@@ -125,11 +144,15 @@ def _layout_row(tokens: list[Token], body_length: int) -> dict[str, list[int]]:
 
 
 def _positions(body: list[Token], tail: list[Token]) -> list[int]:
-    """Within the sample; a slot has the position of its target's label."""
+    """Within the sample, or its profile; a slot has the position of its target's label."""
     start: dict[int, int] = {}
+    profile: dict[int, int] = {}
     for t in body:
-        start.setdefault(t.sample, t.position)
+        (profile if t.kind == "profile" else start).setdefault(t.sample, t.position)
     label = {(t.sample, t.interaction): t.position for t in body if t.kind == "label"}
     slots = [label.get((t.sample, t.interaction), 0) - start.get(t.sample, 0) for t in tail]
-    in_body = [0 if t.kind == "pad" else t.position - start[t.sample] for t in body]
+    in_body = [
+        0 if t.kind == "pad" else t.position - (profile if t.kind == "profile" else start)[t.sample]
+        for t in body
+    ]
     return in_body + [0 if t.kind == "pad" else at for t, at in zip(tail, slots, strict=True)]

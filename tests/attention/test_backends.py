@@ -31,7 +31,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 def make_plans(layout: PackLayout, policy: str, backend: str, prefix: bool) -> AttentionPlans:
     chosen = Budget(share=0.7) if policy == "budget" else POLICIES[policy]()
     scheme = AttentionScheme(chosen, 3, 3, prefix_length=int(prefix), backend=backend)
-    return AttentionPlans(layout, scheme)
+    return AttentionPlans(layout, scheme, torch.tensor([1.0, 0.1], device=layout.unit.device))
 
 
 def random_qkv(
@@ -65,8 +65,11 @@ def assert_all_close(found: list[Tensor], expected: list[Tensor], tolerance: flo
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (9, 3)])
 @pytest.mark.parametrize("policy", ["windowed", "budget"])
 @pytest.mark.parametrize("prefix", [False, True])
-def test_chunked_equals_dense_forward_and_backward(dtype, heads, kv_heads, policy, prefix):
-    layout = random_packs(Random(0), body_length=200, slots=40, samples=8, interactions=20).layout
+@pytest.mark.parametrize("profile", [0, 3])
+def test_chunked_equals_dense_forward_and_backward(dtype, heads, kv_heads, policy, prefix, profile):
+    layout = random_packs(
+        Random(0), body_length=200, slots=40, samples=8, interactions=20, max_profile=profile
+    ).layout
     qkv = random_qkv(layout, heads, kv_heads, 8, dtype)
     exact = tuple(x.detach().double().requires_grad_() for x in qkv)
     for layer in range(3):
@@ -131,9 +134,16 @@ def test_tensors_of_another_batch_are_refused():
         plans.attend(0, q, q, q, 1.0)
 
 
-def flex_packs(random: Random, max_prefix: int = 3) -> PackLayout:
+def flex_packs(random: Random, max_prefix: int = 3, max_profile: int = 0) -> PackLayout:
     return random_packs(
-        random, 2, 3 * BLOCK, BLOCK, max_prefix=max_prefix, samples=5, interactions=60
+        random,
+        2,
+        3 * BLOCK,
+        BLOCK,
+        max_prefix=max_prefix,
+        samples=5,
+        interactions=60,
+        max_profile=max_profile,
     ).layout
 
 
@@ -217,8 +227,9 @@ class _Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_plans_take_few_operators_whatever_the_number_of_windows(policy, positions):
-    layout = flex_packs(Random(0), max_prefix=0)
+@pytest.mark.parametrize("profile", [0, 3])
+def test_plans_take_few_operators_whatever_the_number_of_windows(policy, positions, profile):
+    layout = flex_packs(Random(0), max_prefix=0, max_profile=profile)
     counts = []
     for n, layers in ((5, 2), (40, 32)):
         scheme = AttentionScheme(
@@ -233,7 +244,7 @@ def test_plans_take_few_operators_whatever_the_number_of_windows(policy, positio
         with _Operators() as operators:
             AttentionPlans(layout, scheme, torch.ones(8))
         counts.append(operators.count)
-    assert counts[0] == counts[1] <= 200
+    assert counts[0] == counts[1] <= 200 + 20 * profile
 
 
 def test_flex_knows_the_full_blocks_of_a_long_causal_pack():
@@ -316,8 +327,9 @@ def test_flex_refuses_what_it_cannot_do():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 32), (9, 3, 64)])
 @pytest.mark.parametrize("policy", ["windowed", "budget"])
-def test_flex_equals_dense_forward_and_backward_on_cuda(heads, kv_heads, head_dim, policy):
-    layout = flex_packs(Random(0)).to("cuda")
+@pytest.mark.parametrize("profile", [0, 3])
+def test_flex_equals_dense_forward_and_backward_on_cuda(heads, kv_heads, head_dim, policy, profile):
+    layout = flex_packs(Random(0), max_profile=profile).to("cuda")
     qkv = random_qkv(layout, heads, kv_heads, head_dim, torch.float32)
     exact = tuple(x.detach().double().requires_grad_() for x in qkv)
     for layer in range(3):

@@ -18,7 +18,7 @@ from dti_dist.data.layout import PackShape, build_pack
 from dti_dist.data.packing import assign_packs, pack_shape
 from dti_dist.data.samples import Samples, SampleSettings, block_words
 from dti_dist.errors import UserError
-from tests.tiny import item_tokens, sequences, users
+from tests.tiny import item_tokens, sequences, users, with_profiles
 
 SHAPE = PackShape(length=1024, slots=128)
 
@@ -81,10 +81,17 @@ def orders_of_pieces():
 def plain_pack(samples, block, tokens, shape):
     """A pack laid out token by token, as lists under the names of Pack's fields."""
     body, slots = [], []  # (token, position, unit); a dict per target
-    units = []  # (start, first, prefix start, prefix end)
+    units = []  # (start, first, prefix start, prefix end, profile start, profile end)
     for row, first, first_target, end in zip(
         samples.row, samples.first, samples.first_target, samples.end, strict=True
     ):
+        profile = (0, 0)
+        if tokens.profiles is not None:
+            bounds = tokens.profiles.offsets[block.profile[row] :][:2]
+            units.append((len(body), len(units), 0, 0, 0, 0))
+            profile = (len(body), len(body) + int(bounds[1] - bounds[0]))
+            for place, word in enumerate(tokens.profiles.tokens[slice(*bounds)]):
+                body.append((int(word), place, len(units) - 1))
         sample_start = len(body)
 
         def write(words, start=sample_start):
@@ -93,13 +100,13 @@ def plain_pack(samples, block, tokens, shape):
 
         prefix = (0, 0)
         if len(tokens.prefix):
-            units.append((len(body), len(units), 0, 0))
+            units.append((len(body), len(units), 0, 0, *profile))
             write(tokens.prefix)
             prefix = (sample_start, len(body))
         first_unit = len(units)
         for position in range(first, end):
             at = block.offsets[row] + position
-            units.append((len(body), first_unit, *prefix))
+            units.append((len(body), first_unit, *prefix, *profile))
             if tokens.has_gaps:
                 gap = 0 if position == 0 else block.timestamps[at] - block.timestamps[at - 1]
                 bounds = (3600, 86400, 7 * 86400, 30 * 86400, 365 * 86400)
@@ -140,8 +147,14 @@ def plain_pack(samples, block, tokens, shape):
         list, zip(*padded(body, shape.length, (0, 0, -1)), strict=True)
     )
     room = 64 * max(-(-len(units) // 64), 1)
-    unit_columns = list(zip(*units, strict=True)) or [(), (), (), ()]
+    unit_columns = list(zip(*units, strict=True)) or [()] * 6
+    of_profiles = {
+        name: padded(unit_columns[4 + at], room, 0)
+        for at, name in enumerate(("profile_start", "profile_end"))
+        if tokens.profiles is not None
+    }
     return {
+        **of_profiles,
         "tokens": tokens_of + padded([tokens.sum_id] * len(slots), shape.slots, 0),
         "position": positions + tail("position", 0),
         "unit": unit + tail("unit", -1),
@@ -167,13 +180,16 @@ def plain_pack(samples, block, tokens, shape):
     prefix=st.sampled_from([0, 1, 4]),
     time_gaps=st.booleans(),
     pieces=orders_of_pieces(),
+    profiles=st.booleans(),
 )
 def test_a_pack_is_what_laying_it_out_token_by_token_gives(
-    seed, lengths, target_start, n, k, prefix, time_gaps, pieces
+    seed, lengths, target_start, n, k, prefix, time_gaps, pieces, profiles
 ):
     rng = np.random.default_rng(seed)
     tokens = item_tokens(rng, prefix=prefix, time_gaps=time_gaps, pieces=pieces)
     block = users(rng, lengths, target_start=target_start)
+    if profiles:
+        tokens, block = with_profiles(tokens, block, seed)
     samples = SampleSettings(n, k, 0).cut(block)
     chosen = rng.permutation(len(samples))[: int(rng.integers(0, 9))]
     samples = samples.take(chosen)  # in any order, as after shuffling; maybe none
@@ -186,6 +202,8 @@ def test_a_pack_is_what_laying_it_out_token_by_token_gives(
         "shared",
         "unit_place",
         "unit_context_end",
+        "weight",
+        *(() if profiles else ("profile_start", "profile_end")),
     }
     assert pack.layout.shared is None
     for name, values in expected.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from tests.tiny import (
     item_tokens,
     logits_by_target,
     users,
+    with_profiles,
 )
 
 N = 3
@@ -163,7 +165,12 @@ def rotated(x: Tensor, position: int, inv_freq: Tensor) -> Tensor:
 
 @torch.no_grad()
 def by_hand(
-    causal: Any, prefix: list[int], interactions: list[list[int]], policy: str, positions: str
+    causal: Any,
+    prefix: list[int],
+    interactions: list[list[int]],
+    policy: str,
+    positions: str,
+    profile: Sequence[int] = (),
 ) -> float:
     """The logit of a sliding-window prompt under a policy, one token and one score at a time."""
     backbone, config = causal.model, causal.config
@@ -184,7 +191,11 @@ def by_hand(
             ids.append(token)
             unit.append(number)
     length = len(ids)
-    ids.append(SUM)
+    # The profile, in front of all: [SUM] reads it from the place behind it, others never.
+    front = len(profile)
+    place = [*range(front), *place]
+    ids = [*profile, *ids, SUM]
+    unit = [None] * front + unit
     initial = backbone.embed_tokens(torch.tensor(ids))
     hidden = initial.clone()
 
@@ -200,13 +211,23 @@ def by_hand(
         v = projected(hidden, "v_proj", kv_heads)
         k0 = projected(initial, "k_proj", kv_heads)
         v0 = projected(initial, "v_proj", kv_heads)
-        out = torch.zeros(length + 1, heads, width, dtype=torch.float64)
-        for i in range(length + 1):
+        out = torch.zeros(front + length + 1, heads, width, dtype=torch.float64)
+        last = front + length
+        for i in range(last + 1):
             for head in range(heads):
                 group = head // (heads // kv_heads)
                 terms: list[tuple[float, Tensor]] = []  # (weight before normalisation, value)
-                for j in range(length):
-                    if i < length:
+                for j in range(last):
+                    if unit[j] is None or (i < last and unit[i] is None):
+                        if i < last and (unit[i] is not None or j > i):
+                            continue
+                        query, key = q[i, head], k[j, group]
+                        if i < last or positions == "rope":
+                            query = rotated(q[i], min(i, front), inv_freq)[head]
+                            key = rotated(k[j], j, inv_freq)[group]
+                        terms.append((math.exp(query @ key / math.sqrt(width)), v[j, group]))
+                        continue
+                    if i < last:
                         near = unit[j] < 0 or unit[i] - windows.body[number] <= unit[j]
                         visible = j <= i and near
                     elif unit[j] < 0:
@@ -215,7 +236,7 @@ def by_hand(
                         visible = target - windows.readout[number] <= unit[j]
                     if not visible:
                         continue
-                    if i < length:
+                    if i < last:
                         query = rotated(q[i], place[i], inv_freq)[head]
                         key = rotated(k[j], place[j], inv_freq)[group]
                         score = query @ key / math.sqrt(width)
@@ -225,14 +246,14 @@ def by_hand(
                     for weight, keys, values in ((1 - a, k, v), (a, k0, v0)):
                         if positions == "rope":
                             query = rotated(q[i], length, inv_freq)[head]
-                            key = rotated(keys[j], j, inv_freq)[group]
+                            key = rotated(keys[j], j - front, inv_freq)[group]
                             penalty = 0.0
                         else:
                             query, key = q[i, head], keys[j, group]
-                            penalty = float(slopes[head]) * (length - j)
+                            penalty = float(slopes[head]) * (last - j)
                         score = query @ key / math.sqrt(width) - penalty
                         terms.append((weight * math.exp(score), values[j, group]))
-                if i == length:  # [SUM] sees itself
+                if i == last:  # [SUM] sees itself
                     score = q[i, head] @ k[i, group] / math.sqrt(width)
                     terms.append((math.exp(score), v[i, group]))
                 total = sum(weight for weight, _ in terms)
@@ -248,13 +269,20 @@ def by_hand(
     [(policy, 0) for policy in ("windowed", "reset", "budget", "isolated")]
     + [(policy, 2) for policy in ("windowed", "reset", "isolated")],
 )
-def test_a_prediction_is_what_the_policy_says_token_by_token(policy, prefix, positions):
+@pytest.mark.parametrize("profiles", [False, True], ids=["", "profiles"])
+def test_a_prediction_is_what_the_policy_says_token_by_token(policy, prefix, positions, profiles):
     tokens, block = world(prefix)
+    profile_of = dict.fromkeys(block.rows.tolist(), ())
+    if profiles:
+        tokens, block = with_profiles(tokens, block)
+        block.profile[:] = [0, 1]
+        for row, texts in zip(block.rows.tolist(), (slice(0, 2), slice(2, 6)), strict=True):
+            profile_of[row] = tokens.profiles.tokens[texts].tolist()
     model = ctr_model("llama", policy, N, positions=positions, prefix=prefix)
     batch = batch_of(block, tokens, N, 1, SHAPE, share=policy == "isolated")
     causal = causal_lm("llama")
     expected = {
-        key: by_hand(causal, tokens.prefix.tolist(), prompt, policy, positions)
+        key: by_hand(causal, tokens.prefix.tolist(), prompt, policy, positions, profile_of[key[0]])
         for key, prompt in prompts(tokens, block).items()
     }
     assert_all_close(logits_by_target(model, batch), expected)

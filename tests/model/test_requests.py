@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_dist.data.layout import PackShape
+from dti_dist.data.profiles import ProfileTokens
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import Pretrained
 from dti_dist.serving.requests import RawRequests
@@ -19,7 +20,15 @@ from tests.model.test_isolation import (
     largest_difference,
     logits_and_gradients,
 )
-from tests.tiny import FAMILIES, batch_of, ctr_model, item_tokens, logits_by_target, users
+from tests.tiny import (
+    FAMILIES,
+    batch_of,
+    ctr_model,
+    item_tokens,
+    logits_by_target,
+    users,
+    with_profiles,
+)
 
 N, K = 4, 6
 POLICIES = ("windowed", "reset", "budget", "isolated")
@@ -29,16 +38,17 @@ SHAPE = PackShape(length=512, slots=128)
 PIECES = (("item",), ("weekday", "item", "hour", "item"))
 
 
-def world(seed=0, prefix=0, time_gaps=False, items=30, pieces=("item",)):
+def world(seed=0, prefix=0, time_gaps=False, items=30, pieces=("item",), profiles=False):
     rng = np.random.default_rng(seed)
     tokens = item_tokens(rng, items=items, prefix=prefix, time_gaps=time_gaps, pieces=pieces)
-    return tokens, users(rng, [40, 9, 2, 33], items=items, requests=True)
+    block = users(rng, [40, 9, 2, 33], items=items, requests=True)
+    return with_profiles(tokens, block, seed) if profiles else (tokens, block)
 
 
-def raw_requests(block):
-    """Each request with targets and history, its targets as candidates, and their keys."""
+def scores_of(model, block, tokens, n=N):
+    """What a Scorer says of each target of the block, with its request as the candidates."""
     bounds = block.requests
-    raws, keys = [], []
+    raws, keys, of_row = [], [], []
     for row, (start, end) in enumerate(zip(block.offsets[:-1], block.offsets[1:], strict=True)):
         for first in np.unique(bounds.start[start:end]):
             mine = np.flatnonzero(bounds.start == first)
@@ -46,6 +56,7 @@ def raw_requests(block):
             history = np.arange(start, first)[bounds.history[start:first]]
             if len(targets) and len(history):
                 raws.append((history, targets, int(block.timestamps[first])))
+                of_row.append(row)
                 keys += [(int(block.rows[row]), int(target - start)) for target in targets]
     history = np.concatenate([h for h, _, _ in raws])
     candidates = np.concatenate([t for _, t, _ in raws])
@@ -57,13 +68,8 @@ def raw_requests(block):
         candidates=block.item_ids[candidates].astype(np.int64),
         candidate_offsets=np.cumsum([0, *(len(t) for _, t, _ in raws)]),
         times=np.array([time for *_, time in raws]),
+        profiles=None if block.profile is None else block.profile[of_row],
     )
-    return raw, keys
-
-
-def scores_of(model, block, tokens, n=N):
-    """What a Scorer says of each target of the block, with its request as the candidates."""
-    raw, keys = raw_requests(block)
     scorer = Scorer(Pretrained(model, ItemTexts(tokens, None, None), n, None, by_request=True))
     return dict(zip(keys, scorer.score_requests(scorer.cut(raw).requests), strict=True))
 
@@ -71,8 +77,11 @@ def scores_of(model, block, tokens, n=N):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
 @pytest.mark.parametrize("policy", ["budget", "isolated"])
-def test_streaming_equals_sliding_window_and_scorer_under_exact_policies(family, policy, positions):
-    tokens, block = world()
+@pytest.mark.parametrize("profiles", [False, True], ids=["", "profiles"])
+def test_streaming_equals_sliding_window_and_scorer_under_exact_policies(
+    family, policy, positions, profiles
+):
+    tokens, block = world(profiles=profiles)
     model = exact_model(family, policy, positions)
     streaming, sliding = (
         logits_and_gradients(model, batch_of(block, tokens, N, k, SHAPE)) for k in (K, 1)
@@ -94,11 +103,14 @@ def test_streaming_equals_sliding_window_and_scorer_under_exact_policies(family,
     policy=st.sampled_from(["budget", "isolated", "isolated, shared"]),
     positions=st.sampled_from(["rope", "alibi"]),
     pieces=st.sampled_from(PIECES),
+    profiles=st.booleans(),
 )
-def test_that_holds_for_any_requests_and_sizes(seed, n, k, policy, positions, pieces):
+def test_that_holds_for_any_requests_and_sizes(seed, n, k, policy, positions, pieces, profiles):
     policy, _, shared = policy.partition(", ")
     prefix = 3 if policy == "isolated" else 0
-    tokens, block = world(seed, prefix=prefix, time_gaps=True, items=8, pieces=pieces)
+    tokens, block = world(
+        seed, prefix=prefix, time_gaps=True, items=8, pieces=pieces, profiles=profiles
+    )
     attention = {"budget": "even"} if policy == "budget" else {}
     model = ctr_model("llama", policy, n, positions=positions, prefix=prefix, **attention)
     shape = PackShape(1024, 128)
@@ -200,7 +212,7 @@ def test_streaming_equals_sliding_window_and_scorer_with_fields_of_the_interacti
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
 def test_shared_interactions_change_neither_logits_nor_gradients(family, positions):
-    tokens, block = world(seed=1, prefix=3, time_gaps=True, items=6)
+    tokens, block = world(seed=1, prefix=3, time_gaps=True, items=6, profiles=True)
     model = exact_model(family, "isolated", positions, prefix=3)
     shared, each = (batch_of(block, tokens, N, K, SHAPE, share=share) for share in (True, False))
     assert shared.body_tokens < 0.7 * each.body_tokens
@@ -208,8 +220,9 @@ def test_shared_interactions_change_neither_logits_nor_gradients(family, positio
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_sample_has_the_same_logits_alone_and_at_any_place_in_any_pack(policy):
-    tokens, block = world()
+@pytest.mark.parametrize("profiles", [False, True], ids=["", "profiles"])
+def test_a_sample_has_the_same_logits_alone_and_at_any_place_in_any_pack(policy, profiles):
+    tokens, block = world(profiles=profiles)
     model = ctr_model("llama", policy, N)
     crowded, sparse = (
         logits_by_target(model, batch_of(block, tokens, N, K, PackShape(length, 128)))
@@ -219,15 +232,61 @@ def test_a_sample_has_the_same_logits_alone_and_at_any_place_in_any_pack(policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_all_backends_give_the_same(policy):
-    tokens, block = world()
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_all_backends_give_the_same(policy, positions):
+    tokens, block = world(profiles=True)
     logits = []
     # Compiling takes a while: once, where neither body nor readout is the plain interval.
     for backend in ("dense", "chunked", *(["flex"] if policy == "budget" else [])):
         model = ctr_model(
-            "llama", policy, N, backend=backend, positions="alibi", head_dim=16
+            "llama", policy, N, backend=backend, positions=positions, head_dim=16
         ).float()
         with torch.no_grad():
             logits.append(logits_by_target(model, batch_of(block, tokens, N, K, SHAPE)))
     for other in logits[1:]:
         assert largest_difference(logits[0], other) < 1e-3
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_profile_reaches_the_predictions_of_its_user_and_no_token_of_an_interaction(
+    policy, positions
+):
+    tokens, block = world(prefix=2 if policy != "budget" else 0, profiles=True)
+    block.profile[:] = [0, 3, 1, 3]
+    prefix = len(tokens.prefix)
+    model = ctr_model("llama", policy, N, positions=positions, prefix=prefix)
+
+    def states(block):
+        """Of interactions before the last layer; and logits by target."""
+        batch = batch_of(block, tokens, N, K, SHAPE)
+        found = []
+        last = model.backbone.layers[-1]
+        with last.register_forward_pre_hook(lambda _, args: found.append(args[0])):
+            logits = logits_by_target(model, batch)
+        layout = batch.layout
+        kept = (layout.unit >= 0) & ~layout.before(layout.profile_end)
+        kept[:, layout.length :] = False
+        return found[0][kept].detach(), logits
+
+    before, logits = states(block)
+    after, changed = states(replace(block, profile=np.array([2, 3, 1, 3])))
+    assert tokens.profiles.lengths[0] != tokens.profiles.lengths[2]
+    assert (after - before).abs().max() < 1e-9
+    for (row, at), logit in logits.items():
+        assert (abs(float(changed[row, at] - logit)) > 1e-6) == (row == block.rows[0])
+
+
+def test_without_profiles_nothing_is_laid_out_and_nothing_is_read():
+    tokens, block = world()
+    layout = batch_of(block, tokens, N, K, SHAPE).layout
+    assert layout.profile_end is None
+    bare = replace(tokens, profiles=ProfileTokens.of([[]]))
+    empty = replace(block, profile=np.zeros(len(block.rows), dtype=np.int64))
+    for policy in POLICIES:
+        model = ctr_model("llama", policy, N)
+        without, with_none = (
+            logits_by_target(model, batch_of(b, t, N, K, SHAPE))
+            for b, t in ((block, tokens), (empty, bare))
+        )
+        assert largest_difference(without, with_none) < 1e-9

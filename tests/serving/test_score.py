@@ -12,12 +12,14 @@ import torch
 
 from dti_dist.cli import main
 from dti_dist.data.dataset import Dataset, iter_sequences
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.serving.histories import Histories
 from dti_dist.serving.pretrained import load_exported
 from dti_dist.serving.request_files import Lists, RequestRows
 from dti_dist.sql import open_workspace
 from tests.data.test_prepare_append import append, at_different_times, build, days_of, targets
 from tests.data.test_prepare_events import random_events
+from tests.data.test_prepare_users import reader, some_users
 from tests.export.exported import export_random_weights, target_scores
 from tests.launching import SECONDS, job, kill, run, start, wait_until
 from tests.s3_server import s3_server
@@ -199,6 +201,47 @@ def test_a_user_who_was_appended_to_has_one_history(tmp_path):
         )
         assert history == past[-6:]
         assert len(history) > 2
+
+
+@pytest.mark.parametrize("policy", ["budget", "isolated"])
+def test_profiles_are_looked_up_or_given_and_score_as_evaluation_does(policy, tmp_path, capsys):
+    users = some_users(0)
+    read = reader(tmp_path, at_different_times(random_events()), users)
+    data = tmp_path / "data"
+    build_dataset(read, str(data), BuildOptions())
+    exported, inputs = export_random_weights(
+        tmp_path,
+        data,
+        template={"item": "{title}", "profile": "{age}, {größe}"},
+        attention={"policy": policy},
+    )
+    assert not json.loads((exported / "dti_config.json").read_text())["plain_transformers"]
+    names = inputs.dataset.items_table()["source_id"].to_pylist()
+    keys, table = requests_of_targets(data, names)
+    kind = pa.struct([("age", pa.string()), ("größe", pa.string())])
+    given = [dict(zip(("age", "größe"), users.get(u, (None, None)), strict=True))
+             for u in table["user_id"].to_pylist()]  # fmt: skip
+    someone = pa.array([{"age": "99"}] * len(table), kind)
+    expected = target_scores(load_exported(exported, str(data)).model, inputs)
+    scores = []
+    for number, (user_ids, profiles) in enumerate(
+        [
+            (table["user_id"], pa.nulls(len(table), kind)),
+            (pa.nulls(len(table), pa.string()), pa.array(given, kind)),
+            (table["user_id"], someone),
+        ]
+    ):
+        place = table.schema.get_field_index("user_id")
+        asked = table.set_column(place, "user_id", user_ids).append_column("profile", profiles)
+        path = write(asked, tmp_path / f"{number}.parquet")
+        out = tmp_path / f"out{number}"
+        score(capsys, exported, path, out, "--data", data, "--pack-tokens", "300")
+        scores.append(np.array([found[0] for found in scores_in(out)["scores"].to_pylist()]))
+    wanted = np.array([expected[key] for key in keys])
+    looked_up, as_given, of_another = scores
+    assert np.abs(looked_up - wanted).max() < 1e-5
+    assert np.abs(as_given - wanted).max() < 1e-5
+    assert np.abs(of_another - wanted).min() > 1e-7
 
 
 def test_the_order_of_requests_in_a_file_changes_no_score(

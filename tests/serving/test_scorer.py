@@ -15,10 +15,13 @@ import dti_dist
 from dti_dist import Interaction, Request, Scorer
 from dti_dist.cli import main
 from dti_dist.data.dataset import Dataset, iter_sequences
+from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.errors import UserError
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.serving.item_texts import ItemTexts
 from dti_dist.serving.pretrained import load_exported
+from tests.data.test_prepare_events import random_events
+from tests.data.test_prepare_users import reader, some_users
 from tests.export.exported import export_random_weights, random_weights, target_scores
 from tests.launching import write_config
 
@@ -196,6 +199,37 @@ def test_new_texts_and_an_empty_history_are_scored(exported):
     assert abs(scores[0] - scores[1]) > 1e-6
     assert scorer.score([Interaction(new, 1)], []).shape == (0,)
     assert scorer.score_batch([]) == []
+
+
+@pytest.mark.parametrize("policy", ["windowed", "isolated"])
+def test_a_profile_is_the_users_and_states_of_items_serve_all(policy, tmp_path):
+    data = tmp_path / "data"
+    build_dataset(reader(tmp_path, random_events(), some_users(0)), str(data), BuildOptions())
+    template = {"item": "{title}", "profile": "{age}, {größe}"}
+    exported, _ = export_random_weights(
+        tmp_path, data, template=template, attention={"policy": policy}
+    )
+    scorer = Scorer.from_pretrained(exported, device="cpu")
+    history, candidates = [("title of i1", 1), ("title of i2", 0)], ["title of i3", "of i1"]
+    someone, nobody, small = {"age": "25", "größe": "L"}, None, {"größe": "L", "age": None}
+    alone = [scorer.score(history, candidates, profile=p) for p in (someone, nobody, small)]
+    missed = scorer.states.misses if policy == "isolated" else 0
+    together = scorer.score_batch(
+        [Request(history, candidates, profile=p) for p in (someone, {}, small, {"age": "unknown"})]
+    )
+    for found, expected in zip(together, [*alone, alone[1]], strict=True):
+        assert np.abs(found - expected).max() < 1e-6
+    assert len({scores[0] for scores in alone}) == 3
+    if policy == "isolated":
+        assert scorer.states.misses == missed == 4  # texts
+    with pytest.raises(UserError, match=r"columns age, größe.*found 'agee'.*'age'"):
+        scorer.score(history, candidates, profile={"agee": "25"})
+
+
+def test_a_profile_for_a_model_without_is_refused(isolated):
+    scorer = Scorer.from_pretrained(isolated[0], device="cpu")
+    with pytest.raises(UserError, match=r"without template\.profile"):
+        scorer.score([], [{"title": "a"}], 0, profile={"age": "25"})
 
 
 def test_a_text_makes_no_special_token(isolated):

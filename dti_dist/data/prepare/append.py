@@ -46,7 +46,6 @@ from dti_dist.data.dataset import (
     SplitCounts,
     SplitRule,
     Statistics,
-    flat_values,
 )
 from dti_dist.data.prepare.build import (
     BuildOptions,
@@ -82,6 +81,7 @@ from dti_dist.data.prepare.tables import (
     read_statistics,
     targets_of,
 )
+from dti_dist.data.prepare.users import number_profiles, profile_batches
 from dti_dist.data.prepare.writer import DatasetWriter, add_counts, in_train, write_manifest
 from dti_dist.errors import UserError
 from dti_dist.files import flush_to_disk
@@ -89,7 +89,7 @@ from dti_dist.options import AppendTo
 from dti_dist.sql import literal, parquet, sql_errors, stream
 
 _PART = re.compile(
-    r"(items|train|valid|test)/\.?part-(\d+)(-[0-9a-f]+)?\.parquet(\.partial-[0-9a-f]+)?"
+    r"(items|profiles|train|valid|test)/\.?part-(\d+)(-[0-9a-f]+)?\.parquet(\.partial-[0-9a-f]+)?"
 )
 
 
@@ -107,8 +107,8 @@ def append_to_dataset(
     ``read_source`` also takes ``default_requests``, see ``read_events``. Users with a single new
     interaction are kept: it may be context of a later one. Raises UserError, and changes nothing,
     for a data set split by ``leave-last``, for other text columns, another way to split or another
-    rule for requests or other labels than it has, for interactions that are not newer than all it
-    has, and for what prepare refuses.
+    rule for requests than it has, for interactions that are not newer than all it has, and for what
+    prepare refuses.
     """
     started = time.monotonic()
     dataset = Dataset.open(uri)
@@ -120,11 +120,17 @@ def append_to_dataset(
         _check_texts(dataset, source)
         _check_column(dataset, source)
         _check_requests(dataset, source)
-        _check_tasks(dataset, source)
-        source = replace(source, text_columns=dataset.manifest.item_text_columns)
+        _check_user_texts(dataset, source)
+        texts = dataset.manifest.user_text_columns
+        source = replace(
+            source,
+            text_columns=dataset.manifest.item_text_columns,
+            rules=source.rules.model_copy(update={"user_text_columns": texts}),
+        )
         tables = DuckTables(workspace, source)
         old = _OldTables(tables, dataset)
         load_items(tables, source)
+        number_profiles(tables, source)
         load_events(tables, source)
         check_events(tables)
         unknown = number_items(tables, tables, options.unknown_items)
@@ -152,6 +158,9 @@ def append_to_dataset(
             writer.write_items(
                 item_batches(tables, first=dataset.manifest.counts.items), source.text_columns
             )
+            if texts:
+                writer.write_profiles(profile_batches(tables, old.profiles), texts)
+                old.tell_profiles()
             for histories, begin in old.histories():
                 found += Findings.of(histories, begin)
                 for split, first, end in _new_targets(
@@ -243,6 +252,17 @@ def _check_texts(dataset: Dataset, source: Source) -> None:
         )
 
 
+def _check_user_texts(dataset: Dataset, source: Source) -> None:
+    """Without a table of users those that are known stay as they are."""
+    wanted, found = dataset.manifest.user_text_columns, source.rules.user_text_columns
+    if found and set(wanted) != set(found):
+        remedy = f"Give --user-text-cols {','.join(wanted)}." if wanted else "Leave --users out."
+        raise UserError(
+            f"{dataset.uri}: expected user texts {', '.join(wanted) or 'of none'}, as the data set "
+            f"has; found {', '.join(found)}. {remedy}"
+        )
+
+
 def _check_requests(dataset: Dataset, source: Source) -> None:
     wanted, found = (_in_words(rules) for rules in (dataset.manifest, source.rules))
     if wanted != found:
@@ -250,23 +270,6 @@ def _check_requests(dataset: Dataset, source: Source) -> None:
             f"{dataset.uri}: expected interactions read as the data set's were; found {found}. "
             f"Give {wanted}."
         )
-
-
-def _check_tasks(dataset: Dataset, source: Source) -> None:
-    wanted, found = (
-        [task.name for task in rules.tasks] for rules in (dataset.manifest, source.rules)
-    )
-    if wanted == found:
-        return
-    give = " ".join(f"--label {shlex.quote(f'{name}=…')}" for name in wanted)
-    raise UserError(
-        f"{dataset.uri}: expected {_tasks_in_words(wanted)}, as the data set has; found "
-        f"{_tasks_in_words(found)}. Give {give or '--label once, without a name'}."
-    )
-
-
-def _tasks_in_words(names: list[str]) -> str:
-    return f"the labels {', '.join(names)}" if names else "one label"
 
 
 def _in_words(rules: InteractionRules) -> str:
@@ -317,9 +320,17 @@ class _OldTables:
         tables.create(
             "known_items", f"SELECT * FROM {read('items')}", "reading the data set's items"
         )
+        self.profiles = 0
+        self._profile = ""
+        if dataset.manifest.user_text_columns:
+            doing = "reading the data set's profiles"
+            tables.create("known_profiles", f"SELECT * FROM {read('profiles')}", doing)
+            (found,) = tables.rows("SELECT count(*) AS profiles FROM known_profiles", doing)
+            self.profiles = found["profiles"]
+            self._profile = "profile, "
         place = ", filename=true, file_row_number=true"
         self._sequences = " UNION ALL ".join(
-            f"SELECT user_id, {', '.join(self._columns)}, target_start, filename, "
+            f"SELECT user_id, {self._profile}{', '.join(self._columns)}, target_start, filename, "
             f"file_row_number, {literal(split)} AS split FROM {read(split, place)}"
             for split in SPLITS
             if dataset.manifest.counts.splits[split].rows
@@ -349,11 +360,19 @@ class _OldTables:
         )
         self._tables.create(
             "contexts",
-            f"SELECT sequences.user_id, split, timestamps[-1] AS last_time, {lists} "
+            f"SELECT sequences.user_id, {self._profile}split, timestamps[-1] AS last_time, {lists} "
             f"FROM ({self._sequences}) AS sequences JOIN "
             "(SELECT place.file AS file, place.row AS row FROM old_users SEMI JOIN users USING "
             "(user_id)) AS latest ON filename = latest.file AND file_row_number = latest.row",
             doing,
+        )
+
+    def tell_profiles(self) -> None:
+        """Make ``told_profiles``: of users without a row of texts now, those of before."""
+        self._tables.define(
+            "told_profiles",
+            "SELECT user_id, coalesce(given_profiles.profile, contexts.profile) AS profile FROM "
+            "users LEFT JOIN given_profiles USING (user_id) LEFT JOIN contexts USING (user_id)",
         )
 
     def last_and_new(self) -> str:
@@ -401,7 +420,7 @@ def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> 
     is_context = positions(lengths) < np.repeat(before, lengths)
     columns = {}
     for name in context.column_names:
-        old = flat_values(context[name].combine_chunks())
+        old = context[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         column = listed_column(name)
         values = np.empty(len(is_context), old.dtype if len(old) else new.columns[column].dtype)
         values[is_context], values[~is_context] = old, new.columns[column]
@@ -409,6 +428,8 @@ def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> 
     if "split" in new.columns:
         columns["split"] = np.zeros(len(is_context), dtype=np.int8)  # before any new one's
         columns["split"][~is_context] = new.columns["split"]
+    if "profile" in new.columns:
+        columns["profile"] = np.repeat(new.columns["profile"][new.starts], lengths)
     return Histories(new.user_ids, lengths, columns, new.rules)
 
 
@@ -531,9 +552,4 @@ def _notes(
     label, before = source.description.get("label"), old.source.get("label")
     if before is not None and label != before:
         notes.append(f"the label is {label!r}; the data set was prepared with {before!r}")
-    notes += [
-        f"the label {new.name} is {new.label!r}; the data set was prepared with {then.label!r}"
-        for new, then in zip(source.rules.tasks[1:], old.tasks[1:], strict=True)
-        if new.label != then.label
-    ]
     return notes

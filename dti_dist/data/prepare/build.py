@@ -36,6 +36,7 @@ from dti_dist.data.prepare.tables import (
     refuse_split_without_targets,
     targets_of,
 )
+from dti_dist.data.prepare.users import number_profiles, profile_batches, users_without_texts
 from dti_dist.data.prepare.writer import DatasetWriter
 from dti_dist.options import BuildOptions
 from dti_dist.sql import Workspace, open_workspace
@@ -71,13 +72,6 @@ class Summary:
                 f"{found.clicks / found.targets:>11.4f}   "
                 f"{date_and_time(found.first_timestamp)} … {date_and_time(found.last_timestamp)}"
             )
-        for task in manifest.tasks[1:]:
-            known = ", ".join(
-                f"{split} {found.known:,} ({found.rate:.4f})"
-                for split, counts in counts.splits.items()
-                for found in [counts.tasks[task.name]]
-            )
-            lines.append(f"known labels of {task.name}, and their rate: {known}")
         written = list(manifest.files) if self.written is None else self.written
         size = sum(manifest.files[path].bytes for path in written) / 1e6
         lines += ["", *(f"note: {note}" for note in self.notes)]
@@ -92,6 +86,9 @@ class Engine(Tables, Protocol):
 
     def take_items(self, writer: DatasetWriter) -> None:
         """Make ``told_items`` of the items that were written."""
+
+    def take_profiles(self, writer: DatasetWriter) -> None:
+        """Make ``told_profiles`` (user_id, profile) with the profiles that were written."""
 
     def write_sequences(
         self, writer: DatasetWriter, users: UserCounts, rule: SplitRule, options: BuildOptions
@@ -128,6 +125,7 @@ def build_dataset(
         source = read_source(workspace)
         duck = DuckTables(workspace, source)
         load_items(duck, source)
+        number_profiles(duck, source)
         if engine is None:
             load_events(duck, source)
         tables = engine(duck, source) if engine else duck
@@ -138,7 +136,11 @@ def build_dataset(
         tables.take_items(writer)
         unknown_items, of_items = keep_known(tables, options.unknown_items, unknown)
         of_requests = form_requests(tables)
+        if texts := source.rules.user_text_columns:
+            writer.write_profiles(profile_batches(duck), texts)
+            tables.take_profiles(writer)
         users = count_users(tables, options.min_interactions)
+        of_users = users_without_texts(tables)
         days = count_days(tables, targets_of(tables, users.kept_events))
         rule = choose_split(
             tables,
@@ -166,19 +168,12 @@ def build_dataset(
             source=source.description | ceilings,
             statistics=read_statistics(duck, users.per_user, days, found.requests()),
         )
-    notes = [*source.notes, *of_texts, *of_items, *of_requests]
+    notes = [*source.notes, *of_texts, *of_items, *of_users, *of_requests]
     if manifest.label_rate in (0, 1):
         notes.append(
             f"WARNING: all labels are {manifest.label_rate:g}, so there is nothing to learn. Check "
             "the label's expression: texts are compared letter by letter"
         )
-    notes += [
-        f"WARNING: all known labels of {task.name} are equal in train, so there is nothing to "
-        "learn. Check its expression"
-        for task in manifest.tasks[1:]
-        for known in [manifest.counts.splits["train"].tasks[task.name]]
-        if known.clicks in (0, known.known)
-    ]
     if found.out_of_order:
         notes.append(
             f"interactions out of time order in the input, now sorted: {found.out_of_order:,}"

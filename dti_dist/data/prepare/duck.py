@@ -8,6 +8,7 @@ written.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 from dti_dist.console import progress, say
 from dti_dist.data.dataset import SplitRule
 from dti_dist.data.prepare import statistics
-from dti_dist.data.prepare.columns import MAIN_LABEL, kept_values
+from dti_dist.data.prepare.columns import NUMBER_OR_BOOLEAN, kept_values
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan, naming_the_file
 from dti_dist.data.prepare.source import Source
@@ -76,6 +77,9 @@ class DuckTables:
     def take_items(self, writer: DatasetWriter) -> None:
         """``number_items`` has made ``told_items`` here."""
 
+    def take_profiles(self, writer: DatasetWriter) -> None:
+        self.define("told_profiles", "FROM given_profiles")
+
     def place(self, input_order: int) -> str:
         row = input_order
         for file, scan in self._event_files.one_by_one() if self._event_files else []:
@@ -122,14 +126,19 @@ def events_query(tables: DuckTables, source: Source, scan: str) -> str:
     with sql_errors(f"{source.name}: reading the interactions"):
         found = tables.connection.sql(source.events)
         types = dict(zip(found.columns, map(str, found.types), strict=True))
-    columns = (MAIN_LABEL, *source.columns)
+    if not re.fullmatch(NUMBER_OR_BOOLEAN, types["label"]):
+        raise UserError(
+            f"{source.name}: expected the label to be a boolean, or a number that is 0 or 1; found "
+            f'{types["label"]}. Use a comparison, e.g. --label "rating >= 4" or '
+            "\"event = 'click'\"."
+        )
     try:
-        values = ", ".join(column.read(types[column.name]) for column in columns)
+        others = "".join(f", {column.read(types[column.name])}" for column in source.columns)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
     return (
         "SELECT user_id, item_id, time_us, CAST(floor(time_us / 1000000) AS BIGINT) AS timestamp, "
-        f"{values} FROM ({scan})"
+        f"CAST(label AS DOUBLE) AS label{others} FROM ({scan})"
     )
 
 
@@ -148,7 +157,7 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
     connection = tables.connection
     connection.execute(
         "CREATE TABLE ranks AS SELECT *, row_number() OVER (ORDER BY md5(user_id), user_id) AS "
-        "rank FROM users"
+        f"rank FROM {_users_with_profiles(tables)}"
     )
     interactions = RowStream(_sorted_interactions(tables))
     users = stream(connection, "SELECT user_id, interactions FROM ranks ORDER BY rank", 10_000)
@@ -167,6 +176,14 @@ def histories(tables: DuckTables) -> Iterator[Histories]:
             start = end
 
 
+def _users_with_profiles(tables: DuckTables) -> str:
+    """A FROM clause; profile 0 is that of users of whom nothing is known."""
+    if not tables.rules.user_text_columns:
+        return "users"
+    profile = "coalesce(told_profiles.profile, 0)::INTEGER AS profile"
+    return f"(SELECT users.*, {profile} FROM users LEFT JOIN told_profiles USING (user_id))"
+
+
 def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
     """The interactions of all ``ranks`` by rank, time and input order.
 
@@ -181,6 +198,8 @@ def _sorted_interactions(tables: DuckTables) -> Iterator[pa.RecordBatch]:
         "input_order": "interactions.input_order",
     }
     columns |= kept_values(tables.columns, tables.rules)
+    if tables.rules.user_text_columns:
+        columns["profile"] = "ranks.profile"
     values = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
     ranked = (
         f"SELECT ranks.rank, interactions.time_us, {values} FROM interactions "

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dti_dist.data.dataset import InteractionRules, RequestRule, label_column
+from dti_dist.data.dataset import InteractionRules, RequestRule
 from dti_dist.data.prepare.input_table import (
     Column,
     FileScan,
@@ -24,7 +24,7 @@ from dti_dist.data.prepare.input_table import (
     naming_the_file,
     survey_with_duckdb,
 )
-from dti_dist.data.prepare.label import Expression, read_tasks
+from dti_dist.data.prepare.label import Expression
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.times import TimeColumn, TimeRule
 from dti_dist.errors import UserError
@@ -45,6 +45,7 @@ class EventColumns:
         time_rule: how times are written.
         names: of the columns of CSV events without a header.
         split: the column that says train, valid or test.
+        user_key, user_texts: of the users' table.
     """
 
     user: str
@@ -55,6 +56,8 @@ class EventColumns:
     time_rule: TimeRule = _ANY_TIME
     names: tuple[str, ...] = ()
     split: str | None = None
+    user_key: str | None = None
+    user_texts: tuple[str, ...] = ()
 
 
 def read_events(
@@ -62,28 +65,26 @@ def read_events(
     paths: Sequence[str],
     items: Sequence[str],
     columns: EventColumns,
-    label: str | Sequence[str],
+    label: str,
     name: str = "events",
     survey: Survey | None = None,
     requests: RequestOptions = _ANY_REQUESTS,
     default_requests: Literal["time", "none"] = "time",
     weight: str | None = None,
     keep_negatives: float | None = None,
+    users: Sequence[str] = (),
 ) -> Source:
-    """Event files and an item table as a Source.
+    """Event files and an item table as a Source, and a table of users, where there is one.
 
-    ``paths`` and ``items`` are files, folders, globs or fsspec URLs, of Parquet, CSV or JSON lines.
-    ``label`` is an expression, or several as ``NAME=EXPRESSION``, the main one first.
-    Timestamps without a zone count as UTC. ``survey`` runs aggregates over the files, by default
-    with DuckDB; ``default_requests`` counts where ``requests`` does not say. Raises UserError
-    naming the option that is at fault.
+    ``paths``, ``items`` and ``users`` are files, folders, globs or fsspec URLs, of Parquet, CSV or
+    JSON lines. Timestamps without a zone count as UTC. ``survey`` runs aggregates over the files,
+    by default with DuckDB; ``default_requests`` counts where ``requests`` does not say. Raises
+    UserError naming the option that is at fault.
     """
     connection = workspace.connection
-    labels = (label,) if isinstance(label, str) else label
-    rules = _rules(requests, default_requests, labels, weight, keep_negatives)
+    rules = _rules(requests, default_requests, weight, keep_negatives)
     rule = rules.requests
-    main = rules.tasks[0].label if rules.tasks else labels[0]
-    expression = Expression(connection, main)
+    expression = Expression(connection, label)
     conditions = _expressions(connection, rules)
     ids = {"--user-col": columns.user, "--item-col": columns.item}
     if rule and rule.column:
@@ -139,6 +140,8 @@ def read_events(
         select += f", {f'NOT {value}' if flag == 'is_target' else value} AS {flag}"
     table = _open_items(connection, items, columns.item_key, columns.texts)
     event_files, item_files = events.scan(select, values), table.scan()
+    user_table = _open_users(connection, users, columns)
+    user_files = user_table.scan() if user_table else None
     return Source(
         name=name,
         events=event_files.query(),
@@ -147,19 +150,23 @@ def read_events(
         item_files=item_files,
         text_columns=list(columns.texts),
         split_column=columns.split,
-        rules=rules,
+        rules=rules.model_copy(update={"user_text_columns": list(columns.user_texts)}),
+        users=user_files.query() if user_files else None,
+        user_files=user_files,
         description={
             "kind": "events",
             "paths": list(paths),
             "items": list(items),
+            **({"users": list(users)} if users else {}),
             "columns": {
                 "user": columns.user,
                 "item": columns.item,
                 "time": columns.time,
                 "item_key": columns.item_key,
                 **({} if columns.split is None else {"split": columns.split}),
+                **({"user_key": columns.user_key or columns.user} if users else {}),
             },
-            "label": main,
+            "label": label,
             "time_unit": unit,
         },
         notes=[
@@ -167,6 +174,7 @@ def read_events(
             *notes,
             *events.notes,
             *table.table.notes,
+            *(user_table.table.notes if user_table else ()),
         ],
     )
 
@@ -174,7 +182,6 @@ def read_events(
 def _rules(
     options: RequestOptions,
     default: Literal["time", "none"],
-    labels: Sequence[str],
     weight: str | None,
     keep_negatives: float | None,
 ) -> InteractionRules:
@@ -187,12 +194,7 @@ def _rules(
             history=options.history,
             context_only=options.context_only,
         )
-    return InteractionRules(
-        requests=requests,
-        tasks=read_tasks(labels),
-        weight=weight,
-        keep_negatives=keep_negatives,
-    )
+    return InteractionRules(requests=requests, weight=weight, keep_negatives=keep_negatives)
 
 
 def _expressions(
@@ -201,10 +203,6 @@ def _expressions(
     """By the column of events that each gives: is_target is where --context-only fails."""
     rule = rules.requests
     given = {
-        **{
-            label_column(task.name): (f"--label {task.name}=", task.label)
-            for task in rules.tasks[1:]
-        },
         "is_history": ("--history", rule and rule.history),
         "is_target": ("--context-only", rule and rule.context_only),
         "weight": ("--weight", rules.weight),
@@ -244,8 +242,8 @@ def read_item_table(
 
 
 @dataclass(frozen=True)
-class _Items:
-    """An item table, and the values that are read of it."""
+class _Texts:
+    """A table of texts by id, and the values that are read of it."""
 
     table: InputTable
     values: dict[str, Value]
@@ -254,24 +252,60 @@ class _Items:
         return self.table.scan("SELECT *", self.values)
 
 
+def _open_users(
+    connection: duckdb.DuckDBPyConnection, paths: Sequence[str], columns: EventColumns
+) -> _Texts | None:
+    if bool(paths) != bool(columns.user_texts):
+        given, missing = ("--users", "--user-text-cols")[:: 1 if paths else -1]
+        raise UserError(
+            f"{given}: expected {missing} with it; found none. A table of users goes with the "
+            "names of its text columns."
+        )
+    if not paths:
+        return None
+    key = columns.user_key or columns.user
+    return _open_texts(
+        connection,
+        paths,
+        ("user_id", key, "--user-key"),
+        columns.user_texts,
+        "--user-text-cols",
+        "the users' table",
+    )
+
+
 def _open_items(
     connection: duckdb.DuckDBPyConnection,
     paths: Sequence[str],
     key: str,
     texts: Sequence[str],
     text_option: str = "--text-cols",
-) -> _Items:
-    table = InputTable.open(connection, "the item table", paths, (key, *texts))
-    table.require(key, "--item-key")
+) -> _Texts:
+    named = ("source_id", key, "--item-key")
+    return _open_texts(connection, paths, named, texts, text_option, "the item table")
+
+
+def _open_texts(
+    connection: duckdb.DuckDBPyConnection,
+    paths: Sequence[str],
+    named: tuple[str, str, str],
+    texts: Sequence[str],
+    text_option: str,
+    what: str,
+) -> _Texts:
+    """``named``: what the id is called, its column, and the option that says so."""
+    name, key, option = named
+    table = InputTable.open(connection, what, paths, (key, *texts))
+    table.require(key, option)
     for text in texts:
         table.require(text, text_option)
     typed = {}
     if table.is_json:
         typing = Typing(table, [key])
         found = table.survey(partial(survey_with_duckdb, connection), typing.counts, typing.values)
-        typed = typing.types(found, {key: "--item-key"})
-    values = {"source_id": _id(table, key, "--item-key", typed)}
-    return _Items(table, values | {text: _text(table, text, text_option) for text in texts})
+        typed = typing.types(found, {key: option})
+    values = {name: _id(table, key, option, typed)}
+    return _Texts(table, values | {text: _text(table, text, text_option) for text in texts})
 
 
 def _id(table: InputTable, column: str, option: str, typed: Mapping[str, str]) -> Value:

@@ -34,6 +34,7 @@ _TIMEOUT_S = 60
 _BLOCK = 1 << 20
 
 Item = tuple[str, str, str]  # id, title, genres
+User = tuple[str, str, str, str, str]  # id, then _USER_TEXTS
 
 
 def _dat_items(lines: Iterator[str]) -> Iterator[Item]:
@@ -63,15 +64,58 @@ def _csv_items(lines: Iterator[str]) -> Iterator[Item]:
         yield row["movieId"], row["title"], genres.replace("|", ", ")
 
 
+_USER_TEXTS = ("gender", "age", "occupation", "zip")
+_GENDERS = {"F": "female", "M": "male"}
+# What the numbers of users.dat stand for, by its README.
+_AGES = {
+    "1": "under 18",
+    "18": "18 to 24",
+    "25": "25 to 34",
+    "35": "35 to 44",
+    "45": "45 to 49",
+    "50": "50 to 55",
+    "56": "56 or older",
+}
+_OCCUPATIONS = (
+    *("", "academic or educator", "artist", "clerical or admin", "college or grad student"),
+    *("customer service", "doctor or health care", "executive or managerial", "farmer"),
+    *("homemaker", "K-12 student", "lawyer", "programmer", "retired", "sales or marketing"),
+    *("scientist", "self-employed", "technician or engineer", "tradesman or craftsman"),
+    *("unemployed", "writer"),
+)
+
+
+def _dat_users(lines: Iterator[str]) -> Iterator[User]:
+    for line in lines:
+        user, gender, age, occupation, code = line.rstrip("\r\n").split("::")
+        number = int(occupation)
+        if not 0 <= number < len(_OCCUPATIONS):
+            raise ValueError(f"occupation {number}")
+        yield user, _GENDERS[gender], _AGES[age], _OCCUPATIONS[number], code
+
+
+def _u_users(lines: Iterator[str]) -> Iterator[User]:
+    for line in lines:
+        user, age, gender, occupation, code = line.rstrip("\r\n").split("|")
+        known = "" if occupation in ("none", "other") else occupation
+        yield user, _GENDERS[gender], age, known, code
+
+
+def _no_users(lines: Iterator[str]) -> Iterator[User]:
+    yield from ()
+
+
 @dataclass(frozen=True)
 class _Format:
-    """``ratings_csv``: how DuckDB reads the ratings into _RATINGS."""
+    """``ratings_csv``: how DuckDB reads the ratings into _RATINGS. ``users``: None: has no such."""
 
     ratings: str
     items: str
     encoding: str
     read_items: Callable[[Iterator[str]], Iterator[Item]]
     ratings_csv: str
+    users: str | None = None
+    read_users: Callable[[Iterator[str]], Iterator[User]] = _no_users
 
 
 def _csv_options(delimiter: str, columns: Iterable[str], header: bool) -> str:
@@ -87,9 +131,23 @@ def _csv_options(delimiter: str, columns: Iterable[str], header: bool) -> str:
 _DAT_COLUMNS = ["user_id", "_1", "item_id", "_2", "rating", "_3", "timestamp"]
 _FORMATS = (
     _Format(
-        "ratings.dat", "movies.dat", "latin-1", _dat_items, _csv_options(":", _DAT_COLUMNS, False)
+        "ratings.dat",
+        "movies.dat",
+        "latin-1",
+        _dat_items,
+        _csv_options(":", _DAT_COLUMNS, False),
+        "users.dat",
+        _dat_users,
     ),
-    _Format("u.data", "u.item", "latin-1", _u_items, _csv_options("\t", _RATINGS, False)),
+    _Format(
+        "u.data",
+        "u.item",
+        "latin-1",
+        _u_items,
+        _csv_options("\t", _RATINGS, False),
+        "u.user",
+        _u_users,
+    ),
     _Format("ratings.csv", "movies.csv", "utf-8", _csv_items, _csv_options(",", _RATINGS, True)),
 )
 
@@ -100,7 +158,8 @@ def read_movielens(
     label: str = MOVIELENS_LABEL,
     requests: Literal["time", "none"] = MOVIELENS_REQUESTS,
 ) -> Source:
-    """A MovieLens folder or zip as a Source with the item texts title and genres.
+    """A MovieLens folder or zip as a Source with the item texts title and genres, and where there
+    is a file of users, their gender, age, occupation and zip.
 
     ``label`` is an SQL expression over user_id, item_id, rating and timestamp. Raises UserError for
     a path that holds none of the three formats, and for a line that does not fit its format.
@@ -128,6 +187,9 @@ def read_movielens(
     connection.register(
         "movielens_items", pa.table(columns, names=["source_id", "title", "genres"])
     )
+    users = _users(folder, found)
+    if users:
+        connection.register("movielens_users", users)
     return Source(
         name=_name(origin),
         events=(
@@ -136,8 +198,35 @@ def read_movielens(
         ),
         items="SELECT * FROM movielens_items",
         text_columns=["title", "genres"],
-        rules=InteractionRules(requests=RequestRule(by="time") if requests == "time" else None),
+        users="SELECT * FROM movielens_users" if users else None,
+        rules=InteractionRules(
+            requests=RequestRule(by="time") if requests == "time" else None,
+            user_text_columns=list(_USER_TEXTS) if users else [],
+        ),
         description={"kind": "movielens", "path": str(path), "label": label},
+    )
+
+
+def _users(folder: Path, found: _Format) -> pa.Table | None:
+    """user_id and _USER_TEXTS; None where there is no file of users.
+
+    Raises:
+        UserError: a line of it is not of its format.
+    """
+    if found.users is None or not (folder / found.users).exists():
+        return None
+    with open(folder / found.users, encoding=found.encoding, newline="") as lines:
+        try:
+            rows = list(found.read_users(iter(lines)))
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{folder / found.users}: not in the MovieLens format that its name promises "
+                f"({error}). Download it again, or remove it."
+            ) from error
+    names = ("user_id", *_USER_TEXTS)
+    return pa.Table.from_pylist(
+        [dict(zip(names, row, strict=True)) for row in rows],
+        pa.schema([(name, pa.string()) for name in names]),
     )
 
 
@@ -159,7 +248,8 @@ def _locate(origin: Path, scratch: Path) -> tuple[Path, _Format]:
                 members = {os.path.basename(name): name for name in archive.namelist()}
                 for known in _FORMATS:
                     if known.ratings in members and known.items in members:
-                        for name in (known.ratings, known.items):
+                        files = [known.ratings, known.items, known.users or ""]
+                        for name in filter(members.__contains__, files):
                             target = scratch / name
                             with archive.open(members[name]) as packed, target.open("wb") as file:
                                 shutil.copyfileobj(packed, file)

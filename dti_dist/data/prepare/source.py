@@ -28,8 +28,10 @@ class Source:
         notes: lines for the summary.
         split_column: the column of the input that ``events`` gives as split, which an interaction
             belongs to. None: the options say it.
-        event_files, item_files: the same as ``events`` and ``items``, file by file: for engines
-            that share them out, and to say where a row is.
+        users: a SELECT that gives user_id and the user text columns of ``rules``, all strings;
+            None: of no user anything is known.
+        event_files, item_files, user_files: the same as ``events``, ``items`` and ``users``, file
+            by file: for engines that share them out, and to say where a row is.
     """
 
     name: str
@@ -41,8 +43,10 @@ class Source:
     description: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     split_column: str | None = None
+    users: str | None = None
     event_files: FileScan | None = None
     item_files: FileScan | None = None
+    user_files: FileScan | None = None
 
     def __post_init__(self) -> None:
         if self.rules.keep_negatives is not None and self.rules.requests is None:

@@ -47,6 +47,7 @@ from dti_dist.data.dataset import (
     InteractionRules,
     SplitCounts,
     SplitRule,
+    profile_schema,
     sequence_schema,
 )
 from dti_dist.data.prepare.build import (
@@ -70,6 +71,7 @@ from dti_dist.data.prepare.tables import (
     UserCounts,
     before_split,
 )
+from dti_dist.data.prepare.users import or_empty, told_profiles
 from dti_dist.data.prepare.writer import Cutter, DatasetWriter
 from dti_dist.errors import UserError
 from dti_dist.sql import SET_UTC, sql_errors, stream
@@ -88,12 +90,7 @@ _EVENT_SCHEMA = pa.schema(
         ("input_order", pa.int64()),
     ]
 )
-_ARROW_TYPES = {
-    "condition": pa.bool_(),
-    "label": pa.float64(),
-    "number": pa.float64(),
-    "text": pa.string(),
-}
+_ARROW_TYPES = {"condition": pa.bool_(), "number": pa.float64(), "text": pa.string()}
 _ITEM_SCHEMA = pa.schema([("item_id", pa.int64()), ("source_id", pa.string())])
 Key = tuple[str, str]  # MD5 of the user's id, and the id: the order of rows
 Batches = Iterable[pa.RecordBatch]
@@ -193,6 +190,7 @@ class _SparkTables:
         if source.event_files is None:
             raise UserError(f"{self.name}: --engine spark reads event files; use --engine duckdb.")
         self._event_files = [file for file, _ in source.event_files.files]
+        self._user_files = source.user_files
         query = events_query(duck, source, "{}")
         say(f"{self.name}: reading the interactions")
         self._scan("events", source.event_files, query, _event_schema(self))
@@ -216,10 +214,24 @@ class _SparkTables:
             self._duck.add(table, rows, doing)
 
     def take_items(self, writer: DatasetWriter) -> None:
-        parts = tuple(storage.join(writer.uri, path) for path in sorted(writer.files))
+        written = (path for path in sorted(writer.files) if path.startswith("items/"))
+        parts = tuple(storage.join(writer.uri, path) for path in written)
         scan = FileScan.of_parquet("SELECT *", parts)
         query = f"SELECT item_id, source_id FROM ({{}}) WHERE NOT {is_blank(self.text_columns)}"
         self._scan("told_items", scan, query, _ITEM_SCHEMA)
+
+    def take_profiles(self, writer: DatasetWriter) -> None:
+        texts = self.rules.user_text_columns
+        assert self._user_files is not None, "the users' texts lie in files"
+        users = pa.schema([("user_id", pa.string()), *((name, pa.string()) for name in texts)])
+        query = f"SELECT user_id, {or_empty(texts)} FROM ({{}})"
+        self._scan("given_users", self._user_files, query, users)
+        written = (path for path in sorted(writer.files) if path.startswith("profiles/"))
+        parts = tuple(storage.join(writer.uri, path) for path in written)
+        scan = FileScan.of_parquet("SELECT *", parts)
+        self._scan("profiles", scan, "SELECT * FROM ({})", profile_schema(texts))
+        # Spark quotes names in another way than DuckDB.
+        self.define("told_profiles", told_profiles(texts).replace('"', "`"))
 
     def place(self, input_order: int) -> str:
         number, row = divmod(input_order, 1 << _ROW_BITS)
@@ -244,11 +256,15 @@ class _SparkTables:
         columns = ["timestamp", "time_us", "input_order"]
         kept = kept_values(self.columns, self.rules)
         values = [*columns, *(f"{sql} AS {name}" for name, sql in kept.items())]
+        profile = joined = ""
+        if self.rules.user_text_columns:
+            profile = ", coalesce(profile, 0) AS profile"
+            joined = " LEFT JOIN told_profiles USING (user_id)"
         interactions = self._spark.sql(
             "SELECT user_id, CAST(told_items.item_id AS INT) AS item_id, CAST(label AS TINYINT) AS "
-            f"label, {', '.join([*columns, *kept])} FROM (SELECT interactions.user_id, "
+            f"label, {', '.join([*columns, *kept])}{profile} FROM (SELECT interactions.user_id, "
             f"interactions.item_id AS source_id, label, {', '.join(values)} FROM "
-            f"{users.kept_events}) AS kept JOIN told_items USING (source_id)"
+            f"{users.kept_events}) AS kept JOIN told_items USING (source_id){joined}"
         )
         cut = partial(
             _cut,

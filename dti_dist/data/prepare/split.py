@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from dti_dist.data.dataset import (
-    NO_RULES,
-    SPLITS,
-    UNKNOWN,
-    InteractionRules,
-    SplitRule,
-    sequence_schema,
-)
+from dti_dist.data.dataset import NO_RULES, SPLITS, InteractionRules, SplitRule, sequence_schema
 
 # Lists of sequences, and what they list; the others have the name of what they list.
 _LISTED = {"item_ids": "item_id", "labels": "label", "timestamps": "timestamp"}
@@ -34,7 +27,8 @@ class Histories:
         user_ids: [users]
         lengths: [users] interactions of each
         columns: [interactions] item_id, label, timestamp, input_order, and what is kept of each
-            EventColumn; split is a place in SPLITS, which never falls within a history
+            EventColumn; split is a place in SPLITS, which never falls within a history; profile,
+            where users have texts, is the same within a history
     """
 
     user_ids: pa.Array
@@ -189,12 +183,8 @@ def cut_sequences(
     kept &= has_row[owner]
     offsets = np.concatenate([[0], np.cumsum(lengths[has_row])])
 
-    nullable = {column.name for column in histories.rules.stored if column.nullable}
-
     def lists(column: str, kind: pa.ListType) -> pa.ListArray:
-        found = histories.columns[column][kept]
-        unknown = found == UNKNOWN if column in nullable else None
-        values = pa.array(found, type=kind.value_type, mask=unknown)
+        values = pa.array(histories.columns[column][kept], type=kind.value_type)
         return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
 
     schema = sequence_schema(histories.rules)
@@ -202,6 +192,9 @@ def cut_sequences(
         "user_id": histories.user_ids.filter(pa.array(has_row)),
         "target_start": pa.array(context[has_row], type=pa.int32()),
     }
+    if histories.rules.user_text_columns:
+        profile = histories.columns["profile"][histories.starts]
+        columns["profile"] = pa.array(profile[has_row], type=pa.int32())
     return pa.RecordBatch.from_arrays(
         [
             columns[field.name]

@@ -1,0 +1,38 @@
+"""Values that callers give as texts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dti_dist.errors import UserError
+
+
+def as_text(value: Any, where: str) -> str:
+    """Empty for None and NaN.
+
+    Raises:
+        UserError: it is no text, or none that is UTF-8.
+    """
+    missing = isinstance(value, float) and math.isnan(value)  # NaN, as a DataFrame has it
+    if value is None or missing:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(where, error) from error
+    if not isinstance(value, str):
+        raise UserError(f"{where}: expected a text, found {value!r:.60}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise _not_utf8(where, error) from error
+    return value
+
+
+def _not_utf8(where: str, error: UnicodeError) -> UserError:
+    return UserError(
+        f"{where}: expected UTF-8 text, found bytes that are none ({error}). Decode it with the "
+        "encoding that it was written in."
+    )
