@@ -520,6 +520,11 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     run_dir: LocalPath = Field(description="The run's folder: config, metrics, checkpoints, eval.")
     seed: NonNegative = 0
+    tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {},
+        description="Weights of the losses of the data set's tasks, such as {like: 0.5}; of a task "
+        "that is not named here 1.0.",
+    )
     data: DataConfig
     sample: SampleConfig = SampleConfig()
     template: TemplateConfig = TemplateConfig()

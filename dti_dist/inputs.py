@@ -28,7 +28,7 @@ from dti_dist.data.samples import SampleSettings
 from dti_dist.data.sequences import SequenceBlock
 from dti_dist.data.stream import StreamPlan
 from dti_dist.data.template import Template
-from dti_dist.errors import UserError
+from dti_dist.errors import UserError, nearest
 from dti_dist.files import replacing
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
@@ -86,6 +86,7 @@ class Inputs:
                 f"only {dataset.manifest.context_limit} interactions before the targets of valid "
                 f"and test. Prepare it with --context-limit {config.sample.context} or more."
             )
+        _check_task_weights(config, dataset)
         if (tokenizer_dir / "tokenizer.json").exists():
             from transformers import AutoTokenizer
 
@@ -178,6 +179,7 @@ class Inputs:
             samples=settings,
             epochs=plan_epochs(index, shape, order, epochs, self.cache_dir, group),
             skip_bad=config.data.on_bad_shard == "skip",
+            task_weights=tuple(config.tasks.get(task, 1.0) for task in self.dataset.tasks),
         )
 
     def _shape(
@@ -261,10 +263,22 @@ class Inputs:
             prefix_length=len(self.tokens.prefix),
             longest_span=longest,
             keep_negatives=self.dataset.manifest.keep_negatives,
+            further_tasks=self.dataset.tasks[1:],
         )
         if config.model.lora.rank:
             add_adapters(model, config.model.lora, self.tokens.sum_id, config.seed)
         return model
+
+
+def _check_task_weights(config: RunConfig, dataset: Dataset) -> None:
+    known = [task.name for task in dataset.manifest.tasks]
+    for name in config.tasks:
+        if name not in known:
+            there = f"the tasks {', '.join(known)}" if known else "one label, whose weight is 1"
+            raise UserError(
+                f"tasks.{name}: expected a task of the data set {dataset.uri}, which has {there}."
+                f"{nearest(name, known)} Leave it out, or prepare the data set with it."
+            )
 
 
 def _keep(tokenizer: Any, folder: Path) -> None:

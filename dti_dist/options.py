@@ -265,7 +265,8 @@ class EventOptions:
         user_col: The user's id.
         item_col: The item's id.
         time_col: The timestamp.
-        label: One SQL expression over the events' columns: "rating >= 4", "clicked".
+        label: SQL expression over the events' columns: "rating >= 4", "clicked". Several are
+            several tasks, each NAME=EXPRESSION, the main one first; further ones may be null.
         text_cols: The item table's texts, most telling first.
         item_key: The item table's id (default: as --item-col).
         time_unit: Unit of times that are numbers since 1970.
@@ -285,7 +286,7 @@ class EventOptions:
     user_col: Annotated[str, _COLUMN]
     item_col: Annotated[str, _COLUMN]
     time_col: Annotated[str, _COLUMN]
-    label: Annotated[str, Parameter(metavar="EXPR")]
+    label: Annotated[tuple[str, ...], Parameter(metavar="EXPR")]
     text_cols: Annotated[tuple[str, ...], _COLUMNS]
     item_key: Annotated[str | None, _COLUMN] = None
     time_unit: TimeUnit | None = None

@@ -296,13 +296,20 @@ def ctr_model(
     backend: str = "auto",
     budget: Any = "even",
     positions: str = "rope",
+    further_tasks: tuple[str, ...] = (),
     **changes: Any,
 ) -> CTRModel:
     attention = AttentionConfig(
         policy=policy, positions=positions, budget=budget, backend=backend, forgetting=FORGETTING
     )
     model = CTRModel(
-        causal_lm(family, **changes), head, (NO, YES), n, attention, prefix_length=prefix
+        causal_lm(family, **changes),
+        head,
+        (NO, YES),
+        n,
+        attention,
+        prefix_length=prefix,
+        further_tasks=further_tasks,
     )
     if head == "linear":
         torch.nn.init.normal_(model.head.weight)

@@ -98,14 +98,48 @@ class RequestRule(_Record):
     context_only: str | None = None
 
 
+class TaskRule(_Record):
+    """One of several labels that are predicted.
+
+    Attributes:
+        label: SQL expression, 0 or 1; of a further task it may be null, where it is unknown.
+    """
+
+    name: str
+    label: str
+
+
+ONLY_TASK = "label"
+"""The name of a task that was given none."""
+UNKNOWN = -1
+"""A label that is null, in arrays."""
+_LABEL_OF = "label_"
+
+
+def label_column(task: str) -> str:
+    """The name of the labels of a further task, wherever they are a column."""
+    return f"{_LABEL_OF}{task}"
+
+
+def further_tasks(columns: Iterable[str]) -> tuple[str, ...]:
+    """The tasks, beside the main one, whose labels are among these columns."""
+    return tuple(c.removeprefix(_LABEL_OF) for c in columns if c.startswith(_LABEL_OF))
+
+
 @dataclass(frozen=True)
 class StoredColumn:
     """A list of sequences beside ``item_ids``, ``labels`` and ``timestamps``: a value for each
-    interaction, null only where ``nullable``."""
+    interaction.
+
+    Attributes:
+        nullable: it may be null, which in arrays is UNKNOWN.
+        below: values are whole numbers from 0 to below this; None: any.
+    """
 
     name: str
     type: pa.DataType
     nullable: bool = False
+    below: int | None = None
 
 
 class InteractionRules(_Record):
@@ -113,6 +147,8 @@ class InteractionRules(_Record):
 
     Attributes:
         requests: None: each interaction is one, history and a target.
+        tasks: several labels, the main one first, which is that of ``labels``; empty: one label,
+            whose task is called ``label``.
         weight: SQL expression: what a target counts in the loss and in metrics. None: 1.
         keep_negatives: the share of the targets with label 0 that training is to see, drawn by a
             hash of the interaction. None: all.
@@ -120,6 +156,7 @@ class InteractionRules(_Record):
     """
 
     requests: RequestRule | None = None
+    tasks: tuple[TaskRule, ...] = ()
     weight: str | None = None
     keep_negatives: float | None = None
     user_text_columns: list[str] = []
@@ -137,6 +174,10 @@ class InteractionRules(_Record):
             columns.append(StoredColumn("weight", pa.float32()))
         if self.keep_negatives is not None:  # whether training is to see it as a target
             columns.append(StoredColumn("is_kept", pa.bool_()))
+        columns += [
+            StoredColumn(label_column(task.name), pa.int8(), nullable=True, below=2)
+            for task in self.tasks[1:]
+        ]
         return tuple(columns)
 
 
@@ -161,16 +202,33 @@ def sequence_schema(rules: InteractionRules = NO_RULES) -> pa.Schema:
 
 def stored_values(rows: pa.RecordBatch, name: str) -> np.ndarray | None:
     """[interactions of all rows] of a StoredColumn; None where there is none of the name."""
-    if name not in rows.schema.names:
-        return None
-    return rows[name].flatten().to_numpy(zero_copy_only=False)
+    return flat_values(rows[name]) if name in rows.schema.names else None
+
+
+def flat_values(lists: pa.ListArray) -> np.ndarray:
+    """[interactions of all rows] of a list of sequences; of a label that is null, UNKNOWN."""
+    values = lists.flatten()
+    if pa.types.is_integer(values.type) and values.null_count:
+        values = values.fill_null(UNKNOWN)
+    return values.to_numpy(zero_copy_only=False)
+
+
+class TaskCounts(_Record):
+    """Targets whose label of a further task is known, and those where it is 1."""
+
+    known: int = 0
+    clicks: int = 0
+
+    @property
+    def rate(self) -> float:
+        return self.clicks / max(self.known, 1)
 
 
 class SplitCounts(_Record):
     """``interactions`` includes context; ``clicks`` are targets with label 1; ``kept_targets``, the
     targets that training is to see (with ``keep_negatives`` only). The timestamps are those of the
     first and the last interaction that is not there as context alone, in seconds since epoch; None
-    in an empty split."""
+    in an empty split. ``tasks``: counts of further tasks."""
 
     rows: int = 0
     interactions: int = 0
@@ -179,6 +237,7 @@ class SplitCounts(_Record):
     kept_targets: int | None = None
     first_timestamp: int | None = None
     last_timestamp: int | None = None
+    tasks: dict[str, TaskCounts] = {}
 
 
 class Counts(_Record):
@@ -443,11 +502,18 @@ class Dataset:
         """Whether equal timestamps of a user are one request; else each interaction is one."""
         return self.manifest.requests is not None
 
-    def label_rate(self, split: str) -> float:
-        """The share of label 1 among the targets of a split that training is to see."""
+    def label_rates(self, split: str) -> list[float]:
+        """Of each task, the share of label 1 among the known labels of a split: of the main task,
+        among the targets that training is to see."""
         counts = self.manifest.counts.splits[split]
         kept = counts.targets if counts.kept_targets is None else counts.kept_targets
-        return counts.clicks / max(kept, 1)
+        further = [counts.tasks[task].rate for task in self.tasks[1:]]
+        return [counts.clicks / max(kept, 1), *further]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of what is predicted, the main task first."""
+        return tuple(task.name for task in self.manifest.tasks) or (ONLY_TASK,)
 
     @property
     def sequence_columns(self) -> list[str]:

@@ -57,7 +57,7 @@ class EpochPlan:
     Attributes:
         first_pack: [windows + 1] bounds of each window's packs.
         pack_targets: [packs] unsigned, targets in each pack.
-        pack_weight: [packs] what they count together; their number where they have no weights.
+        pack_totals: [packs, tasks] `SplitIndex.totals` of each pack's samples.
     """
 
     index: SplitIndex
@@ -66,7 +66,7 @@ class EpochPlan:
     epoch: int
     first_pack: IntArray
     pack_targets: npt.NDArray[np.unsignedinteger]
-    pack_weight: npt.NDArray[np.number]
+    pack_totals: npt.NDArray[np.number] | None
 
     @property
     def packs(self) -> int:
@@ -75,6 +75,12 @@ class EpochPlan:
     def steps(self, global_packs: int) -> int:
         """Optimizer steps, the last filled up with empty packs."""
         return -(-self.packs // global_packs)
+
+    def totals(self, packs: slice) -> tuple[float, ...]:
+        """[tasks] what the losses of these packs are divided by: targets with a known label."""
+        if self.pack_totals is None:
+            return (float(self.pack_targets[packs].sum(dtype=np.int64)),)
+        return tuple(self.pack_totals[packs].sum(axis=0, dtype=np.float64).tolist())
 
     @cached_property
     def windows(self) -> list[tuple[int, ...]]:
@@ -164,9 +170,8 @@ def plan_epochs(
         stored = array_folder.load(folders[min(epoch, different - 1)])
         assert stored is not None, "the cache was removed while it was in use"
         first_pack = np.asarray(stored[0]["first_pack"])
-        targets = stored[0]["pack_targets"]
-        weight = stored[0].get("pack_weight", targets)
-        made.append(EpochPlan(index, shape, order, epoch, first_pack, targets, weight))
+        of_packs = stored[0]["pack_targets"], stored[0].get("pack_totals")
+        made.append(EpochPlan(index, shape, order, epoch, first_pack, *of_packs))
     return tuple(made)
 
 
@@ -178,10 +183,10 @@ def _mark(index: SplitIndex, shape: PackShape, order: Order, epoch: int) -> str:
 
 @dataclass(frozen=True)
 class _Packs:
-    """[packs] of one window: targets of each, and what they count together where that differs."""
+    """[packs] of one window: as of EpochPlan."""
 
     targets: npt.NDArray[np.unsignedinteger]
-    weight: npt.NDArray[np.float64] | None
+    totals: npt.NDArray[np.number] | None
 
 
 def _count(
@@ -199,14 +204,13 @@ def _count(
     with progress("planning packs", samples, "samples", visible) as bar:
         for epoch, number, row_groups in places:
             in_order, pack_of = _fill(index, shape, order, epoch, number, row_groups)
-            slices = [index.samples_of(group) for group in row_groups]
-            targets, weight = (
-                values if values is None else np.concatenate([values[s] for s in slices])[in_order]
-                for values in (index.targets, index.weight)
-            )
-            of_pack = np.bincount(pack_of, targets).astype(np.int64)
-            weights = None if weight is None else np.bincount(pack_of, weight).astype(np.float64)
-            found.append(_Packs(array_folder.smallest(of_pack), weights))
+            of_samples = np.concatenate([np.r_[index.samples_of(g)] for g in row_groups])[in_order]
+            targets = np.bincount(pack_of, weights=index.targets[of_samples]).astype(np.int64)
+            totals = None
+            if index.totals is not None:
+                columns = index.totals[of_samples].T
+                totals = np.column_stack([np.bincount(pack_of, column) for column in columns])
+            found.append(_Packs(array_folder.smallest(targets), totals))
             bar.advance(len(in_order))
     return found
 
@@ -225,12 +229,12 @@ def _keep(
             shares[at % world][at // world] for at, place in enumerate(places) if place[0] == epoch
         ]
         none = np.empty(0, dtype=np.uint8)
-        weights = [packs.weight for packs in of_windows if packs.weight is not None]
+        totals = [packs.totals for packs in of_windows if packs.totals is not None]
         array_folder.save(
             folders[epoch],
             {
                 "first_pack": np.cumsum([0] + [len(packs.targets) for packs in of_windows]),
                 "pack_targets": np.concatenate([none, *(packs.targets for packs in of_windows)]),
-                **({"pack_weight": np.concatenate(weights)} if weights else {}),
+                **({"pack_totals": np.concatenate(totals)} if totals else {}),
             },
         )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dti_dist.console import progress
 from dti_dist.data import array_folder
-from dti_dist.data.dataset import BadShard, Dataset, Part, iter_sequences
+from dti_dist.data.dataset import UNKNOWN, BadShard, Dataset, Part, iter_sequences
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.samples import IntArray, Samples, SampleSettings, sample_lengths
 from dti_dist.data.sequences import SequenceBlock, find_fault
@@ -93,7 +93,8 @@ class SplitIndex:
         sample_offsets: [row groups + 1] bounds of each row group's samples.
         tokens: [samples] unsigned, body tokens; targets: [samples] unsigned.
         row_targets: [rows of these row groups] unsigned, targets of each user sequence.
-        weight: [samples] float32, what each one's targets count together; None: 1 each.
+        totals: [samples, tasks] what the targets whose label of a task is known count together:
+            their weights, or else their number. None: one task without weights.
         left_out: what could not be read, where that is allowed.
         fingerprint: changes with data, tokenizer, sample settings and what was left out.
         folder: where the index lies.
@@ -105,7 +106,7 @@ class SplitIndex:
     tokens: npt.NDArray[np.unsignedinteger]
     targets: npt.NDArray[np.unsignedinteger]
     row_targets: npt.NDArray[np.unsignedinteger]
-    weight: npt.NDArray[np.float32] | None
+    totals: npt.NDArray[np.number] | None
     left_out: tuple[LeftOut, ...]
     fingerprint: str
     folder: Path
@@ -143,7 +144,7 @@ class SplitIndex:
             tokens=self.tokens[:samples],
             targets=self.targets[:samples],
             row_targets=self.row_targets[:rows],
-            weight=None if self.weight is None else self.weight[:samples],
+            totals=None if self.totals is None else self.totals[:samples],
         )
 
 
@@ -162,7 +163,7 @@ def read_block(
     place = [(row_group.part, row_group.number)]
     (batch,) = iter_sequences(dataset, split, needed_columns(dataset, tokens), place)
     profiles = 0 if tokens.profiles is None else len(tokens.profiles)
-    fault = find_fault(batch.rows, len(tokens.lengths), profiles)
+    fault = find_fault(batch.rows, len(tokens.lengths), dataset.manifest.stored, profiles)
     if fault is not None:
         row, problem = fault
         raise BadShard(
@@ -300,7 +301,7 @@ class _Sizes:
     tokens: npt.NDArray[np.unsignedinteger]
     targets: npt.NDArray[np.unsignedinteger]
     row_targets: npt.NDArray[np.unsignedinteger]
-    weight: npt.NDArray[np.float32] | None
+    totals: npt.NDArray[np.number] | None
 
 
 def _index_share(
@@ -337,18 +338,26 @@ def _sizes(block: SequenceBlock, settings: SampleSettings, tokens: ItemTokens) -
         array_folder.smallest(sample_lengths(samples, block, tokens)),
         array_folder.smallest(samples.targets),
         array_folder.smallest(of_rows),
-        _weights(samples, block, settings),
+        totals_of(samples, block, settings),
     )
 
 
-def _weights(
+def totals_of(
     samples: Samples, block: SequenceBlock, settings: SampleSettings
-) -> npt.NDArray[np.float32] | None:
-    if block.weight is None:
+) -> npt.NDArray[np.number] | None:
+    """`SplitIndex.totals` of the first samples that the settings cut."""
+    further, weight = block.further_labels, block.weight
+    if further is None and weight is None:
         return None
-    weights = block.weight[settings.targets(block)]
+    at = settings.targets(block)[: samples.targets.sum()]
+    counted = np.ones((len(at), 1), dtype=np.int64)
+    if weight is not None:
+        counted = weight[at, None].astype(np.float64)
+    if further is not None:
+        counted = np.concatenate([counted, counted * (further[at] != UNKNOWN)], axis=1)
     first = np.cumsum(samples.targets) - samples.targets
-    return np.add.reduceat(weights, first) if len(first) else weights
+    totals = np.add.reduceat(counted, first) if len(first) else counted
+    return array_folder.smallest(totals) if weight is None else totals.astype(np.float32)
 
 
 def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[LeftOut]) -> None:
@@ -362,11 +371,11 @@ def _keep(folder: Path, good: list[tuple[RowGroup, _Sizes]], left_out: list[Left
         for place, sizes in good
     ]
     none = np.empty(0, dtype=np.uint8)
-    weights = [sizes.weight for _, sizes in good if sizes.weight is not None]
+    totals = [sizes.totals for _, sizes in good if sizes.totals is not None]
     array_folder.save(
         folder,
         {
-            **({"weight": np.concatenate(weights)} if weights else {}),
+            **({"totals": np.concatenate(totals)} if totals else {}),
             "row_groups": np.array(row_groups, dtype=np.int64).reshape(-1, 5),
             "sample_offsets": np.cumsum([0] + [len(sizes.tokens) for _, sizes in good]),
             **{
@@ -397,7 +406,7 @@ def _open(folder: Path) -> SplitIndex:
         tokens=arrays["tokens"],
         targets=arrays["targets"],
         row_targets=arrays["row_targets"],
-        weight=arrays.get("weight"),
+        totals=arrays.get("totals"),
         left_out=tuple(LeftOut(**entry) for entry in left_out),
         fingerprint=mark,
         folder=folder,

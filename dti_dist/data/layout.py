@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dti_dist.attention.layout import PackLayout, Record, SharedBody
+from dti_dist.data.dataset import UNKNOWN
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.samples import (
     IntArray,
@@ -58,6 +59,8 @@ class Pack(Record):
         weight: [B, S] float32, what each target counts in the loss; 0 for slots without one.
         target_row, target_position: [B, S] which interaction of the split is the target; -1 unused.
         body_tokens: tokens without padding that the layers run on, slots not counted.
+        further_labels: [B, S, tasks - 1] float32, labels of the tasks beside the main one: 0, 1,
+            or UNKNOWN, as of slots without a target. None: there is one task.
     """
 
     tokens: Tensor
@@ -68,6 +71,7 @@ class Pack(Record):
     target_row: Tensor
     target_position: Tensor
     body_tokens: int
+    further_labels: Tensor | None = None
 
     @property
     def targets(self) -> int:
@@ -89,6 +93,7 @@ class Prompts:
         targets: [targets] which interactions get a [SUM] slot, in order.
         weight: [targets] what each counts; None: 1.
         target_row, target_position: [targets] which interaction of the split, or of the requests.
+        further_labels: [targets, tasks - 1] as of Pack.
         candidates: [prompts] how many of its interactions are candidates.
         place: [I] how many interactions of its prompt lie before its request. Both are None where
             each interaction is alone in its request, and none a candidate.
@@ -106,6 +111,7 @@ class Prompts:
     candidates: IntArray | None = None
     place: IntArray | None = None
     weight: npt.NDArray[np.float32] | None = None
+    further_labels: npt.NDArray[np.int8] | None = None
     profiles: IntArray | None = None
 
     @property
@@ -149,6 +155,7 @@ def build_pack(
     """Lay samples end to end in a pack. No samples at all give a pack without targets."""
     units = Units.of(samples, block)
     row = samples.row[units.sample[units.targets]]
+    further = block.further_labels
     prompts = Prompts(
         count=units.count,
         prompt=units.sample,
@@ -161,6 +168,7 @@ def build_pack(
         candidates=units.candidates,
         place=units.place,
         weight=None if block.weight is None else block.weight[units.source[units.targets]],
+        further_labels=None if further is None else further[units.source[units.targets]],
         profiles=None if tokens.profiles is None else _profiles(block)[samples.row],
     )
     return lay_out(prompts, tokens, shape)
@@ -271,7 +279,7 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         context_end[unit_of] = unit_of[begins]
 
     def tail(values: np.ndarray | int, unused: int, dtype: type) -> Tensor:
-        array: np.ndarray = np.empty(shape.slots, dtype=dtype)
+        array: np.ndarray = np.empty((shape.slots, *np.shape(values)[1:]), dtype=dtype)
         array[:used] = values
         array[used:] = unused
         return torch.from_numpy(array)
@@ -317,6 +325,9 @@ def lay_out(prompts: Prompts, tokens: ItemTokens, shape: PackShape) -> Pack:
         target_row=tail(prompts.target_row, -1, np.int64),
         target_position=tail(prompts.target_position, -1, np.int32),
         body_tokens=body_tokens,
+        further_labels=None
+        if prompts.further_labels is None
+        else tail(prompts.further_labels, UNKNOWN, np.float32),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -11,7 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dti_dist.data.dataset import sequence_schema, stored_values
+from dti_dist.data.dataset import (
+    NO_RULES,
+    InteractionRules,
+    StoredColumn,
+    further_tasks,
+    label_column,
+    sequence_schema,
+    stored_values,
+)
 from dti_dist.data.template import GAP, TIME_GAPS
 from dti_dist.errors import UserError
 
@@ -113,6 +121,13 @@ class SequenceBlock:
         return self.stored.get("is_target")
 
     @cached_property
+    def further_labels(self) -> npt.NDArray[np.int8] | None:
+        """[interactions, tasks - 1] labels of the tasks beside the main one, in the data set's
+        order: 0, 1 or UNKNOWN. None: there is one task."""
+        tasks = further_tasks(self.stored)
+        return np.stack([self.stored[label_column(t)] for t in tasks], axis=1) if tasks else None
+
+    @cached_property
     def requests(self) -> RequestBounds:
         """Where requests begin, and how much history lies before."""
         total = len(self.item_ids)
@@ -153,7 +168,7 @@ class SequenceBlock:
         return self._codes[key]
 
     @staticmethod
-    def empty(by_request: bool = False) -> SequenceBlock:
+    def empty(rules: InteractionRules = NO_RULES) -> SequenceBlock:
         none = np.empty(0, dtype=np.int64)
         return SequenceBlock(
             none.astype(np.int32),
@@ -162,8 +177,9 @@ class SequenceBlock:
             np.zeros(1, np.int64),
             none,
             none,
-            by_request,
+            rules.requests is not None,
             none,
+            {column.name: none.astype(column.type.to_pandas_dtype()) for column in rules.stored},
         )
 
     @staticmethod
@@ -215,13 +231,17 @@ class SequenceBlock:
         )
 
 
-def find_fault(rows: pa.RecordBatch, items: int, profiles: int = 0) -> tuple[int, str] | None:
+def find_fault(
+    rows: pa.RecordBatch, items: int, stored: Sequence[StoredColumn] = (), profiles: int = 0
+) -> tuple[int, str] | None:
     """The first row that breaks the format, and what was expected and found there; else None.
 
     Args:
         rows: some or all columns of sequence_schema.
         items, profiles: how many there are.
+        stored: what the data set's sequences have beside.
     """
+    nullable = {column.name for column in stored if column.nullable}
     lists = [name for name in rows.schema.names if pa.types.is_list(rows.schema.field(name).type)]
     of_rows = [name for name in ("target_start", "profile") if name in rows.schema.names]
     for name in [*lists, *of_rows]:
@@ -245,14 +265,15 @@ def find_fault(rows: pa.RecordBatch, items: int, profiles: int = 0) -> tuple[int
             found = f"{int(lengths[row])} and {len(rows[name][row])}"
             return row, f"item_ids and {name}: expected lists of one length, found {found}"
         values = rows[name].flatten()
-        if values.null_count:
+        if values.null_count and name not in nullable:
             row, at = first(values.is_null().to_numpy(zero_copy_only=False))
             return row, f"{name}[{at}]: expected a value, found null"
     for name, end, expected in (
         ("labels", 2, "0 or 1"),
         ("item_ids", items, f"0 to {items - 1}, a row of the item table"),
+        *((c.name, c.below, f"0 to {c.below - 1}") for c in stored if c.below is not None),
     ):
-        values = rows[name].flatten().to_numpy()
+        values = rows[name].flatten().fill_null(0).to_numpy()
         bad = (values < 0) | (values >= end)
         if bad.any():
             row, at = first(bad)

@@ -16,7 +16,7 @@ import torch
 from dti_dist.attention.layout import padded, stack
 from dti_dist.data.dataset import BadShard, Dataset
 from dti_dist.data.epochs import EpochPlan, Window
-from dti_dist.data.index import SplitIndex, read_block
+from dti_dist.data.index import SplitIndex, read_block, totals_of
 from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.layout import Pack, PackShape, build_pack
 from dti_dist.data.packing import multiple_of_128
@@ -34,6 +34,9 @@ class Batch(Pack):
         step: optimizer step since the start of the run; epoch: its epoch.
         step_targets: targets of the whole optimizer step, over all ranks and micro-steps;
             step_weight: what they count together.
+        task_scales: [tasks] what the sum of each task's losses counts; empty: 1 each. The sum over
+            tasks, packs and ranks, divided by step_weight, is then the loss of the step: of each
+            task the mean over its known labels, times the task's weight.
         last_of_step: whether this micro-step ends the optimizer step.
         skipped: what could not be read and was left out, since the batch before.
     """
@@ -42,6 +45,7 @@ class Batch(Pack):
     epoch: int = 0
     step_targets: int = 0
     step_weight: float = 0.0
+    task_scales: tuple[float, ...] = ()
     last_of_step: bool = True
     skipped: tuple[str, ...] = ()
 
@@ -116,6 +120,7 @@ class StreamPlan:
 
     Attributes:
         skip_bad: leave out what can't be read any more, instead of raising BadShard.
+        task_weights: [tasks] of their losses; empty: 1 each.
     """
 
     dataset: Dataset
@@ -123,6 +128,17 @@ class StreamPlan:
     samples: SampleSettings
     epochs: tuple[EpochPlan, ...]
     skip_bad: bool = False
+    task_weights: tuple[float, ...] = ()
+
+    def task_scales(self, totals: tuple[float, ...]) -> tuple[float, ...]:
+        """`Batch.task_scales` of a step with these `EpochPlan.totals`."""
+        if len(totals) == 1:
+            return ()
+        weights = self.task_weights or (1.0,) * len(totals)
+        return tuple(
+            weight * totals[0] / known if known else 0.0
+            for weight, known in zip(weights, totals, strict=True)
+        )
 
     @property
     def index(self) -> SplitIndex:
@@ -160,7 +176,7 @@ class PackStream:
                 for step in range(max(self.start_step - first_step, 0), steps):
                     packs = slice(step * G, (step + 1) * G)
                     step_targets = epoch.pack_targets[packs].sum(dtype=np.int64)
-                    step_weight = epoch.pack_weight[packs].sum(dtype=np.float64)
+                    totals = epoch.totals(packs)
                     for micro_step in range(share.micro_steps):
                         wanted = [step * G + pack for pack in share.of_micro_step(micro_step)]
                         yield Batch.collate(
@@ -169,7 +185,8 @@ class PackStream:
                             step=first_step + step,
                             epoch=epoch.epoch,
                             step_targets=int(step_targets),
-                            step_weight=float(step_weight),
+                            step_weight=totals[0],
+                            task_scales=self.plan.task_scales(totals),
                             last_of_step=micro_step == share.micro_steps - 1,
                             skipped=windows.newly_skipped(),
                         )
@@ -200,7 +217,7 @@ class _OpenWindow:
         self.plan, self.window = plan, window
         found = [block for block in blocks if block is not None]
         self.block = (
-            SequenceBlock.join(found) if found else SequenceBlock.empty(plan.dataset.has_requests)
+            SequenceBlock.join(found) if found else SequenceBlock.empty(plan.dataset.manifest)
         )
         self.samples = plan.samples.cut(self.block)
         slices = [plan.index.samples_of(group) for group in window.row_groups]
@@ -265,7 +282,7 @@ class _Windows:
             return None
 
     def _empty_pack(self) -> Pack:
-        block = SequenceBlock.empty(self.plan.dataset.has_requests)
+        block = SequenceBlock.empty(self.plan.dataset.manifest)
         return build_pack(Samples.none(), block, self.plan.tokens, self.plan.shape)
 
 
@@ -280,6 +297,7 @@ def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:
         and len(block.item_ids) == plan.index.interactions[group]
         and np.array_equal(sample_lengths(samples, block, plan.tokens), plan.index.tokens[indexed])
         and np.array_equal(samples.targets, plan.index.targets[indexed])
+        and _same_totals(totals_of(samples, block, plan.samples), plan.index.totals, indexed)
     ):
         raise BadShard(
             f"{place.part} of {plan.dataset.uri}, row group {place.number}: expected the samples "
@@ -289,6 +307,12 @@ def _read_indexed(plan: StreamPlan, group: int) -> SequenceBlock:
             place.number,
         )
     return block
+
+
+def _same_totals(found: np.ndarray | None, expected: np.ndarray | None, indexed: slice) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    return np.array_equal(found, expected[indexed])
 
 
 def batches(

@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 
 from dti_dist.console import say
+from dti_dist.data.dataset import label_column
 from dti_dist.errors import UserError
 from dti_dist.evaluation.bootstrap import (
     CONFIDENCE,
@@ -24,6 +25,12 @@ from dti_dist.evaluation.bootstrap import (
 from dti_dist.evaluation.metrics import measure, rows, sql_errors
 from dti_dist.evaluation.predictions_file import About, number_users, predictions_path, read_about
 from dti_dist.evaluation.request_metrics import measure_requests
+from dti_dist.evaluation.tasks import (
+    measure_task,
+    names_of_columns,
+    probability_column,
+    take_task,
+)
 from dti_dist.options import PROMPT, RESAMPLES, SPLIT
 from dti_dist.runs.folder import RunFolder, read_json_object
 from dti_dist.sql import open_workspace, parquet
@@ -54,8 +61,9 @@ def compare(
         open_workspace(scratch, memory_limit=memory_limit) as workspace,
     ):
         connection = workspace.connection
+        tasks = tuple(task for task in about[0].tasks if task in about[1].tasks)
         say("pairing the targets")
-        _pair(connection, files, [first, second], about)
+        _pair(connection, files, [first, second], about, tasks)
         measured: list[tuple[dict[str, Any], Groups]] = []
         for side, file in zip("ab", files, strict=True):
             say(f"measuring {file}")
@@ -71,6 +79,11 @@ def compare(
                 weighted=weighted,
             )
             measured.append((figures, groups))
+        of_tasks = {
+            task: found
+            for task in tasks
+            if (found := _compare_task(connection, task, by_request, weighted, resamples))
+        }
     drawn = draw(len(measured[0][1]), resamples)
     found = differences(measured[0], measured[1], drawn)
     return {
@@ -95,6 +108,33 @@ def compare(
             "groups": len(measured[0][1]),
             "confidence": CONFIDENCE,
         },
+        **({"tasks": of_tasks} if of_tasks else {}),
+    }
+
+
+def _compare_task(
+    connection: duckdb.DuckDBPyConnection,
+    task: str,
+    by_request: bool,
+    weighted: bool,
+    resamples: int,
+) -> dict[str, Any] | None:
+    """As `compare`, of a further task; None where no label of it is known."""
+    measured = []
+    for side in "ab":
+        probability = f"{probability_column(task)}_{side}"
+        if not take_task(connection, "pairs", task, probability, by_request, weighted):
+            return None
+        measured.append(measure_task(connection, by_request, weighted))
+    found = differences(measured[0], measured[1], draw(len(measured[0][1]), resamples))
+    return {
+        "targets": measured[0][0]["targets"],
+        "users": measured[0][0]["users"],
+        **{
+            side: {name: figures[name] for name in METRICS if name in figures}
+            for side, (figures, _) in zip("ab", measured, strict=True)
+        },
+        "differences": {name: asdict(difference) for name, difference in found.items()},
     }
 
 
@@ -123,24 +163,42 @@ def _floors(
 
 
 def _pair(
-    connection: duckdb.DuckDBPyConnection, files: list[Path], runs: list[str], about: list[About]
+    connection: duckdb.DuckDBPyConnection,
+    files: list[Path],
+    runs: list[str],
+    about: list[About],
+    tasks: Sequence[str],
 ) -> None:
-    """Make the table ``pairs`` (user, row, timestamp, label, probability_a, probability_b; weight
-    where both have it) and ``users``. Rows are those of the first file."""
+    """Make the table ``pairs`` (user, row, timestamp, label, probability_a, probability_b, and the
+    same of further tasks; weight where both have it) and ``users``. Rows are those of the first
+    file, and labels of further tasks too."""
     weight = ", weight" if all(of_run.weighted for of_run in about) else ""
+    own = "".join(f", {name}" for name in names_of_columns(tasks))
+    both = "".join(
+        f", of_a.{label_column(task)} AS {label_column(task)}"
+        + "".join(
+            f", of_{side}.{probability_column(task)} AS {probability_column(task)}_{side}"
+            for side in "ab"
+        )
+        for task in tasks
+    )
+    kept = "".join(
+        f", {label_column(task)}, {probability_column(task)}_a, {probability_column(task)}_b"
+        for task in tasks
+    )
     with sql_errors("pairing the targets"):
         for side, file in zip("ab", files, strict=True):
             # The same user may have had the same item twice in one second.
             connection.execute(
                 f"CREATE TABLE of_{side} AS SELECT user_id, item_id, timestamp, label{weight}, "
-                "probability, row, row_number() OVER (PARTITION BY user_id, item_id, timestamp "
-                f"ORDER BY row, position) AS time FROM {parquet([str(file)])}"
+                f"probability{own}, row, row_number() OVER (PARTITION BY user_id, item_id, "
+                f"timestamp ORDER BY row, position) AS time FROM {parquet([str(file)])}"
             )
         key = "user_id, item_id, timestamp, time"
         connection.execute(
             f"CREATE TABLE matched AS SELECT {key}, of_a.row AS row, of_a.label AS label, "
             f"of_b.label AS label_b{weight.replace('weight', 'of_a.weight')}, "
-            "of_a.probability AS probability_a, of_b.probability AS probability_b "
+            f"of_a.probability AS probability_a, of_b.probability AS probability_b{both} "
             f"FROM of_a FULL JOIN of_b USING ({key})"
         )
         (counts,) = rows(
@@ -153,7 +211,7 @@ def _pair(
         number_users(connection, "SELECT user_id FROM matched")
         connection.execute(
             f"CREATE TABLE pairs AS SELECT users.user, row, timestamp, label{weight}, "
-            "probability_a, probability_b FROM matched JOIN users USING (user_id)"
+            f"probability_a, probability_b{kept} FROM matched JOIN users USING (user_id)"
         )
         for table in ("of_a", "of_b", "matched"):
             connection.execute(f"DROP TABLE {table}")

@@ -29,6 +29,7 @@ from dti_dist.evaluation.metrics import best_threshold, measure, rows, sql_error
 from dti_dist.evaluation.request_metrics import measure_requests
 from dti_dist.evaluation.slices import check_slices, measure_slices, slice_columns
 from dti_dist.evaluation.spool import scratch_folder, spool, spool_of
+from dti_dist.evaluation.tasks import measure_tasks, names_of_columns, thresholds
 from dti_dist.files import replacing, write_atomically
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
@@ -132,6 +133,7 @@ class _Evaluation:
         self.options, self.prompt = options, config.evaluation.prompt
         self.commit = choose_checkpoint(run, which, aloud=ranks.is_main)
         self.inputs = Inputs.open_together(config, run.tokenizer, ranks)
+        self.tasks = self.inputs.dataset.tasks[1:]
         self.drawn = ranks.each(self._check_options)[0]
         manifest = self.inputs.dataset.manifest
         data = config.data
@@ -200,6 +202,7 @@ class _Evaluation:
                     ranks.device,
                     spool_of(scratch, split, ranks.rank),
                     lambda batch: bar.advance(batch.step_targets),
+                    self.tasks,
                 )
 
             if isinstance(model, CTRModel):
@@ -228,6 +231,7 @@ class _Evaluation:
             say("computing the metrics")
             threshold = best_threshold(connection, "spooled_valid") if "valid" in plans else None
             weighted = dataset.manifest.weight is not None
+            at = thresholds(connection, "spooled_valid", self.tasks) if "valid" in plans else {}
             skip_bad = self.config.data.on_bad_shard == "skip"
             columns = slice_columns(connection, options.slices, dataset, items, skip_bad)
             by_request = dataset.has_requests
@@ -235,8 +239,12 @@ class _Evaluation:
             floors = self._find_floors(connection, scratch) if options.floor else None
             if floors:
                 more, joins = more + floors.more, joins + floors.joins
+            more += "".join(f", {name}" for name in names_of_columns(self.tasks))
             predictions_file.load_targets(connection, file, more, joins, by_request, weighted)
             measured_floors = floors.measure(connection, by_request) if floors else None
+            of_tasks = measure_tasks(
+                connection, self.tasks, at, by_request, weighted, options.resamples
+            )
             figures = measure(connection, "targets", threshold, weighted)
             if by_request:
                 figures |= measure_requests(connection, "targets")
@@ -267,6 +275,7 @@ class _Evaluation:
                 **(measured_floors.beside(figures, groups, drawn) if measured_floors else {}),
                 "reliability": reliability(groups, drawn),
                 "slices": measure_slices(connection, options.slices, by_request, drawn, weighted),
+                **({"task": dataset.tasks[0], "tasks": of_tasks} if self.tasks else {}),
             }
             if options.predictions:
                 predictions_file.copy_to(file, options.predictions, self.config.data.storage)
@@ -329,7 +338,7 @@ class _Evaluation:
         def spooled(first_row: int, end: int) -> pa.Table:
             with sql_errors("sorting the predictions"):
                 return connection.sql(
-                    f"SELECT row, position, label, probability FROM spooled_{self.split} "
+                    f"SELECT * EXCLUDE (user) FROM spooled_{self.split} "
                     f"WHERE row >= {first_row} AND row < {end} ORDER BY row, position"
                 ).to_arrow_table()
 
@@ -341,6 +350,7 @@ class _Evaluation:
             max_targets=self.config.evaluation.max_targets,
             requests=self.inputs.dataset.has_requests,
             weighted=self.inputs.dataset.manifest.weight is not None,
+            tasks=self.tasks,
         )
         dataset = self.inputs.dataset
         found = predictions_file.with_targets(spooled, dataset, self.split, plan.index, source_ids)

@@ -76,6 +76,24 @@ def worse_than_regression(figures: dict[str, Any]) -> str | None:
     return f"the model is worse than the regression on five counts: {', '.join(worse)}"
 
 
+def each_task(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """An evaluation, which is of the main task, and its figures of each further task. Where there
+    are several, ``task`` is the name."""
+    about = {
+        name: figures[name]
+        for name in ("split", "prompt", "checkpoint", "max_targets")
+        if name in figures
+    }
+    of_tasks = figures.get("tasks")
+    return [
+        figures,
+        *(
+            about | of | {"task": task}
+            for task, of in (of_tasks if isinstance(of_tasks, dict) else {}).items()
+        ),
+    ]
+
+
 def prompt_name(figures: dict[str, Any]) -> str:
     """``sliding-window prompts``"""
     return f"{str(figures['prompt']).replace('_', '-')} prompts"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -17,23 +17,29 @@ from dti_dist.ranks import Ranks
 @dataclass(frozen=True)
 class Predictions:
     """[targets] each: where the target lies in the split, its label, the probability of 1, and what
-    it counts."""
+    it counts.
+
+    ``further_label``, ``further_probability``: [targets, tasks - 1], of further tasks; labels may
+    be UNKNOWN.
+    """
 
     row: npt.NDArray[np.int64]
     position: npt.NDArray[np.int32]
     label: npt.NDArray[np.int8]
     probability: npt.NDArray[np.float32]
     weight: npt.NDArray[np.float32]
+    further_label: npt.NDArray[np.int8]
+    further_probability: npt.NDArray[np.float32]
 
     @staticmethod
     def join(parts: list[Predictions]) -> Predictions:
         """All parts as one, sorted by row and position."""
-        fields = [
+        joined = [
             np.concatenate([getattr(part, name) for part in parts])
-            for name in ("row", "position", "label", "probability", "weight")
+            for name in (field.name for field in fields(Predictions))
         ]
-        order = np.lexsort((fields[1], fields[0]))
-        return Predictions(*(field[order] for field in fields))
+        order = np.lexsort((joined[1], joined[0]))
+        return Predictions(*(values[order] for values in joined))
 
 
 @torch.no_grad()
@@ -44,14 +50,20 @@ def predicted(
     for batch in batches:
         logits = model(batch.to(device)).float().cpu()
         used = batch.used > 0
+        probability = torch.sigmoid(logits[used]).numpy().reshape(batch.targets, -1)
+        further = batch.further_labels
         yield (
             batch,
             Predictions(
                 batch.target_row[used].numpy(),
                 batch.target_position[used].numpy(),
                 batch.labels[used].numpy().astype(np.int8),
-                torch.sigmoid(logits[used]).numpy(),
+                probability[:, 0],
                 batch.weight[used].numpy(),
+                np.empty((batch.targets, 0), dtype=np.int8)
+                if further is None
+                else further[used].numpy().astype(np.int8),
+                probability[:, 1:],
             ),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from dti_dist.data.dataset import Dataset, iter_sequences
 from dti_dist.data.index import RowGroup, SplitIndex
 from dti_dist.errors import UserError
 from dti_dist.evaluation.metrics import sql_errors
+from dti_dist.evaluation.tasks import columns_of_task, probability_column
 from dti_dist.files import replacing
 from dti_dist.runs.folder import RunFolder
 from dti_dist.sql import parquet
@@ -39,6 +40,7 @@ SCHEMA = pa.schema(
     ]
 )
 _WEIGHT = pa.field("weight", pa.float32())  # of data that has weights
+"""Behind these, of each further task the columns of `tasks.columns_of_task`."""
 _DELTAS = ["timestamp", "row", "position"]  # neighbours are near each other
 _ABOUT = b"dti_dist"
 _ROWS_WRITTEN_AT_A_TIME = 1 << 17
@@ -52,6 +54,7 @@ class About:
     Attributes:
         requests: whether the data set has requests: targets of one row and one timestamp.
         weighted: whether the file has weights.
+        tasks: names of the further tasks.
     """
 
     checkpoint: str
@@ -61,6 +64,13 @@ class About:
     max_targets: int | None = None
     requests: bool = False
     weighted: bool = False
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the file."""
+        further = [column for task in self.tasks for column in columns_of_task(task)]
+        return pa.schema([*SCHEMA, *further, *[_WEIGHT] * self.weighted])
 
 
 def predictions_path(run: RunFolder, split: str, prompt: str) -> Path:
@@ -74,7 +84,8 @@ def with_targets(
     index: SplitIndex,
     source_ids: pa.ChunkedArray,
 ) -> Iterator[pa.RecordBatch]:
-    """Predictions as batches of SCHEMA, and weights where there are any, by row and position.
+    """Predictions as batches of SCHEMA, and what they have of further tasks and weights, in the
+    order of row and position.
 
     Args:
         spooled: the predictions of a range of rows, sorted.
@@ -134,17 +145,19 @@ def _joined(
             for name in ("label", "probability", "row", "position")
         },
     }
-    schema = SCHEMA
+    columns |= {
+        name: predictions[name].combine_chunks()
+        for name in predictions.column_names
+        if name not in columns
+    }
     if "weight" in sequences.schema.names:
         columns["weight"] = sequences["weight"].flatten().take(at)
-        schema = SCHEMA.append(_WEIGHT)
-    return pa.RecordBatch.from_pydict(columns, schema=schema)
+    return pa.RecordBatch.from_pydict(columns)
 
 
 def write(batches: Iterator[pa.RecordBatch], file: Path, about: About) -> int:
     """Write the file and give the number of targets. Raises UserError where it can't be written."""
-    schema = SCHEMA.append(_WEIGHT) if about.weighted else SCHEMA
-    schema = schema.with_metadata({_ABOUT: json.dumps(asdict(about)).encode()})
+    schema = about.schema.with_metadata({_ABOUT: json.dumps(asdict(about)).encode()})
     targets = 0
     waiting: list[pa.RecordBatch] = []
     try:
@@ -155,7 +168,7 @@ def write(batches: Iterator[pa.RecordBatch], file: Path, about: About) -> int:
             use_dictionary=["user_id", "item_id"],
             column_encoding={
                 **dict.fromkeys(_DELTAS, "DELTA_BINARY_PACKED"),
-                "probability": "BYTE_STREAM_SPLIT",
+                **dict.fromkeys(_probabilities(about), "BYTE_STREAM_SPLIT"),
             },
         ) as writer:
 
@@ -179,11 +192,16 @@ def write(batches: Iterator[pa.RecordBatch], file: Path, about: About) -> int:
     return targets
 
 
+def _probabilities(about: About) -> list[str]:
+    return ["probability", *map(probability_column, about.tasks)]
+
+
 def read_about(file: Path) -> About:
     """Raises UserError where the file is none of evaluate's."""
     try:
         found = (pq.read_schema(file).metadata or {})[_ABOUT]
-        return About(**json.loads(found))
+        about = About(**json.loads(found))
+        return replace(about, tasks=tuple(about.tasks))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: expected predictions that dti-dist evaluate wrote, found another or a broken "

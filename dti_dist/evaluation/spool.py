@@ -6,7 +6,7 @@ import fcntl
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -16,19 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dti_dist.data.dataset import UNKNOWN
 from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
 from dti_dist.evaluation.predict import Predictions, predicted
+from dti_dist.evaluation.tasks import columns_of_task
 from dti_dist.ranks import Ranks
 
-_SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("position", pa.int32()),
-        ("label", pa.int8()),
-        ("probability", pa.float32()),
-    ]
-)
+_SCHEMA = pa.schema([("row", pa.int64()), ("position", pa.int32()), *columns_of_task()])
 _ROWS_AT_A_TIME = 1 << 17  # about 2 MB: what a rank holds before it writes
 
 
@@ -111,8 +106,12 @@ def spool(
     device: torch.device,
     file: Path,
     on_batch: Callable[[Batch], None] = lambda batch: None,
+    tasks: Sequence[str] = (),
 ) -> list[str]:
     """Write the predictions of this rank's batches to a Parquet file, in bounded memory.
+
+    Args:
+        tasks: names of the further tasks.
 
     Returns:
         What could not be read and was left out.
@@ -123,12 +122,19 @@ def spool(
     skipped: dict[str, None] = {}
     waiting: list[Predictions] = []
     try:
-        with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        schema = pa.schema([*_SCHEMA, *(c for task in tasks for c in columns_of_task(task))])
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
 
             def write() -> None:
                 found = Predictions.join(waiting)
                 columns = [getattr(found, name) for name in _SCHEMA.names]
-                writer.write_table(pa.table(columns, schema=_SCHEMA))
+                for place in range(len(tasks)):
+                    label = found.further_label[:, place]
+                    columns += [
+                        pa.array(label, mask=label == UNKNOWN),
+                        found.further_probability[:, place],
+                    ]
+                writer.write_table(pa.table(columns, schema=schema))
                 waiting.clear()
 
             for batch, found in predicted(model, batches, device):
@@ -146,7 +152,7 @@ def spool(
 
 
 def _refuse_nan(found: Predictions) -> None:
-    bad = np.isnan(found.probability)
+    bad = np.isnan(found.probability) | np.isnan(found.further_probability).any(axis=1)
     if bad.any():
         first = int(np.argmax(bad))
         raise UserError(

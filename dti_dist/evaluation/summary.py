@@ -9,7 +9,7 @@ from typing import Any
 from dti_dist.console import table
 from dti_dist.data.dataset import CEILINGS
 from dti_dist.evaluation.bootstrap import METRICS
-from dti_dist.evaluation.labels import FLOOR_COLUMNS, LABELS, SLICE_INTERVALS, floor_rows
+from dti_dist.evaluation.labels import FLOOR_COLUMNS, LABELS, SLICE_INTERVALS, each_task, floor_rows
 
 _SLICE_COLUMNS = (
     *("targets", "users", "label_rate", "mean_prediction", "calibration_ratio"),
@@ -36,7 +36,11 @@ def _nested(value: Any, indent: str) -> str:
 
 
 def figures_table(figures: dict[str, Any]) -> str:
-    """The metrics, with intervals where they are known."""
+    """The metrics, with intervals where they are known; of each task that was measured."""
+    return "\n\n".join(map(_of_one_task, each_task(figures)))
+
+
+def _of_one_task(figures: dict[str, Any]) -> str:
     intervals = figures["intervals"] or {}
     lines = []
     for name in [name for name in METRICS if name in figures]:
@@ -52,6 +56,8 @@ def figures_table(figures: dict[str, Any]) -> str:
         f"{figures['checkpoint']} on {figures['split']}, {figures['prompt']} prompts: "
         f"{figures['targets']:,} targets, {figures['clicks']:,} clicks, {figures['users']:,} users"
     )
+    if "task" in figures:
+        title = f"task {figures['task']}: {title}"
     if "requests" in figures:
         both = figures["requests"] - figures["requests_of_one_class"]
         title += f", {figures['requests']:,} requests, of which {both:,} have both labels"
@@ -99,6 +105,25 @@ def slices_table(slices: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def comparison_table(found: dict[str, Any]) -> str:
+    tables = [_differences(found)]
+    if "floors" in found:
+        shown, lines = _beside_floors([("A", found["a"]), ("B", found["b"])], found)
+        tables += ["", table(_floor_header(shown), lines)]
+    for task, of_task in found.get("tasks", {}).items():
+        title = f"task {task}: {of_task['targets']:,} targets of {of_task['users']:,} users"
+        tables += ["", title, _differences(of_task)]
+    return "\n".join(
+        [
+            f"{found['split']}, {found['prompt']} prompts: {found['targets']:,} targets of "
+            f"{found['users']:,} users",
+            f"A: {found['a']['run']}, {found['a']['checkpoint']}",
+            f"B: {found['b']['run']}, {found['b']['checkpoint']}",
+            *tables,
+        ]
+    )
+
+
+def _differences(found: dict[str, Any]) -> str:
     header, lines = ["", "A", "B", "B - A", "95 % over users", "p"], []
     for name, entry in found["differences"].items():
         p_value = entry["p_value"]
@@ -112,19 +137,7 @@ def comparison_table(found: dict[str, Any]) -> str:
                 _text(p_value, "{:.4f}"),
             ]
         )
-    tables = [table(header, lines)]
-    if "floors" in found:
-        shown, lines = _beside_floors([("A", found["a"]), ("B", found["b"])], found)
-        tables += ["", table(_floor_header(shown), lines)]
-    return "\n".join(
-        [
-            f"{found['split']}, {found['prompt']} prompts: {found['targets']:,} targets of "
-            f"{found['users']:,} users",
-            f"A: {found['a']['run']}, {found['a']['checkpoint']}",
-            f"B: {found['b']['run']}, {found['b']['checkpoint']}",
-            *tables,
-        ]
-    )
+    return table(header, lines)
 
 
 def _text(value: float | int | None, form: str) -> str:

@@ -22,11 +22,13 @@ from dti_dist.export.model_card import Exported, model_card
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.heads import task_parameter
 from dti_dist.model.lora import SumEmbedding, is_adapted, merged
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.model.weights import Placement, Reader, as_kept, fill, hollow
 from dti_dist.redaction import redact
 from dti_dist.runs.commits import refuse_altered
+from dti_dist.runs.exported import TASKS_FILE
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
 from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import TrainedWeights, choose_checkpoint
@@ -47,7 +49,8 @@ def export(
 
     With the head yes_no the folder holds a causal LM; with linear, a sequence classifier with one
     label (its `score` is the head). Both load with transformers' Auto classes. Adapters are merged
-    into the weights, or with `adapter_only` they are all that is written, for peft.
+    into the weights, or with `adapter_only` they are all that is written, for peft. Further tasks
+    are in TASKS_FILE.
 
     Args:
         out: a folder or any fsspec URL. It appears whole; in an object store dti_config.json comes
@@ -82,6 +85,7 @@ def export(
             save_adapter(model, chosen, sources.public_name(config.model.name), folder)
         else:
             save_model(model, as_kept(weights), inputs.tokenizer, chosen, folder)
+        _save_tasks(model, weights, folder)
         weights.check_base()
         inputs.tokenizer.save_pretrained(folder)
         card = model_card(
@@ -201,6 +205,18 @@ def save_adapter(model: CTRModel, dtype: torch.dtype, base_model: str, folder: P
     )
 
 
+def _save_tasks(model: CTRModel, read: Reader, folder: Path) -> None:
+    """The vectors of further tasks, which no class of transformers has room for."""
+    from safetensors.torch import save_file
+
+    vectors = {
+        task: read(f"head.{task_parameter(task)}", vector).detach().float().contiguous()
+        for task, vector in model.head.task_vectors.items()
+    }
+    if vectors:
+        save_file(vectors, folder / TASKS_FILE)
+
+
 def hollow_hugging_face_model(model: CTRModel) -> Any:
     """A transformers model of the family that has the same weights, but for their values.
 
@@ -248,6 +264,7 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
             {"format": piece.format, "field": piece.field} for piece in inputs.template.pieces
         ],
         "requests": requests and requests.model_dump(mode="json"),
+        "tasks": [task.name for task in inputs.dataset.manifest.tasks],
         "attention": config.attention.model_dump(mode="json", exclude={"backend"}),
         "sum_token": SUM_TOKEN,
         "sum_token_id": inputs.tokens.sum_id,

@@ -20,6 +20,7 @@ from dti_dist.data.template import TIME_GAPS, Template
 from dti_dist.evaluation.labels import (
     FLOOR_COLUMNS,
     LABELS,
+    each_task,
     floor_rows,
     worse_than_regression,
 )
@@ -28,6 +29,7 @@ from dti_dist.model import sources
 from dti_dist.model.heads import HEADS
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.runs.commits import Commit
+from dti_dist.runs.exported import TASKS_FILE
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.metrics_log import logged_until, read_lines
 from dti_dist.runs.origin import published_origin
@@ -71,7 +73,7 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
     config, manifest = inputs.config, inputs.dataset.manifest
     measured = [figures for figures in run.read_evaluations() if "checkpoint" in figures]
     once = {(e["split"], e["prompt"], e["checkpoint"]): e for e in measured}
-    evaluations = list(once.values())
+    evaluations = [of_task for figures in once.values() for of_task in each_task(figures)]
     base = _base(config)
     prompt = _example(inputs.template)
     card = _template().render(
@@ -82,6 +84,8 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
         base=base,
         began_with=published_origin(run.origin),
         head=HEADS[config.model.head],
+        tasks=inputs.dataset.tasks,
+        tasks_file=TASKS_FILE,
         licence=licence,
         evaluations=evaluations,
         beside=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dti_dist.model.heads import HEADS
 
 
 class CTRModel(nn.Module):
-    """Packs in, one logit per [SUM] slot out.
+    """Packs in, one logit per [SUM] slot and task out.
 
     Args:
         causal_lm: a transformers causal LM of a supported family.
@@ -36,8 +37,9 @@ class CTRModel(nn.Module):
         attention: policy, positions and backend.
         prefix_length: tokens of the prompt's prefix.
         longest_span: most tokens that a target looks back on, where known.
-        keep_negatives: the share of label 0 that is trained on. In evaluation mode logits are of
-            all: the odds of label 1 are by so much lower.
+        keep_negatives: the share of label 0 that is trained on. In evaluation mode logits of the
+            main task are of all: the odds of label 1 are by so much lower.
+        further_tasks: names of what is predicted beside the main task.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class CTRModel(nn.Module):
         prefix_length: int = 0,
         longest_span: int | None = None,
         keep_negatives: float | None = None,
+        further_tasks: Sequence[str] = (),
     ):
         super().__init__()
         check_family(causal_lm.config, longest_span)
@@ -61,6 +64,7 @@ class CTRModel(nn.Module):
         make_rotary_tables_exact(self.backbone.rotary_emb)
         self.head = HEADS[head].of(causal_lm, label_ids)
         self.correction = math.log(keep_negatives) if keep_negatives else 0.0
+        self.head.add_tasks(further_tasks)
         self.scheme = self._scheme(n, attention, prefix_length, longest_span)
         _feed_forward_slots_alone(self.backbone.layers[-1])
         if self.scheme.policy.forgets:
@@ -104,7 +108,8 @@ class CTRModel(nn.Module):
         enable({"use_reentrant": False})
 
     def forward(self, batch: Pack, kept: KeptStates | None = None) -> torch.Tensor:
-        """[B, S] float32 logits of label 1; those of unused slots are finite and meaningless.
+        """[B, S] float32 logits of label 1; those of unused slots are finite and meaningless. With
+        further tasks [B, S, tasks], the main one first.
 
         Args:
             kept: under `isolated`, the states of the samples' tokens; only slots are run then.
@@ -112,7 +117,11 @@ class CTRModel(nn.Module):
         plans = AttentionPlans(batch.layout, self.scheme, self._inverse_frequencies, kept)
         tokens = batch.tokens if kept is None else batch.tokens[:, batch.layout.length :]
         logits = self.head(self._hidden(tokens, plans)[:, plans.body_length :])
-        return logits if self.training or not self.correction else logits + self.correction
+        if self.training or not self.correction:
+            return logits
+        if not self.head.tasks:
+            return logits + self.correction
+        return torch.cat([logits[..., :1] + self.correction, logits[..., 1:]], dim=-1)
 
     def states(self, tokens: torch.Tensor, body: SharedBody) -> list[torch.Tensor]:
         """What [SUM] reads of isolated interactions in each layer: [B · Lb, Hkv, 2 D] each.

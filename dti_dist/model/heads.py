@@ -6,20 +6,26 @@ A head is a class here and a name in `ModelConfig.head`. What others ask of it, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dti_dist.data.dataset import UNKNOWN
 from dti_dist.data.layout import Pack
+from dti_dist.data.stream import Batch
 from dti_dist.errors import UserError
 from dti_dist.model.families import logits_divisor
 from dti_dist.model.weights import Reader, Stored, mark_stored, stored
 
 
 class Head(nn.Module, ABC):
-    """[SUM]'s last hidden state → a logit of label 1.
+    """[SUM]'s last hidden state → a logit of label 1, one for each task.
+
+    The main task's is the head's own. Each further task has a vector, which starts at zero: its
+    product with the hidden state is the logit.
 
     Attributes:
         is_new: it has weights that the pretrained model lacks.
@@ -36,6 +42,19 @@ class Head(nn.Module, ABC):
     pipeline_tag: ClassVar[str]
     reading: ClassVar[str]
     weight: nn.Parameter
+    tasks: tuple[str, ...] = ()
+
+    def add_tasks(self, tasks: Sequence[str]) -> None:
+        """Add the vectors of further tasks; once."""
+        self.tasks = tuple(tasks)
+        for task in tasks:
+            shape = 1, self.weight.shape[1]
+            self.register_parameter(task_parameter(task), nn.Parameter(torch.zeros(shape)))
+
+    @property
+    def task_vectors(self) -> dict[str, nn.Parameter]:
+        """[1, hidden] of each further task."""
+        return {task: getattr(self, task_parameter(task)) for task in self.tasks}
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -59,11 +78,40 @@ class Head(nn.Module, ABC):
         """The weight of an exported model, made of this head's and the table."""
         return read("head.weight", self.weight)
 
+    @abstractmethod
+    def main_logits(self, hidden: Tensor) -> Tensor:
+        """[B, S, hidden] float32 at least → [B, S], of the main task."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, hidden] → [B, S] float32 logits; with further tasks [B, S, tasks], the main one
+        first."""
+        hidden = _at_least_float32(hidden)
+        main = self.main_logits(hidden)
+        if not self.tasks:
+            return main
+        rows = _at_least_float32(torch.cat(list(self.task_vectors.values())))
+        return torch.cat([main[..., None], hidden @ rows.T], dim=-1)
+
     @staticmethod
-    def loss(logits: Tensor, pack: Pack) -> Tensor:
-        """Sum of the weighted binary cross-entropies of the used [SUM] slots, in float32."""
-        losses = F.binary_cross_entropy_with_logits(logits, pack.labels, reduction="none")
-        return (losses * pack.weight).sum()
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        """Sum of the weighted binary cross-entropies of the used [SUM] slots, in float32.
+
+        With further tasks, of all tasks' known labels, each times its task's scale.
+        """
+        main = of_main_task(logits, batch)
+        losses = F.binary_cross_entropy_with_logits(main, batch.labels, reduction="none")
+        loss = (losses * batch.weight).sum()
+        labels = batch.further_labels
+        if labels is None:
+            return loss
+        scales = batch.task_scales or (1.0,) * (1 + labels.shape[-1])
+        known = labels != UNKNOWN
+        further = F.binary_cross_entropy_with_logits(
+            logits[..., 1:], labels.where(known, 0), reduction="none"
+        )
+        weighted = further.where(known, 0) * batch.weight[..., None]
+        sums = weighted.flatten(end_dim=-2).sum(dim=0)
+        return scales[0] * loss + (sums * sums.new_tensor(scales[1:])).sum()
 
     @classmethod
     def empty_export(cls, config: Any) -> Any:
@@ -121,12 +169,12 @@ class LabelWordHead(Head):
         table[self.label_ids] = rows.to(table.dtype)
         return table
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, S, hidden] → [B, S] float32: the logit of label 1 minus that of label 0."""
+    def main_logits(self, hidden: Tensor) -> Tensor:
+        """The logit of label 1 minus that of label 0."""
         tied = self.table is None
         rows = F.embedding(self.label_ids, self.weight) if tied else self.weight
         no, yes = _at_least_float32(rows)
-        return _at_least_float32(hidden) @ (yes - no) / self.divisor
+        return hidden @ (yes - no) / self.divisor
 
 
 class LinearHead(Head):
@@ -165,12 +213,21 @@ class LinearHead(Head):
         config.num_labels = 1
         return super().empty_export(config)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, S, hidden] → [B, S] float32 logits."""
-        return _at_least_float32(hidden) @ _at_least_float32(self.weight[0])
+    def main_logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ _at_least_float32(self.weight[0])
 
 
 HEADS: dict[str, type[Head]] = {"yes_no": LabelWordHead, "linear": LinearHead}
+
+
+def task_parameter(task: str) -> str:
+    """The name in the head of a further task's vector."""
+    return f"task_{task}"
+
+
+def of_main_task(logits: Tensor, pack: Pack) -> Tensor:
+    """[B, S] of what a head gives for these packs, of one task or of several."""
+    return logits[..., 0] if logits.dim() > pack.labels.dim() else logits
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from dti_dist.evaluation.labels import (
     FLOOR_COLUMNS,
     LABELS,
     SLICE_INTERVALS,
+    each_task,
     floor_rows,
     prompt_name,
     worse_than_regression,
@@ -242,16 +243,17 @@ def _validation_rows(run: History) -> list[list[Cell]]:
 
 def _evaluation_table(run: History) -> dict[str, Any] | None:
     """Metrics in rows, evaluations in columns."""
-    if not run.evaluations:
+    found = [of_task for figures in run.evaluations for of_task in each_task(figures)]
+    if not found:
         return None
-    rows = _metric_rows(run.evaluations)
-    if any("ceiling" in figures for figures in run.evaluations):
-        ceilings = [Cell(_shown(_ceiling(figures), "{:.4f}")) for figures in run.evaluations]
-        ways = [_shown(_way_to_ceiling(figures), "{:.1%}") for figures in run.evaluations]
+    rows = _metric_rows(found)
+    if any("ceiling" in figures for figures in found):
+        ceilings = [Cell(_shown(_ceiling(figures), "{:.4f}")) for figures in found]
+        ways = [_shown(_way_to_ceiling(figures), "{:.1%}") for figures in found]
         rows += [("AUC's ceiling", ceilings), ("of the way from 0.5 to it", list(map(Cell, ways)))]
-    checkpoints = [str(figures.get("checkpoint", words.NONE)) for figures in run.evaluations]
+    checkpoints = [str(figures.get("checkpoint", words.NONE)) for figures in found]
     rows.append(("checkpoint", list(map(Cell, checkpoints))))
-    return {"heads": [_evaluation_name(figures) for figures in run.evaluations], "rows": rows}
+    return {"heads": [_evaluation_name(figures) for figures in found], "rows": rows}
 
 
 def _floor_tables(run: History) -> Iterable[dict[str, Any]]:
@@ -300,7 +302,8 @@ def _above_regression_rows(evaluations: Sequence[dict[str, Any]]) -> list[tuple[
 def _evaluation_name(figures: dict[str, Any]) -> str:
     limit = figures.get("max_targets")
     first = f", first {limit:,} targets" if isinstance(limit, int) else ""
-    return f"{figures['split']}, {prompt_name(figures)}{first}"
+    task = f", task {figures['task']}" if "task" in figures else ""
+    return f"{figures['split']}, {prompt_name(figures)}{first}{task}"
 
 
 def _metric(figures: dict[str, Any], key: str) -> Cell:
@@ -572,21 +575,25 @@ def _differences(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
 
 def _evaluations_beside(runs: Sequence[History]) -> list[dict[str, Any]]:
     """A table for each split and kind of prompt: metrics in rows, runs in columns."""
-    keys = dict.fromkeys(
-        (str(figures["split"]), str(figures["prompt"]))
+    by_key = [
+        {
+            # A run's main task is beside another's, whatever its name.
+            (str(figures["split"]), str(figures["prompt"]), of_task["task"] if further else None):
+            of_task
+            for figures in run.evaluations
+            for further, of_task in enumerate(each_task(figures))
+        }
         for run in runs
-        for figures in run.evaluations
-    )
+    ]  # fmt: skip
     tables = []
-    for split, prompt in keys:
-        found = [
-            next((f for f in run.evaluations if (f["split"], f["prompt"]) == (split, prompt)), {})
-            for run in runs
-        ]
+    for key in dict.fromkeys(key for of_run in by_key for key in of_run):
+        split, prompt, task = key
+        found = [of_run.get(key, {}) for of_run in by_key]
         targets = {figures["targets"] for figures in found if "targets" in figures}
         tables.append(
             {
-                "name": f"{split}, {prompt_name({'prompt': prompt})}",
+                "name": f"{split}, {prompt_name({'prompt': prompt})}"
+                + (f", task {task}" if task else ""),
                 "rows": _metric_rows(found) + _above_regression_rows(found),
                 "unequal": len(targets) > 1,
             }

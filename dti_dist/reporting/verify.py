@@ -20,7 +20,7 @@ from dti_dist.data.samples import Samples, SampleSettings, Units, sample_lengths
 from dti_dist.data.stream import Batch
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
-from dti_dist.model.heads import Head
+from dti_dist.model.heads import Head, of_main_task
 from dti_dist.options import VERIFY_SAMPLES
 from dti_dist.ranks import choose_device
 from dti_dist.runs import commits
@@ -193,7 +193,8 @@ class _Subject:
             keys = zip(
                 batch.target_row[used].tolist(), batch.target_position[used].tolist(), strict=True
             )
-            found.update(zip(keys, self.model(batch)[used].tolist(), strict=True))
+            logits = of_main_task(self.model(batch), batch)
+            found.update(zip(keys, logits[used].tolist(), strict=True))
         return found
 
     def edits(self) -> Iterator[tuple[Batch, Logits, int, int]]:

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dti_dist.errors import UserError
 from dti_dist.runs.folder import DTI_CONFIG
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TASKS_FILE = "dti_tasks.safetensors"
+"""The vectors of further tasks in an exported folder, float32 [1, hidden] each by name."""
+
+
+def read_task_vectors(folder: Path) -> dict[str, Tensor]:
+    """The content of TASKS_FILE; nothing where there is none. Raises UserError for a broken one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / TASKS_FILE
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} can't be read: {error}. Export the run again.") from error
 
 
 def is_run(folder: str | Path) -> bool:

@@ -18,15 +18,17 @@ import torch
 
 from dti_dist.config import AUTO, RunConfig, by_key
 from dti_dist.data import storage
+from dti_dist.data.dataset import ONLY_TASK
 from dti_dist.errors import UserError
 from dti_dist.files import write_atomically
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.heads import task_parameter
 from dti_dist.model.weights import Reader, Stored, mark_stored
 from dti_dist.redaction import redact
 from dti_dist.runs.commits import Commit
-from dti_dist.runs.exported import is_run, read_settings
+from dti_dist.runs.exported import is_run, read_settings, read_task_vectors
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder, read_json_object
 from dti_dist.runs.places import DEEPSPEED, INIT, MODEL, same_place
 from dti_dist.runs.trained import TrainedWeights, choose_checkpoint
@@ -40,9 +42,10 @@ _OF_ADAPTERS = (
     *("model.lora.rank", "model.lora.alpha", "model.lora.target_modules"),
     *("model.lora.load_in_4bit", "model.lora.double_quant"),
 )
+_TASKS = "labels of the data set"
 _OF_OPTIMIZER = (DEEPSPEED, "training.precision")
 _MAY_DIFFER = (
-    *("sample.context", "template.", "requests"),
+    *("sample.context", "template.", "requests", _TASKS),
     *("attention.policy", "attention.positions", "attention.budget", "attention.forgetting."),
 )
 # Of a model's config: those with the same have weights of the same shapes, and use them alike.
@@ -80,8 +83,15 @@ class Origin:
         Raises:
             UserError: where they are of another model.
         """
+        if inputs.config.model.init_optimizer == "kept":
+            _refuse(
+                self.place,
+                "a run whose optimizer can be kept",
+                _differences(self.settings, _now(inputs), [_TASKS]),
+                "Prepare the data set with the same labels, or set model.init_optimizer=fresh.",
+            )
         if self.commit is not None:
-            return TrainedWeights(inputs, self.commit, model, torch.float32)
+            return TrainedWeights(inputs, self.commit, model, torch.float32, to_begin=True)
         exported = inputs.model.model_copy(update={"name": str(self.folder), "revision": None})
         theirs = sources.load_model_config(exported, inputs.vocabulary)
         there = {name: getattr(theirs, name, None) for name in _ARCHITECTURE}
@@ -95,7 +105,12 @@ class Origin:
         )
         if model.head.is_new:
             mark_stored(model.head.weight, Stored(model.head.exported_weight))
-        return replace(inputs, model=exported).open_weights(model)
+        weights = replace(inputs, model=exported).open_weights(model)
+        of_tasks = {
+            f"head.{task_parameter(task)}": vector
+            for task, vector in read_task_vectors(self.folder).items()
+        }
+        return lambda name, own: of_tasks[name] if name in of_tasks else weights(name, own)
 
     def check(self, weights: Reader) -> str | None:
         """`TrainedWeights.check_base` of weights that were read; exported ones have no base."""
@@ -103,9 +118,7 @@ class Origin:
 
     def differences(self, inputs: Inputs) -> list[str]:
         """What the weights were trained with that is not so now, each as a line for people."""
-        rule = inputs.dataset.manifest.requests
-        now = inputs.config.flat() | {"requests": rule and rule.model_dump(mode="json")}
-        return _differences(self.settings, now, _MAY_DIFFER)
+        return _differences(self.settings, _now(inputs), _MAY_DIFFER)
 
     def keep(self, file: Path, optimizer: str, differences: list[str]) -> None:
         """Write down what the run began with."""
@@ -116,6 +129,13 @@ class Origin:
             "differences": [line.strip() for line in differences],
         }
         write_atomically(file, json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _now(inputs: Inputs) -> dict[str, Any]:
+    """Settings by key of the run that begins, and what its data set says."""
+    rule = inputs.dataset.manifest.requests
+    requests = rule and rule.model_dump(mode="json")
+    return inputs.config.flat() | {"requests": requests, _TASKS: list(inputs.dataset.tasks)}
 
 
 def published_origin(file: Path) -> str | None:
@@ -163,6 +183,7 @@ def _of_run(place: str, folder: Path, config: RunConfig) -> Origin:
     theirs = run.read_config().flat()
     if dataset := read_json_object(run.dataset):
         theirs["requests"] = dataset.get("requests")
+        theirs[_TASKS] = [task["name"] for task in dataset.get("tasks", [])] or [ONLY_TASK]
     commit = choose_checkpoint(run, config.model.init_checkpoint, option="model.init_checkpoint")
     now = config.flat()
     _refuse(
@@ -213,6 +234,7 @@ def _of_export(place: str, folder: Path, config: RunConfig) -> Origin:
     theirs = by_key(sections) | {"model.head": found.get("head"), MODEL: found.get("base_model")}
     if "requests" in found:
         theirs["requests"] = found["requests"]
+    theirs[_TASKS] = found.get("tasks") or [ONLY_TASK]
     _refuse(
         place,
         "an export of the same model",

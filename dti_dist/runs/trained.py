@@ -12,6 +12,7 @@ from dti_dist.console import say, without_library_chatter
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.heads import task_parameter
 from dti_dist.model.lora import base_fingerprint
 from dti_dist.model.weights import Placement, StateDict, Tensors, fill
 from dti_dist.runs import commits
@@ -99,19 +100,27 @@ class TrainedWeights:
     Args:
         model: hollow.
         dtype: of the base model's values; the checkpoint's are float32.
+        to_begin: to train on from them: a task that the checkpoint lacks begins as a new one.
     """
 
-    def __init__(self, inputs: Inputs, commit: Commit, model: CTRModel, dtype: torch.dtype):
+    def __init__(
+        self,
+        inputs: Inputs,
+        commit: Commit,
+        model: CTRModel,
+        dtype: torch.dtype,
+        to_begin: bool = False,
+    ):
         self._model, self._commit = model, commit
-        self._trained = trained_tensors(model, commit)
+        self._trained = trained_tensors(model, commit, to_begin)
         frozen = any(not parameter.requires_grad for parameter in model.parameters())
         needs_base = frozen or model.head.table is not None
         self._base = inputs.open_weights(model, dtype) if needs_base else None
 
     def __call__(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
-        if self._base is None or self._trained.shape(name) is not None:
+        if self._trained.shape(name) is not None:
             return self._trained.read(name)
-        return self._base(name, parameter)
+        return parameter if self._base is None else self._base(name, parameter)
 
     def check_base(self) -> str | None:
         """The fingerprint of the frozen weights; None where there are none.
@@ -124,8 +133,13 @@ class TrainedWeights:
         return base
 
 
-def trained_tensors(model: CTRModel, commit: Commit) -> Tensors:
-    """The checkpoint's float32 weights, put together from the ranks' parts as they are read."""
+def trained_tensors(model: CTRModel, commit: Commit, to_begin: bool = False) -> Tensors:
+    """The checkpoint's float32 weights, put together from the ranks' parts as they are read; those
+    of tasks that the model does not have are left out.
+
+    Args:
+        to_begin: tasks of the model that the checkpoint lacks are no fault.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns where it has to find out
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -136,7 +150,20 @@ def trained_tensors(model: CTRModel, commit: Commit) -> Tensors:
         )
     named = model.named_parameters(remove_duplicate=False)
     own = {name: parameter.shape for name, parameter in named if parameter.requires_grad}
-    missing = sorted(set(own) - set(state))
+    tasks = {f"head.{task_parameter(task)}": task for task in model.head.tasks}
+    state = {
+        name: value
+        for name, value in state.items()
+        if name in own or not name.startswith(f"head.{task_parameter('')}")
+    }
+    unknown = [task for name, task in tasks.items() if name not in state]
+    if unknown and not to_begin:
+        raise UserError(
+            f"Checkpoint {commit.folder} was not trained on the tasks {', '.join(unknown)}, which "
+            "the data set has. Take a data set without them, or train a run on this one: with "
+            "model.init_from it begins with these weights."
+        )
+    missing = sorted(set(own) - set(state) - set(tasks))
     unexpected = sorted(set(state) - set(own))
     shapes = [name for name in own if name in state and own[name] != state[name].shape]
     if missing or unexpected or shapes:

@@ -11,7 +11,7 @@ import torch
 from dti_dist.config import AttentionConfig, SampleConfig, StorageConfig, TemplateConfig
 from dti_dist.console import without_library_chatter
 from dti_dist.data import item_tokens
-from dti_dist.data.dataset import Dataset
+from dti_dist.data.dataset import ONLY_TASK, Dataset
 from dti_dist.data.template import MOMENTS, Template
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs, cache_dir_of
@@ -19,7 +19,7 @@ from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import HEADS
 from dti_dist.model.weights import Placement
-from dti_dist.runs.exported import read_settings
+from dti_dist.runs.exported import TASKS_FILE, read_settings, read_task_vectors
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import choose_checkpoint, trained_model
@@ -34,6 +34,7 @@ class Pretrained:
         n: context interactions.
         dataset: whose items are the first rows of `items`; None without one.
         by_request: interactions of one time were shown at once, and none sees another of them.
+        tasks: names of what the model predicts, the main task first.
     """
 
     model: CTRModel
@@ -41,13 +42,15 @@ class Pretrained:
     n: int
     dataset: Dataset | None
     by_request: bool = False
+    tasks: tuple[str, ...] = (ONLY_TASK,)
 
     @staticmethod
     def of(inputs: Inputs, model: CTRModel) -> Pretrained:
         """A model with the inputs that it was made for."""
         dataset, config = inputs.dataset, inputs.config
         items = ItemTexts(inputs.tokens, inputs.template, inputs.tokenizer)
-        return Pretrained(model, items, config.sample.context, dataset, dataset.has_requests)
+        n, by_request = config.sample.context, dataset.has_requests
+        return Pretrained(model, items, n, dataset, by_request, dataset.tasks)
 
 
 def load_run(
@@ -116,6 +119,7 @@ def load_exported(
         # Exports of before had no fields but the item's.
         fields = [piece["field"] for piece in settings.get("pieces", ()) if piece["field"]]
         of_events = {name: MOMENTS[name] for name in fields}
+        tasks = tuple(map(str, settings.get("tasks") or (ONLY_TASK,)))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{folder}: expected what dti-dist export writes, found something else: {error}. "
@@ -155,10 +159,24 @@ def load_exported(
         prefix_length=prefix,
         longest_span=longest,
         keep_negatives=settings.get("keep_negatives"),
+        further_tasks=tasks[1:],
     )
+    _read_tasks(folder, model)
     cast_parameters(model, dtype)
     by_request = settings.get("requests") is not None
-    return Pretrained(model.eval(), items, sample.context, dataset, by_request)
+    return Pretrained(model.eval(), items, sample.context, dataset, by_request, tasks)
+
+
+def _read_tasks(folder: Path, model: CTRModel) -> None:
+    found = read_task_vectors(folder)
+    for task, vector in model.head.task_vectors.items():
+        if task not in found or found[task].shape != vector.shape:
+            raise UserError(
+                f"{folder}: expected the task {task} in {TASKS_FILE}, of shape "
+                f"{tuple(vector.shape)}; found "
+                f"{tuple(found[task].shape) if task in found else 'none'}. Export the run again."
+            )
+        vector.data = found[task].to(vector.dtype)
 
 
 def _read_model(folder: Path, head: str, dtype: torch.dtype) -> Any:

@@ -286,6 +286,12 @@ class PartScorer:
     ) -> PartScorer:
         dataset = scorer.dataset
         catalogue = _Catalogue.open(dataset, scorer.items, options)
+        for name in _score_columns(scorer.tasks):
+            if name in files.schema.names:
+                raise UserError(
+                    f"{files.files[0].uri}: column {name!r}: expected another name than that of "
+                    "the scores of a task. Rename the column, or leave it out."
+                )
         tokens = scorer.items.tokens
         if tokens.needs_times and "timestamp" not in files.schema.names:
             raise UserError(
@@ -317,11 +323,12 @@ class PartScorer:
         cut = self.scorer.cut(raw)
         if self.scorer.states is not None:
             self.scorer.states.clear()  # so that a part does not depend on those before it
-        scores = np.full(len(raw.candidates), np.nan, dtype=np.float32)
-        scores[cut.scored] = self.scorer.score_requests(cut.requests, on_scored)
+        names = _score_columns(self.scorer.tasks)
+        scores = np.full((len(raw.candidates), len(names)), np.nan, dtype=np.float32)
+        scores[cut.scored] = self.scorer.score_tasks_of_requests(cut.requests, on_scored)
         without = pc.unique(rows.candidates.values.filter(pa.array(raw.candidates < 0)))
         return (
-            _table(rows, cut, scores, raw.candidates < 0),
+            _table(rows, cut, dict(zip(names, scores.T, strict=True)), raw.candidates < 0),
             _counts(rows, raw, cut, looked_up),
             [str(one) for one in without[:_EXAMPLES].to_pylist()],
         )
@@ -395,6 +402,11 @@ class PartScorer:
         return known
 
 
+def _score_columns(tasks: Sequence[str]) -> list[str]:
+    """Of the output, one for each task."""
+    return ["scores", *(f"scores_{task}" for task in tasks[1:])]
+
+
 def _first_of_user(user_ids: pa.Array, requests: IntArray) -> IntArray:
     """[requests] the first of these requests that is of the same user."""
     number = user_ids.take(pa.array(requests)).dictionary_encode().indices.to_numpy()
@@ -410,16 +422,16 @@ def _rows_of_parts(
 
 
 def _table(
-    rows: RequestRows, cut: CutRequests, scores: np.ndarray, without_text: np.ndarray
+    rows: RequestRows, cut: CutRequests, scores: dict[str, np.ndarray], without_text: np.ndarray
 ) -> pa.Table:
-    """The requests' own columns but for their histories, then context and scores."""
-    lists = pa.ListArray.from_arrays(
-        pa.array(rows.candidates.offsets, pa.int32()),
-        pa.array(scores, pa.float32(), mask=without_text),
-    )
-    table = rows.kept
-    for name, column in (("context", pa.array(cut.context, pa.int32())), ("scores", lists)):
-        table = table.append_column(name, column)
+    """The requests' own columns but for their histories, then context and scores by column."""
+    table = rows.kept.append_column("context", pa.array(cut.context, pa.int32()))
+    for name, of_candidates in scores.items():
+        lists = pa.ListArray.from_arrays(
+            pa.array(rows.candidates.offsets, pa.int32()),
+            pa.array(of_candidates, pa.float32(), mask=without_text),
+        )
+        table = table.append_column(name, lists)
     return table
 
 

@@ -47,6 +47,9 @@ class Scorer:
 
     A candidate's score does not depend on the others, nor on their order or number: it is what the
     model says of it alone, as the target of a sliding-window prompt.
+
+    Attributes:
+        tasks: names of what is predicted; scores are of the first, the main task.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Scorer:
         self.dataset = pretrained.dataset
         self.n = pretrained.n
         self.by_request = pretrained.by_request
+        self.tasks = pretrained.tasks
         self.pack_tokens = pack_tokens or _PACK_TOKENS[self.device.type]
         self.states: ItemStates | None = None
         if self.model.scheme.isolated:
@@ -180,15 +184,25 @@ class Scorer:
 
     def score_batch(self, requests: Iterable[Request]) -> list[npt.NDArray[np.float32]]:
         """The scores of each request, as of `score`; requests share passes of the model."""
+        return [scores[:, 0] for scores in self._score_batch(requests)]
+
+    def score_tasks(self, requests: Iterable[Request]) -> list[dict[str, npt.NDArray[np.float32]]]:
+        """As `score_batch`, of each request the scores of every task by its name."""
+        return [
+            dict(zip(self.tasks, scores.T, strict=True)) for scores in self._score_batch(requests)
+        ]
+
+    def _score_batch(self, requests: Iterable[Request]) -> list[npt.NDArray[np.float32]]:
+        """[candidates, tasks] of each request."""
         raw = self._raw(read_requests(requests))
         cut = self.cut(raw)
         if cut.future:
             warnings.warn(
                 f"{cut.future} interactions of histories are not before their request's timestamp "
                 "and were left out.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        scores = self.score_requests(cut.requests)
+        scores = self.score_tasks_of_requests(cut.requests)
         return [scores[first:end] for first, end in pairwise(raw.candidate_offsets)]
 
     def cut(self, raw: RawRequests) -> CutRequests:
@@ -202,13 +216,24 @@ class Scorer:
         """[C] the score of each candidate, from arrays: see dti_dist.serving.requests.
 
         Args:
+            on_scored: as of `score_tasks_of_requests`.
+        """
+        return self.score_tasks_of_requests(requests, on_scored)[:, 0]
+
+    def score_tasks_of_requests(
+        self, requests: Requests, on_scored: Callable[[int], None] = lambda requests: None
+    ) -> npt.NDArray[np.float32]:
+        """[C, tasks] the score of each candidate in each task.
+
+        Args:
             on_scored: called after each pass with the number of requests that are done by it.
         """
         tokens = self.items.tokens
         if self.states is not None and self._generation != self._generations:
             self.states.clear()
             self._generation = self._generations
-        scores = np.full(len(requests.candidate_items), np.nan, dtype=np.float32)
+        size = len(requests.candidate_items), len(self.tasks)
+        scores = np.full(size, np.nan, dtype=np.float32)
         ends = requests.candidate_offsets[1:]
         for pieces in pack_requests(requests, tokens, self.pack_tokens):
             built = build_request_pack(requests, pieces, tokens, self._shape_of)
@@ -229,7 +254,7 @@ class Scorer:
     def _probabilities(self, built: RequestPack, kept: KeptStates | None) -> np.ndarray:
         batch = Batch.collate([built.pack], built.shape)
         logits = self.model(batch.to(self.device), kept)[0]
-        return torch.sigmoid(logits.float()).cpu().numpy()
+        return torch.sigmoid(logits.float()).cpu().numpy().reshape(-1, len(self.tasks))
 
     def _shape_of(self, body: int, slots: int) -> PackShape:
         """On a GPU one of `shapes`, each of which is compiled for once; on a CPU any."""

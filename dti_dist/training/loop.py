@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,9 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                     figures = _figures(job, engine, step.epoch, interval, share_of_token)
                     journal.log(figures)
                     if progress.step == settings.log_every:
-                        rate = inputs.dataset.label_rate(config.data.train_on)
-                        if bad_start := of_bad_start(figures["loss"], rate, settings):
+                        rates = inputs.dataset.label_rates(config.data.train_on)
+                        of_tasks = list(zip(plan.task_weights, rates, strict=True))
+                        if bad_start := of_bad_start(figures["loss"], of_tasks, settings):
                             journal.say(bad_start)
                     interval = Interval()
                 stop = step.stop
@@ -250,20 +251,27 @@ def _peak_share_of_a_token(model: ModelShape, pack: PackShape, ranks: Ranks) -> 
     return flops_of_token(model, pack) / (gpu.bf16 * ranks.world)
 
 
-def of_bad_start(loss: float, label_rate: float, settings: TrainingConfig) -> str | None:
+def of_bad_start(
+    loss: float, rates: Sequence[tuple[float, float]], settings: TrainingConfig
+) -> str | None:
     """What to say where the first logged steps are far worse than the label rate as prediction.
 
     Args:
-        loss: their mean, in nats; label_rate: share of label 1 among what is trained on.
+        loss: their mean, in nats.
+        rates: of each task the weight of its loss, and the share of label 1 among what is trained
+            on.
     """
-    entropy = -sum(p * math.log(p) for p in (label_rate, 1 - label_rate) if p > 0)
+    entropy = -sum(
+        weight * p * math.log(p) for weight, rate in rates for p in (rate, 1 - rate) if p > 0
+    )
     if not loss > entropy + _BAD_START:  # NaN is reported as what it is, elsewhere
         return None
     return (
         f"The loss of the first {settings.log_every} steps is {loss:.3g}; always predicting the "
-        f"label rate, {label_rate:.3g}, has {entropy:.3g}. From such a start gradients spike. What "
-        f"helps: a longer training.warmup_fraction (now {settings.warmup_fraction:g}) or a lower "
-        f"training.learning_rate (now {settings.learning_rate:g})."
+        f"label rate, {', '.join(f'{rate:.3g}' for _, rate in rates)}, has {entropy:.3g}. From "
+        "such a start gradients spike. What helps: a longer training.warmup_fraction (now "
+        f"{settings.warmup_fraction:g}) or a lower training.learning_rate (now "
+        f"{settings.learning_rate:g})."
     )
 
 

@@ -14,6 +14,7 @@ from dti_dist.data.stream import Batch
 from dti_dist.errors import RunFailed
 from dti_dist.files import write_atomically
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.heads import of_main_task
 from dti_dist.training.engine import Engine
 from dti_dist.training.job import Job
 from dti_dist.training.journal import Journal
@@ -73,7 +74,8 @@ def _write_diagnosis(
     targets = []
     with torch.no_grad():
         for batch in step.batches:
-            targets += _targets(batch, engine(batch).float().cpu())
+            logits = of_main_task(engine(batch), batch)
+            targets += _targets(batch, logits.float().cpu())
     first.remove()
     weights = sorted(
         (_summary(name, part) for name, part in engine.own_weights()),

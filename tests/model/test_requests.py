@@ -45,8 +45,8 @@ def world(seed=0, prefix=0, time_gaps=False, items=30, pieces=("item",), profile
     return with_profiles(tokens, block, seed) if profiles else (tokens, block)
 
 
-def scores_of(model, block, tokens, n=N):
-    """What a Scorer says of each target of the block, with its request as the candidates."""
+def raw_requests(block):
+    """Each request with targets and history, its targets as candidates, and their keys."""
     bounds = block.requests
     raws, keys, of_row = [], [], []
     for row, (start, end) in enumerate(zip(block.offsets[:-1], block.offsets[1:], strict=True)):
@@ -70,6 +70,12 @@ def scores_of(model, block, tokens, n=N):
         times=np.array([time for *_, time in raws]),
         profiles=None if block.profile is None else block.profile[of_row],
     )
+    return raw, keys
+
+
+def scores_of(model, block, tokens, n=N):
+    """What a Scorer says of each target of the block, with its request as the candidates."""
+    raw, keys = raw_requests(block)
     scorer = Scorer(Pretrained(model, ItemTexts(tokens, None, None), n, None, by_request=True))
     return dict(zip(keys, scorer.score_requests(scorer.cut(raw).requests), strict=True))
 

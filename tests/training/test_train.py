@@ -158,15 +158,20 @@ def test_gradients_of_micro_steps_are_summed_in_float32_under_bf16(tmp_path, sta
 
 def test_a_start_far_above_the_labels_entropy_is_said_with_what_helps():
     settings = TrainingConfig(global_batch_packs=1, warmup_fraction=0.03, learning_rate=0.0002)
-    told = of_bad_start(1.38, 0.575, settings)
+    told = of_bad_start(1.38, [(1.0, 0.575)], settings)
     assert told.startswith(
         "The loss of the first 10 steps is 1.38; always predicting the label rate"
     )
     assert "0.575, has 0.682" in told
     assert "warmup_fraction (now 0.03)" in told
-    assert of_bad_start(0.7, 0.575, settings) is None
-    assert of_bad_start(0.1, 0.0, settings) is None
-    assert of_bad_start(0.7, 0.01, settings), "an even guess, where one label in a hundred is 1"
+    assert of_bad_start(0.7, [(1.0, 0.575)], settings) is None
+    assert of_bad_start(0.1, [(1.0, 0.0)], settings) is None
+    assert of_bad_start(0.7, [(1.0, 0.01)], settings), (
+        "an even guess, where one label in a hundred is 1"
+    )
+    of_two = [(1.0, 0.575), (0.5, 0.1)]
+    assert of_bad_start(1.34, of_two, settings) is None
+    assert "label rate, 0.575, 0.1, has 0.844" in of_bad_start(1.35, of_two, settings)
 
 
 def test_a_start_far_above_the_labels_entropy_is_printed(synthetic, tmp_path):

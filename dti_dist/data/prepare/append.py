@@ -46,6 +46,7 @@ from dti_dist.data.dataset import (
     SplitCounts,
     SplitRule,
     Statistics,
+    flat_values,
 )
 from dti_dist.data.prepare.build import (
     BuildOptions,
@@ -107,8 +108,8 @@ def append_to_dataset(
     ``read_source`` also takes ``default_requests``, see ``read_events``. Users with a single new
     interaction are kept: it may be context of a later one. Raises UserError, and changes nothing,
     for a data set split by ``leave-last``, for other text columns, another way to split or another
-    rule for requests than it has, for interactions that are not newer than all it has, and for what
-    prepare refuses.
+    rule for requests or other labels than it has, for interactions that are not newer than all it
+    has, and for what prepare refuses.
     """
     started = time.monotonic()
     dataset = Dataset.open(uri)
@@ -120,6 +121,7 @@ def append_to_dataset(
         _check_texts(dataset, source)
         _check_column(dataset, source)
         _check_requests(dataset, source)
+        _check_tasks(dataset, source)
         _check_user_texts(dataset, source)
         texts = dataset.manifest.user_text_columns
         source = replace(
@@ -272,6 +274,23 @@ def _check_requests(dataset: Dataset, source: Source) -> None:
         )
 
 
+def _check_tasks(dataset: Dataset, source: Source) -> None:
+    wanted, found = (
+        [task.name for task in rules.tasks] for rules in (dataset.manifest, source.rules)
+    )
+    if wanted == found:
+        return
+    give = " ".join(f"--label {shlex.quote(f'{name}=…')}" for name in wanted)
+    raise UserError(
+        f"{dataset.uri}: expected {_tasks_in_words(wanted)}, as the data set has; found "
+        f"{_tasks_in_words(found)}. Give {give or '--label once, without a name'}."
+    )
+
+
+def _tasks_in_words(names: list[str]) -> str:
+    return f"the labels {', '.join(names)}" if names else "one label"
+
+
 def _in_words(rules: InteractionRules) -> str:
     """The options of prepare that say the same."""
     rule, options = rules.requests, ["--requests none"]
@@ -420,7 +439,7 @@ def _joined_histories(new: Histories, before: np.ndarray, context: pa.Table) -> 
     is_context = positions(lengths) < np.repeat(before, lengths)
     columns = {}
     for name in context.column_names:
-        old = context[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        old = flat_values(context[name].combine_chunks())
         column = listed_column(name)
         values = np.empty(len(is_context), old.dtype if len(old) else new.columns[column].dtype)
         values[is_context], values[~is_context] = old, new.columns[column]
@@ -552,4 +571,9 @@ def _notes(
     label, before = source.description.get("label"), old.source.get("label")
     if before is not None and label != before:
         notes.append(f"the label is {label!r}; the data set was prepared with {before!r}")
+    notes += [
+        f"the label {new.name} is {new.label!r}; the data set was prepared with {then.label!r}"
+        for new, then in zip(source.rules.tasks[1:], old.tasks[1:], strict=True)
+        if new.label != then.label
+    ]
     return notes

@@ -72,6 +72,13 @@ class Summary:
                 f"{found.clicks / found.targets:>11.4f}   "
                 f"{date_and_time(found.first_timestamp)} … {date_and_time(found.last_timestamp)}"
             )
+        for task in manifest.tasks[1:]:
+            known = ", ".join(
+                f"{split} {found.known:,} ({found.rate:.4f})"
+                for split, counts in counts.splits.items()
+                for found in [counts.tasks[task.name]]
+            )
+            lines.append(f"known labels of {task.name}, and their rate: {known}")
         written = list(manifest.files) if self.written is None else self.written
         size = sum(manifest.files[path].bytes for path in written) / 1e6
         lines += ["", *(f"note: {note}" for note in self.notes)]
@@ -174,6 +181,13 @@ def build_dataset(
             f"WARNING: all labels are {manifest.label_rate:g}, so there is nothing to learn. Check "
             "the label's expression: texts are compared letter by letter"
         )
+    notes += [
+        f"WARNING: all known labels of {task.name} are equal in train, so there is nothing to "
+        "learn. Check its expression"
+        for task in manifest.tasks[1:]
+        for known in [manifest.counts.splits["train"].tasks[task.name]]
+        if known.clicks in (0, known.known)
+    ]
     if found.out_of_order:
         notes.append(
             f"interactions out of time order in the input, now sorted: {found.out_of_order:,}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from dti_dist.data.dataset import SPLITS, InteractionRules
+from dti_dist.data.dataset import SPLITS, UNKNOWN, InteractionRules, TaskRule, label_column
 from dti_dist.errors import UserError
 from dti_dist.sql import literal
 
@@ -24,7 +24,8 @@ class EventColumn:
 
     Attributes:
         name: there, and in ``interactions``.
-        kind: condition: true or false; number: kept as a double; text.
+        kind: condition: true or false; label: 0 or 1, or true or false; number; text. Labels and
+            numbers are kept as doubles.
         option: what asked for it, for messages: ``--history 'label = 1'``.
         missing: what every interaction must have, in words, and what having none looks like; None:
             it may be null.
@@ -34,7 +35,7 @@ class EventColumn:
     """
 
     name: str
-    kind: Literal["condition", "number", "text"]
+    kind: Literal["condition", "label", "number", "text"]
     option: str
     missing: tuple[str, str] | None = None
     allowed: str | None = None
@@ -59,11 +60,43 @@ class EventColumn:
                 f"expected {option} to be a condition; found {found}. Use a comparison, e.g. "
                 f'{option} "label = 1".'
             )
+        if self.kind == "label" and not re.fullmatch(NUMBER_OR_BOOLEAN, found):
+            raise UserError(
+                f"expected {self.option or 'the label'} to be a boolean, or a number that is 0 or "
+                f'1; found {found}. Use a comparison, e.g. --label "rating >= 4" or '
+                "\"event = 'click'\"."
+            )
         if self.kind == "number" and not re.fullmatch(NUMBER_OR_BOOLEAN, found):
             raise UserError(
                 f"{self.option}: expected a number; found {found}. Cast it, or name another."
             )
-        return f"CAST({self.name} AS DOUBLE) AS {self.name}" if self.kind == "number" else self.name
+        if self.kind in ("label", "number"):
+            return f"CAST({self.name} AS DOUBLE) AS {self.name}"
+        return self.name
+
+
+MAIN_LABEL = EventColumn(
+    "label",
+    "label",
+    "",
+    missing=("a label", "null"),
+    allowed="label IN (0, 1)",
+    expected="a label of 0 or 1",
+    remedy='Use an expression that is true for a click, e.g. --label "rating >= 4".',
+)
+
+
+def _further_label(task: TaskRule) -> EventColumn:
+    name = label_column(task.name)
+    return EventColumn(
+        name,
+        "label",
+        f"--label {task.name}={task.label!r}",
+        allowed=f"{name} IN (0, 1)",
+        expected="a label of 0, 1 or null",
+        remedy=f'Use an expression that is true or false, e.g. --label "{task.name}=rating >= 4".',
+        kept=f"CAST(coalesce({name}, {UNKNOWN}) AS TINYINT)",
+    )
 
 
 def kept_values(columns: Iterable[EventColumn], rules: InteractionRules) -> dict[str, str]:
@@ -126,5 +159,6 @@ def event_columns(
                 kept="CAST(weight AS FLOAT)",
             )
         )
+    columns += map(_further_label, rules.tasks[1:])
     columns += [EventColumn(name, "number", "", kept=name) for name in probabilities]
     return tuple(columns)

@@ -8,7 +8,6 @@ written.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import pyarrow as pa
 from dti_dist.console import progress, say
 from dti_dist.data.dataset import SplitRule
 from dti_dist.data.prepare import statistics
-from dti_dist.data.prepare.columns import NUMBER_OR_BOOLEAN, kept_values
+from dti_dist.data.prepare.columns import MAIN_LABEL, kept_values
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.input_table import FileScan, naming_the_file
 from dti_dist.data.prepare.source import Source
@@ -126,19 +125,14 @@ def events_query(tables: DuckTables, source: Source, scan: str) -> str:
     with sql_errors(f"{source.name}: reading the interactions"):
         found = tables.connection.sql(source.events)
         types = dict(zip(found.columns, map(str, found.types), strict=True))
-    if not re.fullmatch(NUMBER_OR_BOOLEAN, types["label"]):
-        raise UserError(
-            f"{source.name}: expected the label to be a boolean, or a number that is 0 or 1; found "
-            f'{types["label"]}. Use a comparison, e.g. --label "rating >= 4" or '
-            "\"event = 'click'\"."
-        )
+    columns = (MAIN_LABEL, *source.columns)
     try:
-        others = "".join(f", {column.read(types[column.name])}" for column in source.columns)
+        values = ", ".join(column.read(types[column.name]) for column in columns)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
     return (
         "SELECT user_id, item_id, time_us, CAST(floor(time_us / 1000000) AS BIGINT) AS timestamp, "
-        f"CAST(label AS DOUBLE) AS label{others} FROM ({scan})"
+        f"{values} FROM ({scan})"
     )
 
 

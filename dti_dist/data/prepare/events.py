@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dti_dist.data.dataset import InteractionRules, RequestRule
+from dti_dist.data.dataset import InteractionRules, RequestRule, label_column
 from dti_dist.data.prepare.input_table import (
     Column,
     FileScan,
@@ -24,7 +24,7 @@ from dti_dist.data.prepare.input_table import (
     naming_the_file,
     survey_with_duckdb,
 )
-from dti_dist.data.prepare.label import Expression
+from dti_dist.data.prepare.label import Expression, read_tasks
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.times import TimeColumn, TimeRule
 from dti_dist.errors import UserError
@@ -65,7 +65,7 @@ def read_events(
     paths: Sequence[str],
     items: Sequence[str],
     columns: EventColumns,
-    label: str,
+    label: str | Sequence[str],
     name: str = "events",
     survey: Survey | None = None,
     requests: RequestOptions = _ANY_REQUESTS,
@@ -77,14 +77,17 @@ def read_events(
     """Event files and an item table as a Source, and a table of users, where there is one.
 
     ``paths``, ``items`` and ``users`` are files, folders, globs or fsspec URLs, of Parquet, CSV or
-    JSON lines. Timestamps without a zone count as UTC. ``survey`` runs aggregates over the files,
-    by default with DuckDB; ``default_requests`` counts where ``requests`` does not say. Raises
-    UserError naming the option that is at fault.
+    JSON lines. ``label`` is an expression, or several as ``NAME=EXPRESSION``, the main one first.
+    Timestamps without a zone count as UTC. ``survey`` runs aggregates over the files, by default
+    with DuckDB; ``default_requests`` counts where ``requests`` does not say. Raises UserError
+    naming the option that is at fault.
     """
     connection = workspace.connection
-    rules = _rules(requests, default_requests, weight, keep_negatives)
+    labels = (label,) if isinstance(label, str) else label
+    rules = _rules(requests, default_requests, labels, weight, keep_negatives)
     rule = rules.requests
-    expression = Expression(connection, label)
+    main = rules.tasks[0].label if rules.tasks else labels[0]
+    expression = Expression(connection, main)
     conditions = _expressions(connection, rules)
     ids = {"--user-col": columns.user, "--item-col": columns.item}
     if rule and rule.column:
@@ -166,7 +169,7 @@ def read_events(
                 **({} if columns.split is None else {"split": columns.split}),
                 **({"user_key": columns.user_key or columns.user} if users else {}),
             },
-            "label": label,
+            "label": main,
             "time_unit": unit,
         },
         notes=[
@@ -182,6 +185,7 @@ def read_events(
 def _rules(
     options: RequestOptions,
     default: Literal["time", "none"],
+    labels: Sequence[str],
     weight: str | None,
     keep_negatives: float | None,
 ) -> InteractionRules:
@@ -194,7 +198,12 @@ def _rules(
             history=options.history,
             context_only=options.context_only,
         )
-    return InteractionRules(requests=requests, weight=weight, keep_negatives=keep_negatives)
+    return InteractionRules(
+        requests=requests,
+        tasks=read_tasks(labels),
+        weight=weight,
+        keep_negatives=keep_negatives,
+    )
 
 
 def _expressions(
@@ -203,6 +212,10 @@ def _expressions(
     """By the column of events that each gives: is_target is where --context-only fails."""
     rule = rules.requests
     given = {
+        **{
+            label_column(task.name): (f"--label {task.name}=", task.label)
+            for task in rules.tasks[1:]
+        },
         "is_history": ("--history", rule and rule.history),
         "is_target": ("--context-only", rule and rule.context_only),
         "weight": ("--weight", rules.weight),

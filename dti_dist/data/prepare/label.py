@@ -10,11 +10,36 @@ from typing import Any
 
 import duckdb
 
+from dti_dist.data.dataset import TaskRule
 from dti_dist.data.prepare.input_table import NULL, Family, family
 from dti_dist.errors import UserError, nearest
 from dti_dist.sql import quote
 
 _OPENING = "SELECT ("
+_NAMED = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.S)
+
+
+def read_tasks(labels: Sequence[str]) -> tuple[TaskRule, ...]:
+    """The tasks of several --label, each a name and an expression, the main one first; none of a
+    single one, which is an expression. Raises UserError for one without a name of its own."""
+    if len(labels) == 1:
+        return ()
+    tasks = []
+    for text in labels:
+        if not (found := _NAMED.fullmatch(text)):
+            raise UserError(
+                f"--label {text!r}: expected NAME=EXPRESSION, since several labels are given, with "
+                "a name of letters, digits and underscores. Give each a name, e.g. --label "
+                "\"click=event = 'click'\"."
+            )
+        tasks.append(TaskRule(name=found[1], label=found[2].strip()))
+    names = [task.name.lower() for task in tasks]  # SQL does not tell cases apart
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"--label: expected another name for each label; several are called {again!r}. Rename "
+            "all but one."
+        )
+    return tuple(tasks)
 
 
 class Expression:
@@ -28,7 +53,8 @@ class Expression:
     def __init__(self, connection: duckdb.DuckDBPyConnection, text: str, option: str = "--label"):
         """Raises UserError for text that does not parse, that is more than one expression
         (statements, clauses), or that holds a subquery, ``*`` or a window."""
-        self._connection, self._text, self.option = connection, text, f"{option} {text!r}"
+        self._connection, self._text = connection, text
+        self.option = f"{option}{'' if option.endswith('=') else ' '}{text!r}"
         parsed = _parse(connection, text)
         if parsed["error"]:
             position = int(parsed.get("position") or 0) - len(_OPENING) + 1

@@ -90,7 +90,12 @@ _EVENT_SCHEMA = pa.schema(
         ("input_order", pa.int64()),
     ]
 )
-_ARROW_TYPES = {"condition": pa.bool_(), "number": pa.float64(), "text": pa.string()}
+_ARROW_TYPES = {
+    "condition": pa.bool_(),
+    "label": pa.float64(),
+    "number": pa.float64(),
+    "text": pa.string(),
+}
 _ITEM_SCHEMA = pa.schema([("item_id", pa.int64()), ("source_id", pa.string())])
 Key = tuple[str, str]  # MD5 of the user's id, and the id: the order of rows
 Batches = Iterable[pa.RecordBatch]

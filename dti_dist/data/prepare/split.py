@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from dti_dist.data.dataset import NO_RULES, SPLITS, InteractionRules, SplitRule, sequence_schema
+from dti_dist.data.dataset import (
+    NO_RULES,
+    SPLITS,
+    UNKNOWN,
+    InteractionRules,
+    SplitRule,
+    sequence_schema,
+)
 
 # Lists of sequences, and what they list; the others have the name of what they list.
 _LISTED = {"item_ids": "item_id", "labels": "label", "timestamps": "timestamp"}
@@ -183,8 +190,12 @@ def cut_sequences(
     kept &= has_row[owner]
     offsets = np.concatenate([[0], np.cumsum(lengths[has_row])])
 
+    nullable = {column.name for column in histories.rules.stored if column.nullable}
+
     def lists(column: str, kind: pa.ListType) -> pa.ListArray:
-        values = pa.array(histories.columns[column][kept], type=kind.value_type)
+        found = histories.columns[column][kept]
+        unknown = found == UNKNOWN if column in nullable else None
+        values = pa.array(found, type=kind.value_type, mask=unknown)
         return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
 
     schema = sequence_schema(histories.rules)

@@ -21,7 +21,7 @@ from dti_dist.data.dataset import (
     SplitRule,
     Statistics,
 )
-from dti_dist.data.prepare.columns import EventColumn, split_place
+from dti_dist.data.prepare.columns import MAIN_LABEL, EventColumn, split_place
 from dti_dist.data.prepare.statistics import date_of_day, distribution, sizes
 from dti_dist.errors import UserError
 from dti_dist.sql import literal
@@ -72,22 +72,12 @@ def check_events(tables: Tables) -> None:
         "user_id": (("a user", "null or empty"), "coalesce(user_id, '') = ''"),
         "item_id": (("an item", "null or empty"), "coalesce(item_id, '') = ''"),
         "time_us": (("a timestamp", "null"), "time_us IS NULL"),
-        "label": (("a label", "null"), "label IS NULL"),
     } | {
         column.name: (column.missing, column.is_missing)
-        for column in tables.columns
+        for column in (MAIN_LABEL, *tables.columns)
         if column.missing
     }
-    refused = {
-        "label": EventColumn(
-            "label",
-            "number",
-            tables.name,
-            allowed="label IN (0, 1)",
-            expected="a label of 0 or 1",
-            remedy='Use an expression that is true for a click, e.g. --label "rating >= 4".',
-        )
-    } | {column.name: column for column in tables.columns if column.allowed}
+    refused = {column.name: column for column in (MAIN_LABEL, *tables.columns) if column.allowed}
     wrong = {f"{name}_missing": condition for name, (_, condition) in missing.items()}
     wrong |= {f"{name}_refused": f"NOT ({column.allowed})" for name, column in refused.items()}
     counts = ", ".join(
@@ -116,8 +106,8 @@ def check_events(tables: Tables) -> None:
             place, event = _interaction(tables, found[f"{name}_refused_first"])
             value = "null" if event[name] is None else repr(event[name]).removesuffix(".0")
             raise UserError(
-                f"{column.option}: expected {column.expected} in every interaction; {count:,} have "
-                f"something else. The first is {value} in {place}. {column.remedy}"
+                f"{column.option or tables.name}: expected {column.expected} in every interaction; "
+                f"{count:,} have something else. The first is {value} in {place}. {column.remedy}"
             )
 
 

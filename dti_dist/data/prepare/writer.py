@@ -15,12 +15,16 @@ from dti_dist.data import storage
 from dti_dist.data.dataset import (
     MANIFEST,
     SPLITS,
+    UNKNOWN,
     Counts,
     FileEntry,
     InteractionRules,
     Manifest,
     SplitCounts,
+    TaskCounts,
+    further_tasks,
     item_schema,
+    label_column,
     profile_schema,
     sequence_schema,
     stored_values,
@@ -164,6 +168,10 @@ def count_targets(split: str, batch: pa.RecordBatch) -> SplitCounts:
         first_timestamp=int(timestamps.min()),
         last_timestamp=int(timestamps.max()),
         kept_targets=None if kept is None else int(np.count_nonzero(is_target & kept)),
+        tasks={
+            task: _count_labels(batch, task, is_target)
+            for task in further_tasks(batch.schema.names)
+        },
     )
     return in_train(counts) if split == "train" else counts
 
@@ -175,14 +183,29 @@ def in_train(counts: SplitCounts) -> SplitCounts:
     return counts.model_copy(update={"targets": counts.kept_targets})
 
 
+def _count_labels(batch: pa.RecordBatch, task: str, is_target: np.ndarray) -> TaskCounts:
+    labels = stored_values(batch, label_column(task))
+    assert labels is not None
+    known = labels[is_target & (labels != UNKNOWN)]
+    return TaskCounts(known=len(known), clicks=int(known.sum()))
+
+
 def add_counts(one: SplitCounts, other: SplitCounts) -> SplitCounts:
     """The counts of both together."""
     firsts = [c.first_timestamp for c in (one, other) if c.first_timestamp is not None]
     lasts = [c.last_timestamp for c in (one, other) if c.last_timestamp is not None]
     sums = ("rows", "interactions", "targets", "clicks")
     kept = [c.kept_targets for c in (one, other) if c.kept_targets is not None]
+    tasks = {
+        task: TaskCounts(
+            known=sum(c.tasks[task].known for c in (one, other) if task in c.tasks),
+            clicks=sum(c.tasks[task].clicks for c in (one, other) if task in c.tasks),
+        )
+        for task in one.tasks | other.tasks
+    }
     return SplitCounts(
         kept_targets=sum(kept) if kept else None,
+        tasks=tasks,
         first_timestamp=min(firsts, default=None),
         last_timestamp=max(lasts, default=None),
         **{name: getattr(one, name) + getattr(other, name) for name in sums},
