@@ -421,6 +421,7 @@ def export(
     adapter_only: bool = False,
     dtype: Literal["bf16", "fp32"] | None = None,
     license: Annotated[str | None, Parameter(metavar="ID")] = None,
+    calibrate: Literal["platt", "isotonic"] | None = None,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Write a trained run as a Hugging Face folder.
@@ -431,10 +432,12 @@ def export(
             without the base model.
         dtype: Default: the run's precision.
         license: For the model card, such as apache-2.0; default: the base model's.
+        calibrate: Fit a calibration on the run's evaluation of valid, which scoring then applies:
+            platt, a line in logits, or isotonic, a rising curve.
     """
     from dti_dist.export.export import export
 
-    export(run, out, checkpoint, dtype, adapter_only, license)
+    export(run, out, checkpoint, dtype, adapter_only, license, calibrate)
     say(f"exported to {out}")
 
 

@@ -475,6 +475,7 @@ class ScoringOptions:
         part_requests: Requests in one output file; a killed run repeats whole files.
         pack_tokens: Tokens in one pass of the model, roughly (default: 4096, on a GPU 16384).
         state_cache_gib: Memory for states of items, which are kept under isolated.
+        calibration: Apply the calibration of an exported model that has one.
         force: Replace other scores in --out.
     """
 
@@ -490,4 +491,5 @@ class ScoringOptions:
     part_requests: Annotated[PositiveInt, _N] = 4096
     pack_tokens: Annotated[PositiveInt | None, _N] = None
     state_cache_gib: Annotated[float, Parameter(metavar="GIB")] = 2.0
+    calibration: bool = True
     force: bool = False

@@ -8,16 +8,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import dti_dist
 from dti_dist.config import RunConfig, StorageConfig
-from dti_dist.console import progress
+from dti_dist.console import progress, say
 from dti_dist.data import storage
 from dti_dist.data.template import LONGEST_TIME_GAP, TIME_GAPS
 from dti_dist.errors import UserError
+from dti_dist.evaluation.calibrating import calibrate
 from dti_dist.export.model_card import Exported, model_card
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
@@ -44,6 +45,7 @@ def export(
     dtype: str | None = None,
     adapter_only: bool = False,
     licence: str | None = None,
+    calibration: Literal["platt", "isotonic"] | None = None,
 ) -> None:
     """Write safetensors, tokenizer, model card and dti_config.json to a new folder or URL.
 
@@ -56,10 +58,12 @@ def export(
         out: a folder or any fsspec URL. It appears whole; in an object store dti_config.json comes
             last, so a folder without it is not finished.
         licence: an identifier for the model card, where the base model's is not to stand there.
+        calibration: also fit one of each task on the checkpoint's predictions of valid.
 
     Raises:
         UserError: when the folder exists and is not empty, the run has no complete checkpoint, the
-            checkpoint was altered, or adapters are asked for and it has none.
+            checkpoint was altered, adapters are asked for and it has none, or the predictions that
+            a calibration needs are not there.
     """
     run = RunFolder(run_dir)
     config = run.read_config(DATA, MODEL)
@@ -80,6 +84,13 @@ def export(
     precision = dtype or config.training.precision
     chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     settings = dti_settings(inputs, model, commit.step)
+    if calibration:
+        settings["calibration"] = {}
+        for place, task in enumerate(inputs.dataset.tasks):
+            further = task if place else None
+            fitted, said = calibrate(run, commit.folder.name, calibration, further)
+            settings["calibration"][task] = fitted.model_dump()
+            say(said)
     with _new_folder(out, config.data.storage) as folder:
         if adapter_only:
             save_adapter(model, chosen, sources.public_name(config.model.name), folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import HEADS
 from dti_dist.model.weights import Placement
+from dti_dist.runs.calibration import Isotonic, Platt, calibrations
 from dti_dist.runs.exported import TASKS_FILE, read_settings, read_task_vectors
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.places import DATA, MODEL
@@ -35,6 +37,7 @@ class Pretrained:
         dataset: whose items are the first rows of `items`; None without one.
         by_request: interactions of one time were shown at once, and none sees another of them.
         tasks: names of what the model predicts, the main task first.
+        calibration: of the probabilities, by task; of those without one they are as predicted.
     """
 
     model: CTRModel
@@ -43,6 +46,7 @@ class Pretrained:
     dataset: Dataset | None
     by_request: bool = False
     tasks: tuple[str, ...] = (ONLY_TASK,)
+    calibration: Mapping[str, Platt | Isotonic] = field(default_factory=dict)
 
     @staticmethod
     def of(inputs: Inputs, model: CTRModel) -> Pretrained:
@@ -116,6 +120,7 @@ def load_exported(
         head, sum_id = str(settings["head"]), int(settings["sum_token_id"])
         label_ids = settings["label_token_ids"]
         no, yes = int(label_ids[0]), int(label_ids[1])
+        calibration = calibrations(settings.get("calibration") or {})
         # Exports of before had no fields but the item's.
         fields = [piece["field"] for piece in settings.get("pieces", ()) if piece["field"]]
         of_events = {name: MOMENTS[name] for name in fields}
@@ -164,7 +169,7 @@ def load_exported(
     _read_tasks(folder, model)
     cast_parameters(model, dtype)
     by_request = settings.get("requests") is not None
-    return Pretrained(model.eval(), items, sample.context, dataset, by_request, tasks)
+    return Pretrained(model.eval(), items, sample.context, dataset, by_request, tasks, calibration)
 
 
 def _read_tasks(folder: Path, model: CTRModel) -> None:

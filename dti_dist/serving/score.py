@@ -139,6 +139,7 @@ def _plan(model: str, files: RequestFiles, options: ScoreOptions) -> dict[str, A
         "dtype": options.dtype,
         "part_requests": options.part_requests,
         "pack_tokens": options.pack_tokens,
+        "calibration": options.calibration,
     }
 
 
@@ -213,6 +214,7 @@ def _scorer(model: str, base_model: str | None, options: ScoreOptions) -> Scorer
         state_cache_gib=options.state_cache_gib,
         storage=options.storage,
         base_model=base_model,
+        calibrated=options.calibration,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Scorer:
         self.n = pretrained.n
         self.by_request = pretrained.by_request
         self.tasks = pretrained.tasks
+        self.calibration = pretrained.calibration
         self.pack_tokens = pack_tokens or _PACK_TOKENS[self.device.type]
         self.states: ItemStates | None = None
         if self.model.scheme.isolated:
@@ -91,6 +93,7 @@ class Scorer:
         state_cache_gib: float = 2.0,
         storage: StorageConfig | None = None,
         base_model: str | None = None,
+        calibrated: bool = True,
     ) -> Scorer:
         """Read what `dti-dist export` wrote, or a run's folder.
 
@@ -105,6 +108,7 @@ class Scorer:
             storage: how `data` is reached.
             base_model: a folder with the model that a run began with, where its model.name is not
                 to be looked up.
+            calibrated: whether the calibration of an exported folder is applied, if it has one.
 
         Raises:
             UserError: the folder is neither, or there is no such device.
@@ -117,6 +121,8 @@ class Scorer:
             found = load_run(folder, checkpoint, data, base_model, precision)
         else:
             found = load_exported(folder, data, precision, storage)
+        if not calibrated:
+            found = replace(found, calibration={})
         if found.dataset is None:
             _ = found.items.encoder  # made now: all items come as texts
         return cls(found, chosen, pack_tokens, state_cache_gib)
@@ -254,7 +260,11 @@ class Scorer:
     def _probabilities(self, built: RequestPack, kept: KeptStates | None) -> np.ndarray:
         batch = Batch.collate([built.pack], built.shape)
         logits = self.model(batch.to(self.device), kept)[0]
-        return torch.sigmoid(logits.float()).cpu().numpy().reshape(-1, len(self.tasks))
+        scores = torch.sigmoid(logits.float()).cpu().numpy().reshape(-1, len(self.tasks))
+        for place, task in enumerate(self.tasks):
+            if task in self.calibration:
+                scores[:, place] = self.calibration[task].apply(scores[:, place])
+        return scores
 
     def _shape_of(self, body: int, slots: int) -> PackShape:
         """On a GPU one of `shapes`, each of which is compiled for once; on a CPU any."""

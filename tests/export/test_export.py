@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dti_dist import Scorer
 from dti_dist.cli import main
 from dti_dist.config import AttentionConfig, LoraConfig, ModelConfig, load_config
 from dti_dist.data import storage
@@ -27,6 +28,7 @@ from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.lora import add_adapters
 from dti_dist.model.weights import own_value
 from dti_dist.ranks import Ranks
+from dti_dist.runs.calibration import calibrations
 from dti_dist.runs.commits import Commit
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
@@ -48,7 +50,7 @@ PLAIN = {
         "label_words": ["N", "Y"],
         "max_item_tokens": 9,  # cuts some: a token is a byte
     },
-    "pack": {"length": 512},
+    "pack": {"length": 640},
 }
 
 
@@ -116,6 +118,30 @@ def front_matter(folder):
 
 
 # --- the folder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+def test_a_calibration_goes_with_the_folder_and_is_applied_by_scoring(
+    yes_no, method, tmp_path, capsys
+):
+    evaluated = ["evaluate", str(yes_no), "--split", "valid", "--no-pictures", "--no-floor"]
+    assert main(evaluated) == 0
+    out = tmp_path / "exported"
+    assert main(["export", str(yes_no), "--out", str(out), "--calibrate", method]) == 0
+    assert "calibrated on valid" in capsys.readouterr().err
+    settings = json.loads((out / "dti_config.json").read_text())
+    fitted = calibrations(settings["calibration"])["label"]
+    items = [{"title": title, "details": "new"} for title in ("red drum", "blue tent", "lamp")]
+    start = 1_700_000_000
+    plain, calibrated = (
+        Scorer.from_pretrained(out, device="cpu", calibrated=on).score(
+            [(items[0], 1, start)], items[1:], start + 60
+        )
+        for on in (False, True)
+    )
+    assert np.array_equal(calibrated, fitted.apply(plain))
+    assert not np.array_equal(calibrated, plain)
 
 
 @pytest.mark.slow
