@@ -390,7 +390,7 @@ def test_what_is_added_to_scores_is_said(view):
     [
         ["sample.paradigm=sliding_window"],
         ["template.time_gaps=true"],
-        ["template.item={weekday}: {title} at {hour}:"],
+        ["template.item='{weekday}: {title} at {hour}:'"],
     ],
 )
 def test_other_prompts_are_drawn_too(view, overrides, tmp_path):

@@ -61,7 +61,7 @@ RUNS = {
         "template.prefix=Did they click?",
         "template.time_gaps=true",
     ],
-    "isolated, hours": ["attention.policy=isolated", "template.item={title} at {hour}, {details}:"],
+    "isolated, hours": ["attention.policy=isolated", "template.item='{title} at {hour}'"],
     "cut by max_steps": ["training.max_steps=7"],
     "isolated, cut": ["attention.policy=isolated", "training.max_steps=9"],
 }
