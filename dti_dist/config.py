@@ -175,7 +175,8 @@ class TemplateConfig(Section):
     item: str = Field(
         "\n{title}:",
         description="An interaction's text before its label; {column} names an item text column. "
-        "{hour} (00 to 23) and {weekday} (Monday to Sunday) tell when the interaction was. "
+        "{hour} (00 to 23) and {weekday} (Monday to Sunday) tell when the interaction was; "
+        "{column} may also name one of the events' --event-cols. "
         "Words written here may be special tokens; what a column holds never becomes one.",
     )
     label_words: tuple[str, str] = Field(

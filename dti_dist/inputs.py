@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dti_dist.config import ModelConfig, RunConfig
+from dti_dist.config import ModelConfig, RunConfig, TemplateConfig
 from dti_dist.console import say
 from dti_dist.data import index as split_index
 from dti_dist.data import item_tokens
@@ -37,11 +37,12 @@ from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.model.weights import BaseWeights, Placement, fill
 
 
-def template_of(config: RunConfig, dataset: Dataset) -> Template:
+def template_of(template: TemplateConfig, dataset: Dataset) -> Template:
     """Raises UserError where the template names what the data set has not."""
     manifest = dataset.manifest
+    events = {field.name: field.values for field in manifest.event_columns}
     return Template.for_items(
-        config.template, manifest.item_text_columns, manifest.user_text_columns
+        template, manifest.item_text_columns, manifest.user_text_columns, events
     )
 
 
@@ -79,7 +80,7 @@ class Inputs:
             check_files=config.data.on_bad_shard == "fail",
             storage=config.data.storage,
         )
-        template = template_of(config, dataset)
+        template = template_of(config.template, dataset)
         if config.sample.context > dataset.manifest.context_limit:
             raise UserError(
                 f"sample.context is {config.sample.context}, but the data set {dataset.uri} keeps "
@@ -121,7 +122,7 @@ class Inputs:
 
     @property
     def template(self) -> Template:
-        return template_of(self.config, self.dataset)
+        return template_of(self.config.template, self.dataset)
 
     @property
     def vocabulary(self) -> int:

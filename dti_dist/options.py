@@ -278,6 +278,7 @@ class EventOptions:
         users: A table with a row for each user, likewise.
         user_key: That table's id (default: as --user-col).
         user_text_cols: That table's texts, for template.profile.
+        event_cols: Text columns of the events that template.item may name, such as the device.
     """
 
     items: Annotated[
@@ -299,6 +300,7 @@ class EventOptions:
     ] = ()
     user_key: Annotated[str | None, _COLUMN] = None
     user_text_cols: Annotated[tuple[str, ...], _COLUMNS] = ()
+    event_cols: Annotated[tuple[str, ...], _COLUMNS] = ()
 
     def __post_init__(self) -> None:
         refuse_share(self.keep_negatives)

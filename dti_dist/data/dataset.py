@@ -142,6 +142,28 @@ class StoredColumn:
     below: int | None = None
 
 
+class EventField(_Record):
+    """A text column of the events, whose values interactions have.
+
+    Attributes:
+        name: of the column, and of the template's field.
+        values: in the order of their codes, which begin with 1; code 0 is no value, null or empty.
+    """
+
+    name: str
+    values: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> str:
+        """The name of its codes in sequences."""
+        return stored_field(self.name)
+
+
+def stored_field(name: str) -> str:
+    """The name of the StoredColumn with the codes of an EventField."""
+    return f"event_{name}"
+
+
 class InteractionRules(_Record):
     """What sequences have beside item, label and time.
 
@@ -153,6 +175,7 @@ class InteractionRules(_Record):
         keep_negatives: the share of the targets with label 0 that training is to see, drawn by a
             hash of the interaction. None: all.
         user_text_columns: texts of users; a sequence names a row of the table of profiles.
+        event_columns: texts of the moment, such as the device, that ``template.item`` may name.
     """
 
     requests: RequestRule | None = None
@@ -160,6 +183,7 @@ class InteractionRules(_Record):
     weight: str | None = None
     keep_negatives: float | None = None
     user_text_columns: list[str] = []
+    event_columns: tuple[EventField, ...] = ()
 
     @property
     def stored(self) -> tuple[StoredColumn, ...]:
@@ -177,6 +201,10 @@ class InteractionRules(_Record):
         columns += [
             StoredColumn(label_column(task.name), pa.int8(), nullable=True, below=2)
             for task in self.tasks[1:]
+        ]
+        columns += [
+            StoredColumn(field.stored, pa.int32(), below=len(field.values) + 1)
+            for field in self.event_columns
         ]
         return tuple(columns)
 

@@ -178,8 +178,10 @@ def read_block(
 
 def needed_columns(dataset: Dataset, tokens: ItemTokens) -> list[str]:
     """Of sequences, for prompts. Timestamps only where texts need them, or they make requests;
-    profiles only where they are read."""
-    skipped = {"user_id"}
+    profiles and event columns only where they are read."""
+    read = {words.field for words in tokens.words}
+    fields = dataset.manifest.event_columns
+    skipped = {"user_id", *(field.stored for field in fields if field.name not in read)}
     if tokens.profiles is None:
         skipped.add("profile")
     if not (tokens.needs_times or dataset.has_requests):

@@ -132,11 +132,12 @@ class ItemTokens:
         """Tokens of the longest interaction: words, item text and label."""
         return self.longest_words + int(self.lengths.max()) + 1
 
-    def word_rows(self, count: int, codes: Callable[[str], Numbers]) -> npt.NDArray[np.int64]:
+    def word_rows(self, count: int, codes: Callable[[str], Numbers | int]) -> npt.NDArray[np.int64]:
         """[count, W] the words of some interactions.
 
         Args:
-            codes: [count] by a piece's field, which of its texts each interaction has.
+            codes: [count] by a piece's field, which of its texts each interaction has; a number
+                where all have the same.
         """
         rows = np.empty((count, len(self.words)), dtype=np.int64)
         for piece, words in enumerate(self.words):

@@ -18,9 +18,10 @@ from dti_dist.data.dataset import (
     further_tasks,
     label_column,
     sequence_schema,
+    stored_field,
     stored_values,
 )
-from dti_dist.data.template import GAP, TIME_GAPS
+from dti_dist.data.template import GAP, MOMENTS, TIME_GAPS
 from dti_dist.errors import UserError
 
 _OWN = {*sequence_schema().names, "profile"}  # columns that a block has a field for
@@ -161,6 +162,9 @@ class SequenceBlock:
         """[interactions] which of a piece's texts each has, by the piece's field."""
         if name == GAP:
             return self.gap_buckets
+        if name not in MOMENTS:
+            none = np.empty(0, dtype=np.int64)  # a block of nothing has no columns
+            return self.stored[stored_field(name)] if len(self.item_ids) else none
         key = name, time_zone
         if key not in self._codes:
             assert self.timestamps is not None, "hours and weekdays need the timestamps column"
@@ -271,7 +275,11 @@ def find_fault(
     for name, end, expected in (
         ("labels", 2, "0 or 1"),
         ("item_ids", items, f"0 to {items - 1}, a row of the item table"),
-        *((c.name, c.below, f"0 to {c.below - 1}") for c in stored if c.below is not None),
+        *(
+            (column.name, column.below, f"0 to {column.below - 1}")
+            for column in stored
+            if column.below is not None and column.name in rows.schema.names
+        ),
     ):
         values = rows[name].flatten().fill_null(0).to_numpy()
         bad = (values < 0) | (values >= end)

@@ -90,13 +90,20 @@ class Template:
         config: TemplateConfig,
         item_text_columns: Sequence[str],
         user_text_columns: Sequence[str] = (),
+        event_columns: Mapping[str, Sequence[str]] | None = None,
     ) -> Template:
         """An item's column goes before a field of the interaction that has the same name.
+
+        Args:
+            event_columns: text columns of the events, and the values of each.
 
         Raises UserError when the item template is not a format string of these, or that of the
         profile not one of the users' columns.
         """
-        of_events = {k: v for k, v in MOMENTS.items() if k not in item_text_columns}
+        event_columns = event_columns or {}
+        of_events: dict[str, Sequence[str]] = dict(MOMENTS)
+        of_events |= {name: (config.missing, *values) for name, values in event_columns.items()}
+        of_events = {k: v for k, v in of_events.items() if k not in item_text_columns}
         fields = _fields(config)
         columns = tuple(name for name in fields if name not in of_events)
         profile_columns = _profile_columns(config, user_text_columns)
@@ -111,6 +118,7 @@ class Template:
                     f"template.item names the column {field!r}, which the items don't have."
                     f"{nearest(field, [*item_text_columns, *of_events])} "
                     f"Item text columns: {', '.join(item_text_columns)}."
+                    + (f" Event columns: {', '.join(event_columns)}." if event_columns else "")
                 )
         try:
             template = Template(config, columns, _pieces(config, of_events), profile_columns)

@@ -272,7 +272,8 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
         "time_gaps": _time_gaps(config),
         "keep_negatives": inputs.dataset.manifest.keep_negatives,
         "pieces": [
-            {"format": piece.format, "field": piece.field} for piece in inputs.template.pieces
+            {"format": piece.format, "field": piece.field, "values": piece.values}
+            for piece in inputs.template.pieces
         ],
         "requests": requests and requests.model_dump(mode="json"),
         "tasks": [task.name for task in inputs.dataset.manifest.tasks],

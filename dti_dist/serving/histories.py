@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dti_dist.console import progress
-from dti_dist.data.dataset import SPLITS, Dataset, iter_sequences
+from dti_dist.data.dataset import SPLITS, Dataset, iter_sequences, stored_field
 from dti_dist.data.samples import IntArray
 from dti_dist.serving.request_files import Lists, RequestRows
 from dti_dist.sql import Workspace, sql_errors
@@ -26,6 +26,7 @@ class FoundHistories:
     Attributes:
         rows: numbers of the requests whose users are known.
         items: Lists of dense item ids; labels, timestamps: of the same interactions.
+        events: codes of the values of each event column that is asked for.
         begins: interactions of the user's history that lie before these.
         future: interactions of the user's history that are not before the request.
     """
@@ -34,6 +35,7 @@ class FoundHistories:
     items: Lists
     labels: npt.NDArray[np.int8]
     timestamps: IntArray
+    events: dict[str, IntArray]
     begins: IntArray
     future: IntArray
 
@@ -49,6 +51,7 @@ class Histories:
         time_gaps: find too what the time gap of the oldest is counted from.
         profiles: find the profiles of all users that requests name, as last prepared.
         wanted: requests; those that bring a history, or name no user, are passed over.
+        fields: event columns to find too.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class Histories:
         time_gaps: bool = False,
         visible: bool = True,
         profiles: bool = False,
+        fields: Collection[str] = (),
     ):
         self._profiles = profiles
         self._connection = workspace.connection
+        self._fields = {name: stored_field(name) for name in fields}
         with sql_errors("looking up users", _MORE_ROOM):
             self._gather(wanted)
             self._read(dataset, visible)
@@ -93,17 +98,20 @@ class Histories:
 
     def _read(self, dataset: Dataset, visible: bool) -> None:
         self._connection.execute("CREATE TABLE users AS SELECT DISTINCT user_id FROM wanted")
+        codes = "".join(f", {name} INTEGER[]" for name in self._fields.values())
         self._connection.execute(
             "CREATE TABLE rows (user_id VARCHAR, place BIGINT, items INTEGER[], labels TINYINT[], "
-            "timestamps BIGINT[], profile INTEGER)"
+            f"timestamps BIGINT[]{codes}, profile INTEGER)"
         )
         (users,) = self._connection.execute("SELECT count(*) FROM users").fetchall()[0]
         total = sum(part.rows for split in SPLITS for part in dataset.parts(split)) if users else 0
         place = 0
-        skipped = {"is_target"} if self._profiles else {"is_target", "profile"}
-        columns = [name for name in dataset.sequence_columns if name not in skipped]
+        read = ["item_ids", "labels", "timestamps", *self._fields.values()]
+        columns = ["user_id", "target_start", *read]
+        wanted = ("is_history", "profile") if self._profiles else ("is_history",)
+        columns += [name for name in dataset.sequence_columns if name in wanted]
         profile = "profile" if self._profiles else "NULL"
-        own = [f"{name}[target_start + 1:]" for name in ("item_ids", "labels", "timestamps")]
+        own = [f"{name}[target_start + 1:]" for name in read]
         if "is_history" in columns:
             own = [f"list_where({name}, is_history[target_start + 1:])" for name in own]
         with progress("looking up users", total, "sequences", visible) as bar:
@@ -126,7 +134,7 @@ class Histories:
 
     def _look_up(self, most: int, time_gaps: bool) -> None:
         order = "ORDER BY timestamps[1], place"
-        columns = ("items", "labels", "timestamps")
+        columns = ("items", "labels", "timestamps", *self._fields.values())
         joined = ", ".join(f"flatten(list({name} {order})) AS {name}" for name in columns)
         oldest = f"greatest(past - {most} + 1, 1)"
         if time_gaps:  # from the last interaction before what was shown with the oldest
@@ -176,6 +184,7 @@ class Histories:
             items=Lists(flat("items").astype(np.int64), offsets),
             labels=flat("labels").astype(np.int8),
             timestamps=flat("timestamps").astype(np.int64),
+            events={name: flat(c).astype(np.int64) for name, c in self._fields.items()},
             begins=found["begins"].to_numpy(),
             future=found["future"].to_numpy(),
         )

@@ -19,7 +19,7 @@ from dti_dist.data.item_tokens import (
     order_of_pieces,
 )
 from dti_dist.data.samples import IntArray
-from dti_dist.data.template import Template
+from dti_dist.data.template import MOMENTS, Template
 from dti_dist.data.text_encoder import TextEncoder
 from dti_dist.errors import UserError, nearest
 from dti_dist.serving.profile_texts import ProfileTexts
@@ -120,6 +120,34 @@ class ItemTexts:
         for text, row in zip(new, self._add(new), strict=True):
             self._row_of[text] = int(row)
         return np.array([self._row_of.get(text, -1) for text in texts], dtype=np.int64)
+
+    def event_codes(self, items: Sequence[Item]) -> dict[str, IntArray]:
+        """[items] by event column, the code of each one's value; 0 where it has none, or one that
+        the model has not learned.
+
+        Raises:
+            UserError: a value is not text.
+        """
+        found = {}
+        for name, codes in self._codes.items():
+            values = [item.get(name) if isinstance(item, Mapping) else None for item in items]
+            texts = [as_text(v, f"Item {n}, {name}") for n, v in enumerate(values)]
+            found[name] = np.array([codes.get(text, 0) for text in texts], dtype=np.int64)
+        return found
+
+    @cached_property
+    def _codes(self) -> dict[str, dict[str, int]]:
+        """By event column, the code of each value."""
+        return {
+            str(piece.field): {value: code for code, value in enumerate(piece.values) if code}
+            for piece in self.template.event_pieces
+            if piece.field not in MOMENTS
+        }
+
+    @property
+    def event_columns(self) -> dict[str, tuple[str, ...]]:
+        """The values of each, in the order of their codes, from 1 on."""
+        return {name: tuple(codes) for name, codes in self._codes.items()}
 
     def keep(self, items: Sequence[Item]) -> IntArray:
         """New rows that hold for good, one for each item; -1 for one without text.

@@ -13,9 +13,9 @@ from dti_dist.config import AttentionConfig, SampleConfig, StorageConfig, Templa
 from dti_dist.console import without_library_chatter
 from dti_dist.data import item_tokens
 from dti_dist.data.dataset import ONLY_TASK, Dataset
-from dti_dist.data.template import MOMENTS, Template
+from dti_dist.data.template import Template
 from dti_dist.errors import UserError
-from dti_dist.inputs import Inputs, cache_dir_of
+from dti_dist.inputs import Inputs, cache_dir_of, template_of
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import HEADS
@@ -122,8 +122,11 @@ def load_exported(
         no, yes = int(label_ids[0]), int(label_ids[1])
         calibration = calibrations(settings.get("calibration") or {})
         # Exports of before had no fields but the item's.
-        fields = [piece["field"] for piece in settings.get("pieces", ()) if piece["field"]]
-        of_events = {name: MOMENTS[name] for name in fields}
+        of_events = {
+            str(piece["field"]): tuple(map(str, piece["values"]))
+            for piece in settings.get("pieces", ())
+            if piece["field"]
+        }
         tasks = tuple(map(str, settings.get("tasks") or (ONLY_TASK,)))
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
@@ -135,17 +138,14 @@ def load_exported(
         items = ItemTexts.none_yet(Template.alone(config, of_events), tokenizer, sum_id)
     else:
         dataset = Dataset.open(data, storage=storage)
-        manifest = dataset.manifest
-        template = Template.for_items(
-            config, manifest.item_text_columns, manifest.user_text_columns
-        )
+        template = template_of(config, dataset)
         found = {piece.field for piece in template.event_pieces}
         if found != of_events.keys():
             differ = ", ".join(map(repr, sorted(map(str, found ^ of_events.keys()))))
             raise UserError(
                 f"{data}: expected a data set in which template.item {config.item!r} reads as in "
-                f"training; found {differ}, a column of the items in one of the two, and told by "
-                "the interaction's time in the other. Rename the items' column."
+                f"training; found {differ}, a column of the items in one of the two, and of the "
+                "interaction in the other. Rename the items' column."
             )
         cache = cache_dir_of(dataset)
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache)

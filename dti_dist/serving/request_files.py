@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +59,8 @@ class RequestRows:
         has_history: [R] whether the request brings its history.
         times: [R] int64 seconds, the largest int64 where not given; None without the column.
         profiles: [R] texts of each user by column, None where not given; None without the column.
+        events: by event column, texts of the interactions of histories and of candidates, null
+            where not given.
     """
 
     first: int
@@ -71,18 +73,21 @@ class RequestRows:
     has_history: npt.NDArray[np.bool_]
     times: IntArray | None
     profiles: list[dict[str, str | None] | None] | None = None
+    events: Mapping[str, tuple[pa.Array, pa.Array]] = field(default_factory=dict)
 
 
 @dataclass
 class RequestFiles:
     """All requests of a file, or of the Parquet files of a folder in the order of their names.
 
-    Reads any range of them; the row group read last stays in memory.
+    Reads any range of them; the row group read last stays in memory. Of each of `fields` the column
+    of its name has the text of a request's candidates, or a list of theirs, and history_… a list.
     """
 
     files: list[_File]
     schema: pa.Schema
     settings: StorageConfig
+    fields: tuple[str, ...] = ()
     _last: tuple[tuple[str, int], pa.Table] | None = field(default=None, repr=False)
 
     @classmethod
@@ -251,7 +256,39 @@ class RequestFiles:
         if users is not None:
             users = text(users, "user_id", np.arange(rows + 1))
         profiles = column("profile")
-        kept = [name for name in table.schema.names if name not in HISTORY_COLUMNS]
+        events = {}
+        for name in self.fields:
+            past, of_history = lists(f"history_{name}"), pa.nulls(len(items.values), pa.string())
+            if f"history_{name}" in table.schema.names:
+                differ = np.flatnonzero(items.lengths != past[0].lengths)
+                if len(differ):
+                    row = int(differ[0])
+                    raise fail(
+                        row,
+                        f"expected history_items and history_{name} of one length, found "
+                        f"{items.lengths[row]} and {past[0].lengths[row]}.",
+                    )
+                of_history = text(past[0].values, f"history_{name}", past[0].offsets)
+            own = column(name)
+            if own is None:
+                of_candidates = pa.nulls(len(candidates.values), pa.string())
+            elif _is_list(own.type):
+                own_lists, _ = lists(name)
+                differ = np.flatnonzero(candidates.lengths != own_lists.lengths)
+                if len(differ):
+                    row = int(differ[0])
+                    raise fail(
+                        row,
+                        f"expected a text in {name}, or as many as candidates, "
+                        f"{candidates.lengths[row]}; found {own_lists.lengths[row]}.",
+                    )
+                of_candidates = text(own_lists.values, name, own_lists.offsets)
+            else:
+                whole = text(own, name, np.arange(rows + 1))
+                of_candidates = whole.take(np.arange(rows).repeat(candidates.lengths))
+            events[name] = of_history, of_candidates
+        of_histories = {*HISTORY_COLUMNS, *(f"history_{name}" for name in self.fields)}
+        kept = [name for name in table.schema.names if name not in of_histories]
         return RequestRows(
             first=first,
             kept=table.select(kept),
@@ -263,6 +300,7 @@ class RequestFiles:
             has_history=has_history,
             times=times,
             profiles=None if profiles is None else profiles.to_pylist(),
+            events=events,
         )
 
 

@@ -8,8 +8,8 @@ requests of one user share what their contexts have in common: they become a str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from dti_dist.data.item_tokens import ItemTokens
 from dti_dist.data.layout import Pack, PackShape, Prompts, lay_out
 from dti_dist.data.samples import IntArray, ranges
 from dti_dist.data.sequences import gap_bucket, moment_codes
-from dti_dist.data.template import GAP
+from dti_dist.data.template import GAP, MOMENTS
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class RawRequests:
         times: [R] seconds, when each request is made; None or the largest int64: after all.
         whose: of which users the histories are parts; None: each is its own.
         profiles: [R] rows of the tokens' profiles; None where the tokens have none.
+        events: by event column, [H] and [C] codes of its values; of a column that is not there all
+            have no value.
     """
 
     items: IntArray
@@ -95,6 +97,7 @@ class RawRequests:
     times: IntArray | None
     whose: Whose | None = None
     profiles: IntArray | None = None
+    events: Mapping[str, tuple[IntArray, IntArray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,20 +163,26 @@ def cut_requests(
         owner = whose.user
     history = kept[chosen]
 
-    def past_codes(name: str) -> IntArray:
+    def past_codes(name: str) -> IntArray | int:
+        if name not in (GAP, *MOMENTS):
+            return raw.events[name][0][history] if name in raw.events else 0
         assert stamps is not None, "texts of times need timestamps"
         if name != GAP:
             return moment_codes(name, stamps[chosen], tokens.time_zone)
         before = np.maximum(_shown_with(of, stamps if by_request else None) - 1, 0)
         return np.where(of[before] == of, gap_bucket(stamps - stamps[before]), 0)[chosen]
 
-    def request_codes(name: str) -> IntArray:
+    def candidate_codes(name: str) -> IntArray | int:
+        request = order[of_candidate]
+        if name in MOMENTS:
+            return moment_codes(name, times, tokens.time_zone)[request]
         if name != GAP:
-            return moment_codes(name, times, tokens.time_zone)
+            return raw.events[name][1][scored] if name in raw.events else 0
         if stamps is None or not len(stamps):
-            return np.zeros(R, dtype=np.int64)
+            return 0
         has_history = np.bincount(of, minlength=R) > 0
-        return np.where(has_history, gap_bucket(times - stamps[np.maximum(ends - 1, 0)]), 0)
+        last = stamps[np.maximum(ends - 1, 0)]
+        return np.where(has_history, gap_bucket(times - last), 0)[request]
 
     candidates = np.diff(raw.candidate_offsets)[order]
     scored = ranges(raw.candidate_offsets[order], candidates)
@@ -191,7 +200,7 @@ def cut_requests(
             context_start=start[order],
             context_end=(start + context)[order],
             candidate_items=raw.candidates[scored],
-            candidate_words=tokens.word_rows(R, request_codes)[order[of_candidate]],
+            candidate_words=tokens.word_rows(len(scored), candidate_codes),
             candidate_offsets=np.concatenate(
                 [[0], np.cumsum(np.bincount(of_candidate, minlength=R))]
             ),

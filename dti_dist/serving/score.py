@@ -302,12 +302,20 @@ class PartScorer:
                 "times."
             )
         histories = None
+        files.fields = tuple(scorer.items.event_columns)
         if files.names_users and dataset is not None:
             workspace = stack.enter_context(open_workspace(threads=options.threads))
             rows = _rows_of_parts(files, mine, options.part_requests)
             profiles = scorer.items.profiles is not None
             histories = Histories(
-                workspace, dataset, rows, scorer.n, tokens.has_gaps, ranks.is_main, profiles
+                workspace,
+                dataset,
+                rows,
+                scorer.n,
+                tokens.has_gaps,
+                ranks.is_main,
+                profiles,
+                files.fields,
             )
         elif files.names_users and not files.brings_histories:
             raise UserError(
@@ -344,6 +352,10 @@ class PartScorer:
             timestamps = np.empty(0, dtype=np.int64)
         counts = Counter(unknown_users=int((~rows.has_history).sum()))
         user, begins = np.arange(R), np.zeros(R, dtype=np.int64)
+        events = {
+            name: (_codes(rows.events[name][0], values), _codes(rows.events[name][1], values))
+            for name, values in self.scorer.items.event_columns.items()
+        }
         if self.histories is not None and counts["unknown_users"]:
             found = self.histories.of(rows.first, rows.first + R)
             counts["unknown_users"] -= len(found.rows)
@@ -357,6 +369,10 @@ class PartScorer:
             order = np.argsort(of, kind="stable")
             items = np.concatenate([items, self.catalogue.row_of_dense[found.items.values]])[order]
             labels = np.concatenate([labels, found.labels])[order]
+            events = {
+                name: (np.concatenate([past, found.events[name]])[order], of_candidates)
+                for name, (past, of_candidates) in events.items()
+            }
             if timestamps is not None:
                 timestamps = np.concatenate([timestamps, found.timestamps])[order]
             offsets = np.concatenate([[0], np.cumsum(np.bincount(of, minlength=R))])
@@ -384,6 +400,7 @@ class PartScorer:
                 times=rows.times,
                 whose=Whose(user, begins),
                 profiles=self._profiles(rows),
+                events=events,
             ),
             counts,
         )
@@ -402,6 +419,12 @@ class PartScorer:
         asked_rows = np.flatnonzero(asked)
         known[asked_rows] = texts.rows_of([given[row] for row in asked_rows.tolist()])
         return known
+
+
+def _codes(texts: pa.Array, values: Sequence[str]) -> IntArray:
+    """[texts] codes of an event column's values; 0 for none, and for one that is not known."""
+    found = pc.index_in(texts, value_set=pa.array(values, pa.string()))
+    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
 
 
 def _score_columns(tasks: Sequence[str]) -> list[str]:

@@ -279,7 +279,12 @@ class Scorer:
         histories = [request.history for request in requests]
         interactions = list(chain.from_iterable(histories))
         candidates = list(chain.from_iterable(request.candidates for request in requests))
-        rows = self.items.rows_of([*(past.item for past in interactions), *candidates])
+        items = [*(past.item for past in interactions), *candidates]
+        rows = self.items.rows_of(items)
+        events = {
+            name: (codes[: len(interactions)], codes[len(interactions) :])
+            for name, codes in self.items.event_codes(items).items()
+        }
         without = np.flatnonzero(rows < 0)
         if len(without):
             number = int(without[0])
@@ -301,6 +306,7 @@ class Scorer:
             candidate_offsets=_offsets([request.candidates for request in requests]),
             times=_times(requests),
             profiles=self._profiles([request.profile for request in requests]),
+            events=events,
         )
 
     def _profiles(self, given: Sequence[Profile | None]) -> npt.NDArray[np.int64] | None:

@@ -55,6 +55,7 @@ from dti_dist.data.prepare.build import (
 )
 from dti_dist.data.prepare.columns import split_place
 from dti_dist.data.prepare.duck import DuckTables, RowStream, histories, load_events
+from dti_dist.data.prepare.event_values import number_values
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.items import (
     empty_texts,
@@ -139,6 +140,7 @@ def append_to_dataset(
         of_texts = empty_texts(tables, first=dataset.manifest.counts.items)
         unknown_items, of_items = keep_known(tables, options.unknown_items, unknown)
         of_requests = form_requests(tables)
+        rules = number_values(tables, dataset.manifest)
         days = count_days(tables, targets_of(tables, "interactions"))
         _check_newer(tables, dataset.manifest)
         users = count_users(tables, fewest=1)
@@ -199,6 +201,7 @@ def append_to_dataset(
     )
     old_files = {p: entry for p, entry in dataset.manifest.files.items() if p not in replaced}
     manifest = _manifest(dataset.manifest, record, writer.splits, old_files | new, statistics)
+    manifest = manifest.model_copy(update={"event_columns": rules.event_columns})
     _check_written(uri, new)
     if storage.read_bytes(storage.join(uri, MANIFEST)) != before:
         raise UserError(
@@ -301,6 +304,7 @@ def _in_words(rules: InteractionRules) -> str:
         ("context-only", rule and rule.context_only),
         ("weight", rules.weight),
         ("keep-negatives", rules.keep_negatives and f"{rules.keep_negatives:g}"),
+        ("event-cols", ",".join(field.name for field in rules.event_columns)),
     ]:
         if value:
             options.append(f"--{option} {shlex.quote(value)}")

@@ -13,6 +13,7 @@ from dti_dist.data import storage
 from dti_dist.data.dataset import CEILINGS, Manifest, SplitRule
 from dti_dist.data.prepare import statistics
 from dti_dist.data.prepare.duck import DuckTables, load_events
+from dti_dist.data.prepare.event_values import number_values
 from dti_dist.data.prepare.findings import Findings
 from dti_dist.data.prepare.items import (
     empty_texts,
@@ -143,6 +144,7 @@ def build_dataset(
         tables.take_items(writer)
         unknown_items, of_items = keep_known(tables, options.unknown_items, unknown)
         of_requests = form_requests(tables)
+        rules = number_values(tables)
         if texts := source.rules.user_text_columns:
             writer.write_profiles(profile_batches(duck), texts)
             tables.take_profiles(writer)
@@ -169,7 +171,7 @@ def build_dataset(
             interactions_left_out=users.interactions_left_out,
             context_limit=options.context_limit,
             split=rule,
-            rules=source.rules,
+            rules=rules,
             item_text_columns=source.text_columns,
             unknown_items=unknown_items,
             source=source.description | ceilings,

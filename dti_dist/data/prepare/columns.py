@@ -10,7 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from dti_dist.data.dataset import SPLITS, UNKNOWN, InteractionRules, TaskRule, label_column
+from dti_dist.data.dataset import (
+    SPLITS,
+    UNKNOWN,
+    EventField,
+    InteractionRules,
+    TaskRule,
+    label_column,
+)
 from dti_dist.errors import UserError
 from dti_dist.sql import literal
 
@@ -110,6 +117,15 @@ def kept_values(columns: Iterable[EventColumn], rules: InteractionRules) -> dict
     return values
 
 
+def _code(field: EventField) -> str:
+    """SQL for the code of a field's value in ``interactions``; see `number_values`."""
+    found = (
+        f"SELECT max(code) FROM event_values WHERE field = {literal(field.name)} "
+        f"AND value = interactions.{field.stored}"
+    )
+    return f"CAST(coalesce(({found}), 0) AS INTEGER)"
+
+
 def split_place(column: str) -> str:
     """SQL for the place in SPLITS of what a column says."""
     cases = " ".join(f"WHEN {literal(split)} THEN {n}" for n, split in enumerate(SPLITS))
@@ -160,5 +176,9 @@ def event_columns(
             )
         )
     columns += map(_further_label, rules.tasks[1:])
+    columns += [
+        EventColumn(field.stored, "text", f"--event-cols {field.name}", kept=_code(field))
+        for field in rules.event_columns
+    ]
     columns += [EventColumn(name, "number", "", kept=name) for name in probabilities]
     return tuple(columns)

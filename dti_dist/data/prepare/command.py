@@ -76,6 +76,7 @@ def event_reader(
         label=how.label,
         weight=how.weight,
         keep_negatives=how.keep_negatives,
+        event_cols=how.event_cols,
         requests=requests,
         name=name,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dti_dist.data.dataset import InteractionRules, RequestRule, label_column
+from dti_dist.data.dataset import EventField, InteractionRules, RequestRule, label_column
 from dti_dist.data.prepare.input_table import (
     Column,
     FileScan,
@@ -27,6 +28,7 @@ from dti_dist.data.prepare.input_table import (
 from dti_dist.data.prepare.label import Expression, read_tasks
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.times import TimeColumn, TimeRule
+from dti_dist.data.template import MOMENTS
 from dti_dist.errors import UserError
 from dti_dist.options import RequestOptions
 from dti_dist.sql import Workspace, quote
@@ -34,6 +36,7 @@ from dti_dist.sql import Workspace, quote
 _ANY_TIME, _ANY_REQUESTS = TimeRule(), RequestOptions()
 # Beside the names of columns in expressions.
 _USER, _ITEM, _SPLIT, _REQUEST = "\x01user", "\x01item", "\x01split", "\x01request"
+_FIELD = "\x01field"  # and the name of an event column
 _LABEL = "label"
 
 
@@ -73,6 +76,7 @@ def read_events(
     weight: str | None = None,
     keep_negatives: float | None = None,
     users: Sequence[str] = (),
+    event_cols: Sequence[str] = (),
 ) -> Source:
     """Event files and an item table as a Source, and a table of users, where there is one.
 
@@ -84,7 +88,8 @@ def read_events(
     """
     connection = workspace.connection
     labels = (label,) if isinstance(label, str) else label
-    rules = _rules(requests, default_requests, labels, weight, keep_negatives)
+    fields = _event_fields(event_cols, columns.texts)
+    rules = _rules(requests, default_requests, labels, weight, keep_negatives, fields)
     rule = rules.requests
     main = rules.tasks[0].label if rules.tasks else labels[0]
     expression = Expression(connection, main)
@@ -96,10 +101,12 @@ def read_events(
     if columns.split is not None:
         named["--split-column"] = columns.split
     of_conditions = [name for condition in conditions.values() for name in condition.names]
-    wanted = (*named.values(), *expression.names, *of_conditions)
+    wanted = (*named.values(), *expression.names, *of_conditions, *event_cols)
     events = InputTable.open(connection, "the events", paths, wanted, columns.names)
     for option, column in named.items():
         events.require(column, option)
+    for column in event_cols:
+        events.require(column, "--event-cols")
     using = dict.fromkeys(expression.columns(events.names), expression.option)
     has_label = any(column.lower() == _LABEL for column in events.names)
     for condition in conditions.values():
@@ -136,6 +143,9 @@ def read_events(
     if rule and rule.column:
         values[_REQUEST] = _id(events, rule.column, "--request-col", typed)
         select += f", {quote(_REQUEST)} AS request"
+    for field in fields:
+        values[_FIELD + field.name] = _text(events, field.name, "--event-cols")
+        select += f", {quote(_FIELD + field.name)} AS {field.stored}"
     # An expression of a SELECT may name an earlier one; a column of that name comes before it.
     known_types = types if has_label else types | {_LABEL: expression.type(types)}
     for flag, condition in conditions.items():
@@ -188,6 +198,7 @@ def _rules(
     labels: Sequence[str],
     weight: str | None,
     keep_negatives: float | None,
+    fields: tuple[EventField, ...],
 ) -> InteractionRules:
     by = "column" if options.request_col else options.requests or default
     requests = None
@@ -203,7 +214,27 @@ def _rules(
         tasks=read_tasks(labels),
         weight=weight,
         keep_negatives=keep_negatives,
+        event_columns=fields,
     )
+
+
+def _event_fields(names: Sequence[str], texts: Sequence[str]) -> tuple[EventField, ...]:
+    """Raises UserError for a name that is no field of a template or has another meaning there."""
+    seen: set[str] = set()
+    for name in names:
+        problem = None
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            problem = "a name of letters, digits and _"
+        elif name in MOMENTS:
+            problem = "another name, since that tells the interaction's time in a template"
+        elif name in texts:
+            problem = "another name than that of a text column of the items"
+        elif name.lower() in seen:
+            problem = "names that differ in more than the case of letters"
+        if problem:
+            raise UserError(f"--event-cols {name}: expected {problem}. Rename the column.")
+        seen.add(name.lower())
+    return tuple(EventField(name=name) for name in names)
 
 
 def _expressions(

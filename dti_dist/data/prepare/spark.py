@@ -218,6 +218,11 @@ class _SparkTables:
         for rows in _to_driver(self._spark.sql(query)):
             self._duck.add(table, rows, doing)
 
+    def add(self, table: str, rows: pa.Table, doing: str) -> None:
+        with _task_errors():
+            frame = self._spark.createDataFrame(rows.to_pylist(), _spark_schema(rows.schema))
+            frame.createOrReplaceTempView(table)
+
     def take_items(self, writer: DatasetWriter) -> None:
         written = (path for path in sorted(writer.files) if path.startswith("items/"))
         parts = tuple(storage.join(writer.uri, path) for path in written)

@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
+import pyarrow as pa
+
 from dti_dist.data.dataset import (
     SPLITS,
     DayCounts,
@@ -61,6 +63,9 @@ class Tables(Protocol):
     def bring(self, table: str, query: str, doing: str) -> None:
         """Keep the result of a query, no larger than the item table, as a table of DuckDB on this
         machine."""
+
+    def add(self, table: str, rows: pa.Table, doing: str) -> None:
+        """Keep a small table of this process."""
 
     def place(self, input_order: int) -> str:
         """Where an interaction is in the input: "row 7 of FILE", counted from 1."""
