@@ -40,7 +40,7 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +98,10 @@ class RequestRule(_Record):
     context_only: str | None = None
 
 
+TASK_NAME = "[A-Za-z_][A-Za-z0-9_]*"
+"""A regular expression: tasks name columns in SQL."""
+
+
 class TaskRule(_Record):
     """One of several labels that are predicted.
 
@@ -105,7 +109,7 @@ class TaskRule(_Record):
         label: SQL expression, 0 or 1; of a further task it may be null, where it is unknown.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=f"^{TASK_NAME}$")]
     label: str
 
 

@@ -255,6 +255,8 @@ def _fingerprint(dataset: Dataset, split: str, settings: SampleSettings, tokens:
         parts.append("requests")
     if dataset.manifest.keep_negatives is not None and settings.for_training:
         parts.append("for training")
+    if dataset.manifest.weight or dataset.manifest.tasks:
+        parts.append("totals")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

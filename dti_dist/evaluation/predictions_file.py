@@ -6,6 +6,7 @@ It is the whole input of metrics, slices and comparisons, and stays in the run's
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 
 from dti_dist.config import StorageConfig
 from dti_dist.data import storage
-from dti_dist.data.dataset import Dataset, iter_sequences
+from dti_dist.data.dataset import TASK_NAME, Dataset, iter_sequences
 from dti_dist.data.index import RowGroup, SplitIndex
 from dti_dist.errors import UserError
 from dti_dist.evaluation.metrics import sql_errors
@@ -201,6 +202,8 @@ def read_about(file: Path) -> About:
     try:
         found = (pq.read_schema(file).metadata or {})[_ABOUT]
         about = About(**json.loads(found))
+        if not all(re.fullmatch(TASK_NAME, task) for task in about.tasks):
+            raise ValueError("tasks whose names are none")
         return replace(about, tasks=tuple(about.tasks))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from dti_dist.config import AttentionConfig, SampleConfig, StorageConfig, TemplateConfig
 from dti_dist.console import without_library_chatter
 from dti_dist.data import item_tokens
-from dti_dist.data.dataset import ONLY_TASK, Dataset
+from dti_dist.data.dataset import ONLY_TASK, TASK_NAME, Dataset
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs, cache_dir_of, template_of
@@ -128,6 +129,8 @@ def load_exported(
             if piece["field"]
         }
         tasks = tuple(map(str, settings.get("tasks") or (ONLY_TASK,)))
+        if not all(re.fullmatch(TASK_NAME, task) for task in tasks):
+            raise ValueError(f"tasks {tasks}, whose names are none")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{folder}: expected what dti-dist export writes, found something else: {error}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
@@ -266,6 +267,16 @@ def test_a_stored_label_that_is_none_is_found(tmp_path):
         2,
         "label_like[1]: expected 0 to 1, found 2",
     )
+
+
+def test_a_task_whose_name_would_be_sql_is_refused(tmp_path):
+    build_dataset(reader(tmp_path, random_events(seed=8)), str(tmp_path / "out"), BuildOptions())
+    manifest = tmp_path / "out/dataset.json"
+    fields = json.loads(manifest.read_text())
+    fields["tasks"][1]["name"] = "like FROM x; COPY x TO 'y'; --"
+    manifest.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"tasks\.1\.name"):
+        Dataset.open(str(tmp_path / "out"))
 
 
 def test_several_labels_from_the_command_line(tmp_path, capsys):

@@ -10,13 +10,13 @@ from typing import Any
 
 import duckdb
 
-from dti_dist.data.dataset import TaskRule
+from dti_dist.data.dataset import TASK_NAME, TaskRule
 from dti_dist.data.prepare.input_table import NULL, Family, family
 from dti_dist.errors import UserError, nearest
 from dti_dist.sql import quote
 
 _OPENING = "SELECT ("
-_NAMED = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)(.*)", re.S)
+_NAMED = re.compile(rf"\s*({TASK_NAME})\s*=(?!=)(.*)", re.S)
 
 
 def read_tasks(labels: Sequence[str]) -> tuple[TaskRule, ...]:
