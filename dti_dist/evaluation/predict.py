@@ -50,7 +50,9 @@ def predicted(
     for batch in batches:
         logits = model(batch.to(device)).float().cpu()
         used = batch.used > 0
-        probability = torch.sigmoid(logits[used]).numpy().reshape(batch.targets, -1)
+        probability = torch.sigmoid(logits[used]).numpy()
+        if probability.ndim == 1:
+            probability = probability[:, None]
         further = batch.further_labels
         yield (
             batch,

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from dti_dist.config import LoraConfig
-from dti_dist.data.dataset import UNKNOWN
+from dti_dist.data.dataset import UNKNOWN, InteractionRules, TaskRule
 from dti_dist.data.index import totals_of
-from dti_dist.data.layout import PackShape
-from dti_dist.data.samples import SampleSettings
+from dti_dist.data.layout import PackShape, build_pack
+from dti_dist.data.samples import Samples, SampleSettings
+from dti_dist.data.sequences import SequenceBlock
+from dti_dist.data.stream import Batch
+from dti_dist.evaluation.predict import Predictions, predicted
 from dti_dist.model.heads import Head
 from dti_dist.model.lora import add_adapters
 from dti_dist.serving.item_texts import ItemTexts
@@ -140,6 +143,22 @@ def test_further_tasks_leave_the_main_one_as_it_is_to_the_bit(head):
     assert torch.equal(several(batch)[..., 0], logits)
     more = several.state_dict().keys() - one.state_dict().keys()
     assert more == {"head.task_like", "head.task_buy"}
+
+
+@pytest.mark.parametrize("tasks", [(), TASKS])
+def test_batches_without_targets_have_predictions_of_none(tasks):
+    tokens, block = world()
+    rules = InteractionRules(tasks=tuple(TaskRule(name=task, label="x") for task in tasks))
+    empty = build_pack(Samples.none(), SequenceBlock.empty(rules), tokens, SHAPE)
+    model = ctr_model("llama", "budget", N, further_tasks=tasks[1:])
+    batch = Batch.collate([empty], SHAPE)
+    assert float(Head.loss(model(batch), batch).detach()) == 0
+    full = batch_of(block if tasks else replace(block, stored={}), tokens, N, K, SHAPE)
+    batches = [batch, full, batch]
+    found = [of for _, of in predicted(model, batches, torch.device("cpu"))]
+    joined = Predictions.join(found)
+    assert [len(of.row) for of in found] == [0, full.targets, 0]
+    assert joined.further_probability.shape == (full.targets, len(tasks[1:]))
 
 
 def test_vectors_of_further_tasks_train_beside_adapters():
