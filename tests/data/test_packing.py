@@ -203,6 +203,7 @@ def test_a_pack_is_what_laying_it_out_token_by_token_gives(
         "unit_place",
         "unit_context_end",
         "weight",
+        "further_labels",
         *(() if profiles else ("profile_start", "profile_end")),
     }
     assert pack.layout.shared is None

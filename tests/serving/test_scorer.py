@@ -160,7 +160,7 @@ def test_no_request_needs_a_shape_that_was_not_warmed_up(isolated, monkeypatch, 
 
     def note_pack(scorer, built, kept):
         packs.add(built.shape)
-        return np.zeros(built.shape.slots, dtype=np.float32)
+        return np.zeros((built.shape.slots, 1), dtype=np.float32)
 
     def note_states(model, ids, interactions):
         states.add(ids.shape[1])
