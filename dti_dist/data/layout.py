@@ -348,13 +348,12 @@ def write_texts(
     """
     if not len(items):
         return
-    pieces = items[:, None]
-    if tokens.item_pieces > 1:
-        pieces = pieces.astype(np.int64) * tokens.item_pieces + np.arange(tokens.item_pieces)
-    source = np.asarray(tokens.offsets)[pieces]
-    begin, runs_begin = start[:, None], start[:, None]
-    if len(tokens.of_item) > 1:
-        of_item = np.array(tokens.of_item)
+    if len(tokens.of_item) == 1:  # the usual case, where each step counts
+        source, begin, runs_begin = np.asarray(tokens.offsets)[items], start, start
+    else:
+        J, of_item = tokens.item_pieces, np.array(tokens.of_item)
+        pieces = items[:, None].astype(np.int64) * J + np.arange(J)
+        source = np.asarray(tokens.offsets)[pieces]
         lengths = np.empty((len(items), len(of_item)), dtype=np.int64)
         lengths[:, of_item] = np.asarray(tokens.offsets)[pieces + 1] - source
         lengths[:, ~of_item] = tokens.word_lengths[words]
@@ -365,9 +364,13 @@ def write_texts(
         runs_begin[:, 0] = start
     # Reading all of it as text of items, and then writing what is none, is fastest. A run is an
     # item's piece with what stands between it and the next.
-    runs = np.diff(runs_begin.ravel(), append=end)
+    runs_begin = runs_begin.ravel()
+    runs = np.empty_like(runs_begin)
+    np.subtract(runs_begin[1:], runs_begin[:-1], out=runs[:-1])
+    runs[-1] = end - runs_begin[-1]
     item_tokens = np.asarray(tokens.tokens)  # indexing is faster without the memory map's class
-    place = np.arange(start[0], end) + (source - begin).ravel().repeat(runs)
+    place = np.arange(start[0], end)
+    place += (source - begin).ravel().repeat(runs)
     ids[start[0] : end] = item_tokens.take(place, mode="clip")
     if tokens.words:
         to, of = piece_begin[:, ~of_item].ravel(), tokens.word_offsets[words].ravel()

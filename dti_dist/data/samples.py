@@ -238,6 +238,9 @@ def block_words(
     block: SequenceBlock, tokens: ItemTokens, chosen: IntArray | slice = slice(None)
 ) -> IntArray:
     """[chosen, W] the words of a block's interactions."""
+    if not tokens.words:
+        total = len(block.item_ids) if isinstance(chosen, slice) else len(chosen)
+        return np.empty((total, 0), dtype=np.int64)
     return tokens.word_rows(
         len(block.item_ids[chosen]), lambda name: block.codes(name, tokens.time_zone)[chosen]
     )

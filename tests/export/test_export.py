@@ -488,7 +488,7 @@ def test_the_card_says_what_was_trained_on_what_and_names_no_place(yes_no, tmp_p
         f"{figures['auc']:.4f} | {figures['log_loss']:.4f} |",
         "| test | sliding window | regression on five counts | "
         f"{figures['floors']['regression']['auc']:.4f} |",
-        "What is liked:\n<title of item 1>, <details of item 1>:N\n(hours later)\n",
+        "What is liked:\n<title of item 1> on Monday, <details of item 1>:N\n(hours later)\n",
         'dti_dist.Scorer.from_pretrained("FOLDER")',
         "**Plain transformers works**",
     ):
