@@ -261,7 +261,7 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
         model,
         config.sample.context,
         inputs.dataset.has_requests,
-        has_profile=inputs.tokens.profiles is not None,
+        inputs.tokens.profiles is not None,
     )
     return {
         "dti_dist_version": dti_dist.__version__,
