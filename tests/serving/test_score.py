@@ -353,7 +353,19 @@ def test_two_ranks_score_like_one(gap_model, synthetic, catalogue, tmp_path, cap
     out = tmp_path / "two"
     two = job(2, "score", exported, *options, "--out", out, module="dti_dist")
     run(two, tmp_path / "two.log")
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    # Kept states are computed beside others than on one rank, which changes the last bits.
+    one, other = (pq.read_table(tmp_path / folder) for folder in ("one", "two"))
+    assert [path.name for path in sorted(out.iterdir())] == [
+        path.name for path in sorted((tmp_path / "one").iterdir())
+    ]
+    for name in one.column_names:
+        if name == "scores":
+            found, wanted = (
+                np.asarray(table[name].combine_chunks().flatten()) for table in (one, other)
+            )
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+        else:
+            assert one[name] == other[name]
 
 
 @pytest.mark.slow
