@@ -57,7 +57,8 @@ def one_sample(text_lengths: list[int], targets: int) -> Packs:
         _append_interaction(body, 0, interaction, length)
     first = len(text_lengths) - targets
     tail = [Token(len(body) + s, "sum", 0, first + s) for s in range(targets)]
-    return Packs(_layout([body + tail], len(body)), [body + tail])
+    layout = _layout([body + tail], len(body))
+    return Packs(replace(layout, profile_start=None, profile_end=None), [body + tail])
 
 
 def _random_pack(

@@ -36,6 +36,7 @@ SHAPE = PackShape(length=512, slots=128)
 
 
 PIECES = (("item",), ("weekday", "item", "hour", "item"))
+EVERYTHING = {"profiles": True, "pieces": PIECES[1], "time_gaps": True, "prefix": 3}
 
 
 def world(seed=0, prefix=0, time_gaps=False, items=30, pieces=("item",), profiles=False):
@@ -83,11 +84,11 @@ def scores_of(model, block, tokens, n=N):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
 @pytest.mark.parametrize("policy", ["budget", "isolated"])
-@pytest.mark.parametrize("profiles", [False, True], ids=["", "profiles"])
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["", "everything"])
 def test_streaming_equals_sliding_window_and_scorer_under_exact_policies(
-    family, policy, positions, profiles
+    family, policy, positions, more
 ):
-    tokens, block = world(profiles=profiles)
+    tokens, block = world(**more)
     model = exact_model(family, policy, positions)
     streaming, sliding = (
         logits_and_gradients(model, batch_of(block, tokens, N, k, SHAPE)) for k in (K, 1)
