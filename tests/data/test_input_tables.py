@@ -428,7 +428,7 @@ REFUSED = {
     "a label of 0.7": (
         {"a.parquet": events(rating=[0, 1] * 20), "b.parquet": events(rating=[0.7] * ROWS)},
         {"label": "rating"},
-        r"0 or 1; 40 are not. The first is 0.7 in row 1 of \S+b.parquet",
+        r"0 or 1 in every .*; 40 have something else. The first is 0.7 in row 1 of \S+b.parquet",
     ),
     "a label of 2 after booleans": (
         {"a.parquet": events(rating=[True] * ROWS), "b.parquet": events(rating=[2] * ROWS)},

@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +28,7 @@ from dti_dist.data.prepare.movielens import read_movielens
 from dti_dist.data.samples import SampleSettings
 from dti_dist.errors import UserError
 from dti_dist.options import EventOptions, RequestOptions
+from tests.tiny import item_tokens
 
 COLUMNS = EventColumns("user", "item", "time", item_key="item", texts=("title",))
 START = 1_700_000_000
@@ -578,7 +579,8 @@ def test_appended_days_give_the_targets_and_contexts_of_all_at_once(
 
 
 def training_targets(uri, split):
-    dataset, tokens = Dataset.open(str(uri)), SimpleNamespace(gaps=(), lengths=range(12))
+    dataset = Dataset.open(str(uri))
+    tokens = item_tokens(np.random.default_rng(0), items=12)
     found, place = Counter(), 0
     for part in dataset.parts(split):
         with dataset.open_part(part) as file:

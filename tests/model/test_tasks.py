@@ -106,7 +106,7 @@ def test_the_loss_is_the_weighted_sum_of_each_tasks_mean_over_its_known_labels(r
         for (row, position), of_target in logits.items():
             label = labels[block.offsets[row - 100] + position]
             if label != UNKNOWN:
-                logit = float(of_target[task])
+                logit = float(of_target[task].detach())
                 losses.append(math.log1p(math.exp(-logit if label else logit)))
         totals.append(len(losses))
         expected += weight * sum(losses) / len(losses)
