@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--shown", type=int, default=5)
     parser.add_argument("--items", type=int, default=400)
     parser.add_argument("--depends-on", nargs="+", choices=EFFECTS, default=EFFECTS[:3])
-    parser.add_argument("--bots", type=float, default=0.0, help="share of clicks by bots")
+    parser.add_argument("--bots", type=float, default=0.0, help="share of rows of bots")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     random = np.random.default_rng(given.seed)
