@@ -292,7 +292,7 @@ class _Evaluation:
     def _find_floors(self, connection: duckdb.DuckDBPyConnection, scratch: Path) -> Floors | None:
         """None where they can't be found, which is said: the predictions are worth more."""
         if self.inputs.dataset.manifest.keep_negatives is not None:
-            say("no floors: train holds a part of the negatives alone, so its rates are others'")
+            say("no floors: train holds only a share of the negatives, so its rates mislead")
             return None
         try:
             return find_floors(

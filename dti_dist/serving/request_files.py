@@ -223,9 +223,8 @@ class RequestFiles:
         stamp_lists, _ = lists("history_timestamps")
         stamps_given = "history_timestamps" in table.schema.names
         for name, other in (("history_labels", label_lists), ("history_timestamps", stamp_lists)):
-            differ = np.flatnonzero(items.lengths != other.lengths)
-            if len(differ) and (name == "history_labels" or stamps_given):
-                row = int(differ[0])
+            row = _first_difference(items.lengths, other.lengths)
+            if row is not None and (name == "history_labels" or stamps_given):
                 raise fail(
                     row,
                     f"expected history_items and {name} of one length, found "
@@ -260,9 +259,7 @@ class RequestFiles:
         for name in self.fields:
             past, of_history = lists(f"history_{name}"), pa.nulls(len(items.values), pa.string())
             if f"history_{name}" in table.schema.names:
-                differ = np.flatnonzero(items.lengths != past[0].lengths)
-                if len(differ):
-                    row = int(differ[0])
+                if (row := _first_difference(items.lengths, past[0].lengths)) is not None:
                     raise fail(
                         row,
                         f"expected history_items and history_{name} of one length, found "
@@ -274,9 +271,7 @@ class RequestFiles:
                 of_candidates = pa.nulls(len(candidates.values), pa.string())
             elif _is_list(own.type):
                 own_lists, _ = lists(name)
-                differ = np.flatnonzero(candidates.lengths != own_lists.lengths)
-                if len(differ):
-                    row = int(differ[0])
+                if (row := _first_difference(candidates.lengths, own_lists.lengths)) is not None:
                     raise fail(
                         row,
                         f"expected a text in {name}, or as many as candidates, "
@@ -302,6 +297,12 @@ class RequestFiles:
             profiles=None if profiles is None else profiles.to_pylist(),
             events=events,
         )
+
+
+def _first_difference(one: IntArray, other: IntArray) -> int | None:
+    """The first row with another length; None where all are equal."""
+    differ = np.flatnonzero(one != other)
+    return int(differ[0]) if len(differ) else None
 
 
 def _row_at(offsets: IntArray, place: int) -> int:
