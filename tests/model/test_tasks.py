@@ -90,9 +90,14 @@ def test_streaming_equals_sliding_window_and_scorer_in_all_tasks(policy, head):
     assert np.array_equal(scorer.score_requests(scorer.cut(raw).requests), scores[:, 0])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("requests", [False, True])
-def test_the_loss_is_the_weighted_sum_of_each_tasks_mean_over_its_known_labels(requests):
+def test_the_loss_is_the_weighted_sum_of_each_tasks_mean_over_its_known_labels(requests, weighted):
     tokens, block = world(requests)
+    counts = np.ones(len(block.item_ids), dtype=np.float32)
+    if weighted:
+        counts = np.random.default_rng(1).integers(0, 4, len(counts)).astype(np.float32)
+        block = replace(block, stored={**block.stored, "weight": counts})
     model = model_of()
     batch = packed(block, tokens)
     logits = by_target(batch, model(batch).detach())
@@ -102,17 +107,18 @@ def test_the_loss_is_the_weighted_sum_of_each_tasks_mean_over_its_known_labels(r
     expected = 0.0
     totals = []
     for task, (weight, labels) in enumerate(zip(weights, columns, strict=True)):
-        losses = []
+        loss = known = 0.0
         for (row, position), of_target in logits.items():
-            label = labels[block.offsets[row - 100] + position]
-            if label != UNKNOWN:
+            at = block.offsets[row - 100] + position
+            if labels[at] != UNKNOWN:
                 logit = float(of_target[task].detach())
-                losses.append(math.log1p(math.exp(-logit if label else logit)))
-        totals.append(len(losses))
-        expected += weight * sum(losses) / len(losses)
+                loss += float(counts[at]) * math.log1p(math.exp(-logit if labels[at] else logit))
+                known += float(counts[at])
+        totals.append(known)
+        expected += weight * loss / known
     assert totals[0] > max(totals[1:])
     scales = tuple(w * totals[0] / known for w, known in zip(weights, totals, strict=True))
-    loss = Head.loss(model(batch), replace(batch, task_scales=scales)) / batch.step_targets
+    loss = Head.loss(model(batch), replace(batch, task_scales=scales)) / totals[0]
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
 
 
