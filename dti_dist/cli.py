@@ -190,6 +190,14 @@ def _is_date(_: Any, text: str) -> None:
         raise ValueError(f"expected a date such as 2024-05-03; found {text!r}")
 
 
+def _seeds(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
+    text = tokens[-1].value
+    parts = split_at_commas(text)
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"expected seeds such as 0,1,2; found {text!r}")
+    return tuple(map(int, parts))
+
+
 def _lengths(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
     text = tokens[-1].value
     try:
@@ -215,6 +223,14 @@ Checkpoint = Annotated[
 ]
 _N = Parameter(metavar="N")
 Several = Parameter(consume_multiple=True, metavar="N [N ...]")
+Launch = Annotated[
+    str | None,
+    Parameter(
+        metavar="WORDS",
+        help="The words that start a command of dti-dist, before its own, for several ranks, such "
+        'as "torchrun --standalone --nproc-per-node 8 -m dti_dist"; default: one process.',
+    ),
+]
 Counts = Annotated[tuple[PositiveInt, ...], Several]
 Json = Annotated[bool, Parameter(help="Print JSON instead of a table.")]
 Png = Annotated[str | None, LOCAL, Parameter(metavar="PNG")]
@@ -460,7 +476,7 @@ def daily(
     how: Annotated[EventOptions, Parameter(name="*")],
     requests: Annotated[RequestOptions, Parameter(name="*")] = _REQUESTS,
     build: Annotated[AppendOptions, Parameter(name="*")] = _APPEND,
-    launch: Annotated[str | None, Parameter(metavar="WORDS")] = None,
+    launch: Launch = None,
 ) -> int:
     """Append a day to the data set, and train the model of the day before on it.
 
@@ -473,24 +489,29 @@ def daily(
         day: The day's name, such as 2024-05-03. The same is done once.
         events: The day's interactions, all newer than the data set's: files, folders, globs, fsspec
             URLs.
-        launch: The words that start a command of dti-dist, before its own, for several ranks, such
-            as "torchrun --standalone --nproc-per-node 8 -m dti_dist"; default: one process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"expected one process, found {os.environ['WORLD_SIZE']} (WORLD_SIZE). Start this "
-            "command alone, and say by --launch how it starts the ranks that train."
-        )
+    start = _starter(launch)
     settings = _config(config, overrides)
-    from dti_dist.daily import daily, start
+    from dti_dist.daily import daily
     from dti_dist.data.prepare.append import append_to_dataset
 
     def append() -> None:
         read = event_reader(events, how, requests)
         say(str(append_to_dataset(read, settings.data.path, "roll", build, day)))
 
-    words = shlex.split(launch) if launch else [sys.executable, "-m", "dti_dist"]
-    return daily(day, settings, [config, *overrides], append, partial(start, words))
+    return daily(day, settings, [config, *overrides], append, start)
+
+
+def _starter(launch: str | None) -> Callable[[Sequence[str]], int]:
+    """Runs a command of dti-dist by the words of --launch, and gives its exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"expected one process, found {os.environ['WORLD_SIZE']} (WORLD_SIZE). Start this "
+            "command alone, and say by --launch how it starts the ranks that train."
+        )
+    from dti_dist.daily import start
+
+    return partial(start, shlex.split(launch) if launch else [sys.executable, "-m", "dti_dist"])
 
 
 @app.command(help_epilogue="example: dti-dist report runs/base runs/shop --out comparison.html")
@@ -841,6 +862,50 @@ def ablation(
     if not table:
         benchmark_ablation(Path(data), Path(work), list(seeds), jobs)
     print(ablation_table(Path(work), list(seeds)))
+
+
+@benchmark.command(
+    help_epilogue="example: dti-dist benchmark quality collm-ml1m --ml1m ml-1m.zip "
+    "--out runs/collm",
+)
+def quality(
+    protocol: Annotated[options.PublishedSplit, Parameter(help="A published split.")],
+    /,
+    *overrides: Annotated[Override, Parameter(help="Such as model.name=smollm2-135m.")],
+    ml1m: Annotated[str | None, LOCAL, Parameter(metavar="PATH")] = None,
+    download: bool = False,
+    config: Annotated[str | None, LOCAL, Parameter(metavar="FILE")] = None,
+    seeds: Annotated[
+        tuple[int, ...],
+        Parameter(converter=_seeds, n_tokens=1, metavar="N,N", show_default="0,1,2"),
+    ] = options.QUALITY_SEEDS,
+    split: Literal["valid", "test"] = "test",
+    launch: Launch = None,
+    out: Work,
+    json: Json = False,
+) -> int:
+    """A model beside published results on MovieLens-1M, on the very rows of their split.
+
+    Prepares the split, trains and evaluates once for each seed, and prints the mean with 95 %
+    intervals. A command that was stopped or killed goes on when it is given again.
+
+    Args:
+        ml1m: MovieLens-1M, a folder or a zip.
+        download: Fetch it from grouplens.org instead.
+        config: YAML of the model and its training (default: a small model from scratch).
+        seeds: Of the runs.
+        split: What is measured: choose settings by valid, and measure test at the end.
+        out: Folder of the data, the runs and the result, test.json or valid.json.
+    """
+    from dti_dist.benchmarks.quality import benchmark_quality, quality_table
+
+    found = benchmark_quality(
+        protocol, Path(out), ml1m, download, config, overrides, seeds, split, _starter(launch)
+    )
+    if isinstance(found, int):
+        return found
+    _print(found, json, quality_table)
+    return 0
 
 
 @benchmark.command(

@@ -12,7 +12,7 @@ sums with each group once. docs/evaluation.md says how precise that is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -223,12 +223,23 @@ def intervals(
 ) -> dict[str, list[float] | None]:
     """The bounds of those METRICS that are there; None where one is undefined, or is so in most of
     the resamples."""
-    deviations = _deviations(groups, drawn)
-    return {
-        name: None if exact[name] is None else _bounds(exact[name] + deviations[name])
-        for name in METRICS
-        if name in exact
-    }
+    return intervals_of_mean([(exact, groups)], drawn)
+
+
+def intervals_of_mean(
+    measured: Sequence[tuple[Mapping[str, Any], Groups]], drawn: npt.NDArray[np.integer]
+) -> dict[str, list[float] | None]:
+    """As `intervals`, of each metric's mean over models that were measured on the same targets.
+    All are resampled alike: the bounds say what other users would change, not other models."""
+    deviations = [_deviations(groups, drawn) for _, groups in measured]
+    found: dict[str, list[float] | None] = {}
+    for name in [name for name in METRICS if name in measured[0][0]]:
+        exact = [figures[name] for figures, _ in measured]
+        found[name] = None
+        if None not in exact:
+            of_models = [of[name] for of in deviations]
+            found[name] = _bounds(np.mean(exact) + np.mean(of_models, axis=0))
+    return found
 
 
 @dataclass(frozen=True)

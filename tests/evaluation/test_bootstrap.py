@@ -8,7 +8,14 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import auc, log_loss, roc_auc_score
 
-from dti_dist.evaluation.bootstrap import METRICS, differences, draw, intervals, read_groups
+from dti_dist.evaluation.bootstrap import (
+    METRICS,
+    differences,
+    draw,
+    intervals,
+    intervals_of_mean,
+    read_groups,
+)
 from dti_dist.evaluation.curves import reliability, roc
 from dti_dist.evaluation.metrics import measure
 from dti_dist.evaluation.request_metrics import REQUEST_METRICS, measure_requests
@@ -217,3 +224,19 @@ def test_a_sample_without_a_request_of_both_labels_leaves_their_metrics_undefine
     found = intervals(*without, draw(40, 200))
     assert found.keys() == set(METRICS) - set(REQUEST_METRICS)
     assert differences(without, without, draw(40, 200)).keys() == found.keys()
+
+
+def test_intervals_of_a_mean_are_those_of_the_mean_in_each_resample():
+    user, labels, probabilities = simulated(200, 5, seed=6)
+    other = simulated(200, 5, seed=6, noise=2.0)[2]
+    both = [measured(user, labels, which) for which in (probabilities, other)]
+    drawn = draw(200, 300)
+    found = intervals_of_mean(both, drawn)
+    assert intervals_of_mean(both[:1], drawn) == intervals(*both[0], drawn)
+    losses = [
+        -np.log(np.where(labels == 1, p, 1 - p.astype(float))) for p in (probabilities, other)
+    ]
+    counts = drawn[:, user]
+    means = counts @ np.mean(losses, axis=0) / counts.sum(axis=1)
+    # Groups have random users, here one each: which is which changes no distribution.
+    assert found["log_loss"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=1e-6)
