@@ -87,7 +87,7 @@ app = App(
 )
 benchmark = App(
     name="benchmark",
-    help="Measure speed in comparisons, turn by turn in one run.",
+    help="Measure speed and quality in comparisons.",
     help_epilogue="example: dti-dist benchmark paradigm launch/recipes/ml1m_tiny.yaml --rounds 3",
 )
 app.command(prepare)

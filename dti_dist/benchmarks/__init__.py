@@ -1,1 +1,1 @@
-"""Speed, measured: each command compares ways of doing the same work, turn by turn in one run."""
+"""Speed and quality, measured in comparisons; what is timed takes turns in one run."""

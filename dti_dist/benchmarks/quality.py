@@ -43,8 +43,8 @@ from dti_dist.words import NONE, duration, short
 METRICS = ("auc", "uauc", "log_loss")
 
 # Chosen by the AUC of valid of collm-ml1m; docs/scoreboard.md says what was tried.
+_CONTEXT: dict[PublishedSplit, int] = {"collm-ml1m": 40, "rella-ml1m": 30}  # ReLLa's own: 30
 _MODEL: dict[str, Any] = {
-    "sample": {"context": 10, "targets": 40},
     "template": {"item": "{title}", "max_item_tokens": 24},
     "pack": {"length": 4096},
     "model": {
@@ -144,7 +144,8 @@ def _settings(
             raise UserError(f"{override}: expected a setting of the model; {of} says it.")
     with tempfile.TemporaryDirectory() as folder:
         default = Path(folder) / "default.yaml"
-        default.write_text(yaml.safe_dump(_MODEL))
+        sample = {"context": _CONTEXT[protocol], "targets": 40}
+        default.write_text(yaml.safe_dump(_MODEL | {"sample": sample}))
         own = {
             "run_dir": str(out / "run"),
             "data.path": str(data),
