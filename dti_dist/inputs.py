@@ -40,9 +40,8 @@ from dti_dist.model.weights import BaseWeights, Placement, fill
 def template_of(template: TemplateConfig, dataset: Dataset) -> Template:
     """Raises UserError where the template names what the data set has not."""
     manifest = dataset.manifest
-    events = {field.name: field.values for field in manifest.event_columns}
     return Template.for_items(
-        template, manifest.item_text_columns, manifest.user_text_columns, events
+        template, manifest.item_text_columns, manifest.user_text_columns, manifest.event_columns
     )
 
 

@@ -254,8 +254,13 @@ def _columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
     return tuple(split_at_commas(tokens[-1].value))
 
 
+def _all_columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(split_at_commas(",".join(token.value for token in tokens)))
+
+
 _COLUMN = Parameter(metavar="COL")
 _COLUMNS = Parameter(converter=_columns, n_tokens=1, metavar="COL,COL")
+_CLASSES = Parameter(converter=_all_columns, n_tokens=1, metavar="COL=N,COL=N")
 
 
 @dataclass(frozen=True)
@@ -280,7 +285,9 @@ class EventOptions:
         users: A table with a row for each user, likewise.
         user_key: That table's id (default: as --user-col).
         user_text_cols: That table's texts, for template.profile.
-        event_cols: Text columns of the events that template.item may name, such as the device.
+        event_cols: Columns of the events that template.item may name, such as the device.
+        bucket: Columns of numbers among --event-cols, each with the number of classes of about the
+            same size to put them into, 2 to 1000; templates show a class, such as "5 to 20".
     """
 
     items: Annotated[
@@ -303,6 +310,7 @@ class EventOptions:
     user_key: Annotated[str | None, _COLUMN] = None
     user_text_cols: Annotated[tuple[str, ...], _COLUMNS] = ()
     event_cols: Annotated[tuple[str, ...], _COLUMNS] = ()
+    bucket: Annotated[tuple[str, ...], _CLASSES] = ()
 
     def __post_init__(self) -> None:
         refuse_share(self.keep_negatives)

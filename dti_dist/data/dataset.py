@@ -147,15 +147,20 @@ class StoredColumn:
 
 
 class EventField(_Record):
-    """A text column of the events, whose values interactions have.
+    """A column of the events, whose values interactions have: texts, or classes of numbers.
 
     Attributes:
         name: of the column, and of the template's field.
-        values: in the order of their codes, which begin with 1; code 0 is no value, null or empty.
+        values: texts in the order of their codes, which begin with 1; code 0 is no value, null or
+            empty. Of classes see `dti_dist.data.classes`.
+        classes: as many as were asked for of a column of numbers; None: its values are texts.
+        borders: between the classes.
     """
 
     name: str
     values: tuple[str, ...] = ()
+    classes: int | None = None
+    borders: tuple[float, ...] = ()
 
     @property
     def stored(self) -> str:
@@ -179,7 +184,8 @@ class InteractionRules(_Record):
         keep_negatives: the share of the targets with label 0 that training is to see, drawn by a
             hash of the interaction. None: all.
         user_text_columns: texts of users; a sequence names a row of the table of profiles.
-        event_columns: texts of the moment, such as the device, that ``template.item`` may name.
+        event_columns: texts of the moment, such as the device, and classes of numbers, such as the
+            price, that ``template.item`` may name.
     """
 
     requests: RequestRule | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dti_dist.config import TemplateConfig
+from dti_dist.data.dataset import EventField
 from dti_dist.errors import UserError, nearest
 
 # Upper bounds in seconds, each with the words for a gap below it.
@@ -62,49 +64,59 @@ class Template:
         columns: of items.
         pieces: of an interaction's text, in order; without the words for a time gap before them.
         profile_columns: of users.
+        borders: of fields that are numbers: between the classes that `pieces` show.
     """
 
     config: TemplateConfig
     columns: tuple[str, ...]
     pieces: tuple[Piece, ...]
     profile_columns: tuple[str, ...] = ()
+    borders: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def alone(
-        config: TemplateConfig, of_events: Mapping[str, Sequence[str]] | None = None
+        config: TemplateConfig,
+        of_events: Mapping[str, Sequence[str]] | None = None,
+        borders: Mapping[str, tuple[float, ...]] | None = None,
     ) -> Template:
         """The template of items that have whatever columns it names.
 
         Args:
             of_events: fields that are not the item's but the interaction's, and their values.
+            borders: of those that are numbers.
         """
         of_events = of_events or {}
         columns = tuple(name for name in _fields(config) if name not in of_events)
         for name in columns:
             if "." in name or "[" in name:
                 raise _not_a_format(config.item, ValueError(f"{name!r} is more than a column"))
-        return Template(config, columns, _pieces(config, of_events), _profile_columns(config))
+        pieces = _pieces(config, of_events)
+        return Template(config, columns, pieces, _profile_columns(config), borders or {})
 
     @staticmethod
     def for_items(
         config: TemplateConfig,
         item_text_columns: Sequence[str],
         user_text_columns: Sequence[str] = (),
-        event_columns: Mapping[str, Sequence[str]] | None = None,
+        event_columns: Sequence[EventField] = (),
     ) -> Template:
         """An item's column goes before a field of the interaction that has the same name.
 
         Args:
-            event_columns: text columns of the events, and the values of each.
+            event_columns: of the events.
 
         Raises UserError when the item template is not a format string of these, or that of the
         profile not one of the users' columns.
         """
-        event_columns = event_columns or {}
         of_events: dict[str, Sequence[str]] = dict(MOMENTS)
-        of_events |= {name: (config.missing, *values) for name, values in event_columns.items()}
+        of_events |= {column.name: (config.missing, *column.values) for column in event_columns}
         of_events = {k: v for k, v in of_events.items() if k not in item_text_columns}
         fields = _fields(config)
+        borders = {
+            column.name: column.borders
+            for column in event_columns
+            if column.borders and column.name in fields and column.name in of_events
+        }
         columns = tuple(name for name in fields if name not in of_events)
         profile_columns = _profile_columns(config, user_text_columns)
         if not columns:
@@ -118,10 +130,15 @@ class Template:
                     f"template.item names the column {field!r}, which the items don't have."
                     f"{nearest(field, [*item_text_columns, *of_events])} "
                     f"Item text columns: {', '.join(item_text_columns)}."
-                    + (f" Event columns: {', '.join(event_columns)}." if event_columns else "")
+                    + (
+                        f" Event columns: {', '.join(column.name for column in event_columns)}."
+                        if event_columns
+                        else ""
+                    )
                 )
         try:
-            template = Template(config, columns, _pieces(config, of_events), profile_columns)
+            pieces = _pieces(config, of_events)
+            template = Template(config, columns, pieces, profile_columns, borders)
             for piece in template.pieces:
                 piece.text(dict.fromkeys(fields, ""))
         except (ValueError, LookupError, AttributeError) as error:  # such as {title:d}

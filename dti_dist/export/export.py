@@ -256,7 +256,7 @@ def hugging_face_value(model: CTRModel, name: str, read: Reader) -> torch.Tensor
 def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
     """What a program needs beside the weights to build prompts and read predictions."""
     config = inputs.config
-    requests = inputs.dataset.manifest.requests
+    requests, borders = inputs.dataset.manifest.requests, inputs.template.borders
     why_not = why_not_plain(
         model,
         config.sample.context,
@@ -273,6 +273,7 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
         "keep_negatives": inputs.dataset.manifest.keep_negatives,
         "pieces": [
             {"format": piece.format, "field": piece.field, "values": piece.values}
+            | ({"borders": borders[piece.field]} if piece.field and piece.field in borders else {})
             for piece in inputs.template.pieces
         ],
         "requests": requests and requests.model_dump(mode="json"),

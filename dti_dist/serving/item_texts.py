@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dti_dist.data.classes import class_codes
+from dti_dist.data.dataset import EventField
 from dti_dist.data.item_tokens import (
     ItemTokens,
     encode,
@@ -23,7 +25,7 @@ from dti_dist.data.template import MOMENTS, Template
 from dti_dist.data.text_encoder import TextEncoder
 from dti_dist.errors import UserError, nearest
 from dti_dist.serving.profile_texts import ProfileTexts
-from dti_dist.serving.texts import as_text
+from dti_dist.serving.texts import as_number, as_text
 
 Item = str | Mapping[str, str]
 
@@ -121,33 +123,44 @@ class ItemTexts:
             self._row_of[text] = int(row)
         return np.array([self._row_of.get(text, -1) for text in texts], dtype=np.int64)
 
-    def event_codes(self, items: Sequence[Item]) -> dict[str, IntArray]:
+    def event_codes(self, items: Sequence[Item]) -> tuple[dict[str, IntArray], int]:
         """[items] by event column, the code of each one's value; 0 where it has none, or one that
-        the model has not learned.
+        the model has not learned. And how many of the latter there are.
 
         Raises:
-            UserError: a value is not text.
+            UserError: a value is not text, or of a column of numbers no number.
         """
-        found = {}
-        for name, codes in self._codes.items():
+        found, unseen = {}, 0
+        for name, column in self.event_columns.items():
             values = [item.get(name) if isinstance(item, Mapping) else None for item in items]
-            texts = [as_text(v, f"Item {n}, {name}") for n, v in enumerate(values)]
+            places = [f"Item {number}, {name}" for number in range(len(items))]
+            if column.borders:
+                found[name] = class_codes(list(map(as_number, values, places)), column.borders)
+                continue
+            texts, codes = list(map(as_text, values, places)), self._codes[name]
             found[name] = np.array([codes.get(text, 0) for text in texts], dtype=np.int64)
-        return found
+            unseen += sum(text not in codes for text in texts if text)
+        return found, unseen
+
+    @cached_property
+    def event_columns(self) -> dict[str, EventField]:
+        """Those that the template names."""
+        return {
+            name: EventField(
+                name=name, values=piece.values[1:], borders=self.template.borders.get(name, ())
+            )
+            for piece in self.template.event_pieces
+            for name in [str(piece.field)]
+            if name not in MOMENTS
+        }
 
     @cached_property
     def _codes(self) -> dict[str, dict[str, int]]:
         """By event column, the code of each value."""
         return {
-            str(piece.field): {value: code for code, value in enumerate(piece.values) if code}
-            for piece in self.template.event_pieces
-            if piece.field not in MOMENTS
+            name: {value: code for code, value in enumerate(column.values, start=1)}
+            for name, column in self.event_columns.items()
         }
-
-    @property
-    def event_columns(self) -> dict[str, tuple[str, ...]]:
-        """The values of each, in the order of their codes, from 1 on."""
-        return {name: tuple(codes) for name, codes in self._codes.items()}
 
     def keep(self, items: Sequence[Item]) -> IntArray:
         """New rows that hold for good, one for each item; -1 for one without text.

@@ -128,6 +128,14 @@ def load_exported(
             for piece in settings.get("pieces", ())
             if piece["field"]
         }
+        borders = {
+            str(piece["field"]): tuple(map(float, piece["borders"]))
+            for piece in settings.get("pieces", ())
+            if piece.get("borders")
+        }
+        for name, between in borders.items():
+            if len(of_events[name]) != len(between) + 2:
+                raise ValueError(f"{len(between)} borders between the classes of {name!r}")
         tasks = tuple(map(str, settings.get("tasks") or (ONLY_TASK,)))
         if not all(re.fullmatch(TASK_NAME, task) for task in tasks):
             raise ValueError(f"tasks {tasks}, whose names are none")
@@ -138,7 +146,7 @@ def load_exported(
         ) from error
     dataset = None
     if data is None:
-        items = ItemTexts.none_yet(Template.alone(config, of_events), tokenizer, sum_id)
+        items = ItemTexts.none_yet(Template.alone(config, of_events, borders), tokenizer, sum_id)
     else:
         dataset = Dataset.open(data, storage=storage)
         template = template_of(config, dataset)
@@ -149,6 +157,11 @@ def load_exported(
                 f"{data}: expected a data set in which template.item {config.item!r} reads as in "
                 f"training; found {differ}, a column of the items in one of the two, and of the "
                 "interaction in the other. Rename the items' column."
+            )
+        if template.borders != borders:
+            raise UserError(
+                f"{data}: expected the classes of numbers of the data set that the model was "
+                "trained on; found others. Give that data set, or one that was appended to it."
             )
         cache = cache_dir_of(dataset)
         tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from dti_dist.config import StorageConfig
 from dti_dist.data import storage
+from dti_dist.data.dataset import EventField
 from dti_dist.data.samples import IntArray
 from dti_dist.errors import UserError, nearest
 from dti_dist.serving.given import MOST_SECONDS
@@ -59,8 +60,8 @@ class RequestRows:
         has_history: [R] whether the request brings its history.
         times: [R] int64 seconds, the largest int64 where not given; None without the column.
         profiles: [R] texts of each user by column, None where not given; None without the column.
-        events: by event column, texts of the interactions of histories and of candidates, null
-            where not given.
+        events: by event column, texts, or of one with borders float64, of the interactions of
+            histories and of candidates, null where not given.
     """
 
     first: int
@@ -81,13 +82,13 @@ class RequestFiles:
     """All requests of a file, or of the Parquet files of a folder in the order of their names.
 
     Reads any range of them; the row group read last stays in memory. Of each of `fields` the column
-    of its name has the text of a request's candidates, or a list of theirs, and history_… a list.
+    of its name has the value of a request's candidates, or a list of theirs, and history_… a list.
     """
 
     files: list[_File]
     schema: pa.Schema
     settings: StorageConfig
-    fields: tuple[str, ...] = ()
+    fields: Mapping[str, EventField] = field(default_factory=dict)
     _last: tuple[tuple[str, int], pa.Table] | None = field(default=None, repr=False)
 
     @classmethod
@@ -193,6 +194,21 @@ class RequestFiles:
                 ) from error
             return found
 
+        def numbers(values: pa.Array, name: str, offsets: IntArray) -> pa.Array:
+            kind = values.type
+            if not (
+                pa.types.is_integer(kind)
+                or pa.types.is_floating(kind)
+                or pa.types.is_decimal(kind)
+                or pa.types.is_null(kind)
+            ):
+                raise fail(
+                    0, f"{name}: expected numbers, of which prepare made classes; found {kind}."
+                )
+            if pa.types.is_float32(kind) or pa.types.is_decimal(kind):  # by their digits
+                values = pc.cast(values, pa.string())
+            return pc.cast(values, pa.float64(), safe=False)
+
         def ids(name: str) -> tuple[Lists, npt.NDArray[np.bool_]]:
             found, given = lists(name)
             return Lists(text(found.values, name, found.offsets), found.offsets), given
@@ -256,8 +272,9 @@ class RequestFiles:
             users = text(users, "user_id", np.arange(rows + 1))
         profiles = column("profile")
         events = {}
-        for name in self.fields:
-            past, of_history = lists(f"history_{name}"), pa.nulls(len(items.values), pa.string())
+        for name, event_field in self.fields.items():
+            kind, read = (pa.float64(), numbers) if event_field.borders else (pa.string(), text)
+            past, of_history = lists(f"history_{name}"), pa.nulls(len(items.values), kind)
             if f"history_{name}" in table.schema.names:
                 if (row := _first_difference(items.lengths, past[0].lengths)) is not None:
                     raise fail(
@@ -265,21 +282,21 @@ class RequestFiles:
                         f"expected history_items and history_{name} of one length, found "
                         f"{items.lengths[row]} and {past[0].lengths[row]}.",
                     )
-                of_history = text(past[0].values, f"history_{name}", past[0].offsets)
+                of_history = read(past[0].values, f"history_{name}", past[0].offsets)
             own = column(name)
             if own is None:
-                of_candidates = pa.nulls(len(candidates.values), pa.string())
+                of_candidates = pa.nulls(len(candidates.values), kind)
             elif _is_list(own.type):
                 own_lists, _ = lists(name)
                 if (row := _first_difference(candidates.lengths, own_lists.lengths)) is not None:
                     raise fail(
                         row,
-                        f"expected a text in {name}, or as many as candidates, "
+                        f"expected one value in {name}, or as many as candidates, "
                         f"{candidates.lengths[row]}; found {own_lists.lengths[row]}.",
                     )
-                of_candidates = text(own_lists.values, name, own_lists.offsets)
+                of_candidates = read(own_lists.values, name, own_lists.offsets)
             else:
-                whole = text(own, name, np.arange(rows + 1))
+                whole = read(own, name, np.arange(rows + 1))
                 of_candidates = whole.take(np.arange(rows).repeat(candidates.lengths))
             events[name] = of_history, of_candidates
         of_histories = {*HISTORY_COLUMNS, *(f"history_{name}" for name in self.fields)}

@@ -86,6 +86,7 @@ class RawRequests:
         profiles: [R] rows of the tokens' profiles; None where the tokens have none.
         events: by event column, [H] and [C] codes of its values; of a column that is not there all
             have no value.
+        unseen_values: how many of these are none because the model has not learned them.
     """
 
     items: IntArray
@@ -98,6 +99,7 @@ class RawRequests:
     whose: Whose | None = None
     profiles: IntArray | None = None
     events: Mapping[str, tuple[IntArray, IntArray]] = field(default_factory=dict)
+    unseen_values: int = 0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ import dti_dist
 from dti_dist.config import StorageConfig
 from dti_dist.console import progress, say
 from dti_dist.data import storage
-from dti_dist.data.dataset import MANIFEST, Dataset
+from dti_dist.data.classes import class_codes
+from dti_dist.data.dataset import MANIFEST, Dataset, EventField
 from dti_dist.data.prepare.events import read_item_table
 from dti_dist.data.samples import IntArray
 from dti_dist.errors import UserError
@@ -302,7 +303,7 @@ class PartScorer:
                 "times."
             )
         histories = None
-        files.fields = tuple(scorer.items.event_columns)
+        files.fields = scorer.items.event_columns
         if files.names_users and dataset is not None:
             workspace = stack.enter_context(open_workspace(threads=options.threads))
             rows = _rows_of_parts(files, mine, options.part_requests)
@@ -352,10 +353,11 @@ class PartScorer:
             timestamps = np.empty(0, dtype=np.int64)
         counts = Counter(unknown_users=int((~rows.has_history).sum()))
         user, begins = np.arange(R), np.zeros(R, dtype=np.int64)
-        events = {
-            name: (_codes(rows.events[name][0], values), _codes(rows.events[name][1], values))
-            for name, values in self.scorer.items.event_columns.items()
-        }
+        events, unseen = {}, 0
+        for name, column in self.scorer.items.event_columns.items():
+            past, of_candidates = rows.events[name]
+            events[name] = _codes(past, column), _codes(of_candidates, column)
+            unseen += _unseen(past, column) + _unseen(of_candidates, column)
         if self.histories is not None and counts["unknown_users"]:
             found = self.histories.of(rows.first, rows.first + R)
             counts["unknown_users"] -= len(found.rows)
@@ -401,6 +403,7 @@ class PartScorer:
                 whose=Whose(user, begins),
                 profiles=self._profiles(rows),
                 events=events,
+                unseen_values=unseen,
             ),
             counts,
         )
@@ -421,10 +424,21 @@ class PartScorer:
         return known
 
 
-def _codes(texts: pa.Array, values: Sequence[str]) -> IntArray:
-    """[texts] codes of an event column's values; 0 for none, and for one that is not known."""
-    found = pc.index_in(texts, value_set=pa.array(values, pa.string()))
+def _codes(given: pa.Array, column: EventField) -> IntArray:
+    """[given] codes of an event column's values; 0 for none, and for one that is not known."""
+    if column.borders:
+        numbers = pc.fill_null(given, np.nan).to_numpy(zero_copy_only=False)
+        return class_codes(numbers, column.borders)
+    found = pc.index_in(given, value_set=pa.array(column.values, pa.string()))
     return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+
+
+def _unseen(given: pa.Array, column: EventField) -> int:
+    """How many values are not known; each number has a class."""
+    if column.borders:
+        return 0
+    found = pc.is_in(given, value_set=pa.array(["", None, *column.values], pa.string()))
+    return len(found) - found.true_count
 
 
 def _score_columns(tasks: Sequence[str]) -> list[str]:
@@ -475,6 +489,7 @@ def _counts(
             "history_not_before_request": cut.future + looked_up["history_not_before_request"],
             "history_older_than_n": cut.older + looked_up["history_older_than_n"],
             "histories_sorted": cut.sorted,
+            "event_values_unseen": raw.unseen_values,
         }
     )
 
@@ -550,5 +565,7 @@ def _remarks(counts: Counter[str], examples: list[str]) -> list[str]:
         "history_not_before_request": "interactions of histories are not before their request and "
         "were left out",
         "histories_sorted": "histories were not in time order and were sorted",
+        "event_values_unseen": "values of event columns are none that training saw, and count as "
+        "missing",
     }
     return [f"{counts[name]:,} {text}." for name, text in texts.items() if counts[name]]

@@ -208,6 +208,12 @@ class Scorer:
                 "and were left out.",
                 stacklevel=3,
             )
+        if raw.unseen_values:
+            warnings.warn(
+                f"{raw.unseen_values} values of event columns are none that training saw, and "
+                "count as missing.",
+                stacklevel=3,
+            )
         scores = self.score_tasks_of_requests(cut.requests)
         return [scores[first:end] for first, end in pairwise(raw.candidate_offsets)]
 
@@ -281,9 +287,9 @@ class Scorer:
         candidates = list(chain.from_iterable(request.candidates for request in requests))
         items = [*(past.item for past in interactions), *candidates]
         rows = self.items.rows_of(items)
+        codes, unseen = self.items.event_codes(items)
         events = {
-            name: (codes[: len(interactions)], codes[len(interactions) :])
-            for name, codes in self.items.event_codes(items).items()
+            name: (of[: len(interactions)], of[len(interactions) :]) for name, of in codes.items()
         }
         without = np.flatnonzero(rows < 0)
         if len(without):
@@ -307,6 +313,7 @@ class Scorer:
             times=_times(requests),
             profiles=self._profiles([request.profile for request in requests]),
             events=events,
+            unseen_values=unseen,
         )
 
     def _profiles(self, given: Sequence[Profile | None]) -> npt.NDArray[np.int64] | None:

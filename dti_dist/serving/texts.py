@@ -1,9 +1,13 @@
-"""Values that callers give as texts."""
+"""Values that callers give as texts and numbers."""
 
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from dti_dist.errors import UserError
 
@@ -29,6 +33,21 @@ def as_text(value: Any, where: str) -> str:
     except UnicodeEncodeError as error:  # half of a surrogate pair
         raise _not_utf8(where, error) from error
     return value
+
+
+def as_number(value: Any, where: str) -> float:
+    """NaN for None.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if value is None:
+        return math.nan
+    if isinstance(value, np.floating):  # by its digits: 0.1, not the nearest float32
+        return float(str(value))
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
+        raise UserError(f"{where}: expected a number, found {value!r:.60}.")
+    return float(value)
 
 
 def _not_utf8(where: str, error: UnicodeError) -> UserError:

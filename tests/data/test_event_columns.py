@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from functools import partial
@@ -148,7 +149,7 @@ def test_names_that_a_template_could_not_mean_are_refused(tmp_path, event_cols, 
     ("values", "message"),
     [
         (lambda n: f"page {n}", "at most 20 different texts; found more.*sessions"),
-        (lambda n: n / 4, "at most 10 different numbers; found more.*a few classes"),
+        (lambda n: n / 4, "at most 10 different numbers; found more.*--bucket page=10,"),
     ],
 )
 def test_columns_of_too_many_values_are_refused(tmp_path, monkeypatch, values, message):
@@ -248,13 +249,29 @@ def test_scores_are_those_of_evaluation(exported, prepared):
             requests.append(Request(past[:at], [item, other, without], past[at].timestamp))
     for data in (None, str(prepared[0])):
         scorer = Scorer.from_pretrained(folder, device="cpu", data=data)
-        scores = np.array(scorer.score_batch(requests))
+        with pytest.warns(UserWarning, match=f"^{len(requests)} values of event columns are none"):
+            scores = np.array(scorer.score_batch(requests))
         expected = target_scores(load_exported(folder, str(prepared[0])).model, inputs)
         assert keys
         assert expected.keys() == set(keys)
         assert np.abs(scores[:, 0] - [expected[key] for key in keys]).max() < 1e-5
         assert np.abs(scores[:, 1] - scores[:, 2]).max() < 1e-6, "what is unknown is missing"
         assert np.abs(scores[:, 0] - scores[:, 1]).max() > 1e-3, "the device is read"
+
+
+def test_values_that_training_did_not_see_are_counted(exported, prepared, tmp_path, capsys):
+    common = {"history_items": ["i1", "i2"], "history_labels": [0, 1], "timestamp": START}
+    common |= {"history_timestamps": [START - 9, START - 8], "candidates": ["i3", "i4"]}
+    rows = [
+        {"device": "phone", "page": ["home", None], "history_device": ["", "télé"]},
+        {"device": "fridge", "page": ["home", "hall"], "history_device": ["fridge", None]},
+    ]
+    pq.write_table(pa.Table.from_pylist([common | row for row in rows]), tmp_path / "r.parquet")
+    arguments = ["--requests", str(tmp_path / "r.parquet"), "--data", str(prepared[0])]
+    assert main(["score", str(exported[0]), *arguments, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "_scores.json").read_text())["event_values_unseen"] == 4
+    said = capsys.readouterr().err
+    assert said.count("4 values of event columns are none that training saw") == 1
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["looked up", "given"])

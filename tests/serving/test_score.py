@@ -536,6 +536,7 @@ def test_every_odd_request_has_an_outcome(model, synthetic, catalogue, tmp_path,
         "history_not_before_request": 1,
         "history_older_than_n": 27 + len(interactions_of(synthetic, user["user_id"])) - N,
         "histories_sorted": 1,
+        "event_values_unseen": 0,
     }
     for line in (
         "2 candidates have no text and a null score, e.g. 'no such item'",

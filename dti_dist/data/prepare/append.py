@@ -140,7 +140,7 @@ def append_to_dataset(
         of_texts = empty_texts(tables, first=dataset.manifest.counts.items)
         unknown_items, of_items = keep_known(tables, options.unknown_items, unknown)
         of_requests = form_requests(tables)
-        rules = number_values(tables, dataset.manifest)
+        number_values(tables, dataset.manifest)
         days = count_days(tables, targets_of(tables, "interactions"))
         _check_newer(tables, dataset.manifest)
         users = count_users(tables, fewest=1)
@@ -201,7 +201,7 @@ def append_to_dataset(
     )
     old_files = {p: entry for p, entry in dataset.manifest.files.items() if p not in replaced}
     manifest = _manifest(dataset.manifest, record, writer.splits, old_files | new, statistics)
-    manifest = manifest.model_copy(update={"event_columns": rules.event_columns})
+    manifest = manifest.model_copy(update={"event_columns": tables.rules.event_columns})
     _check_written(uri, new)
     if storage.read_bytes(storage.join(uri, MANIFEST)) != before:
         raise UserError(
@@ -297,6 +297,7 @@ def _tasks_in_words(names: list[str]) -> str:
 def _in_words(rules: InteractionRules) -> str:
     """The options of prepare that say the same."""
     rule, options = rules.requests, ["--requests none"]
+    classes = {field.name: field.classes for field in rules.event_columns if field.classes}
     if rule:
         options = ["--requests time" if rule.by == "time" else f"--request-col {rule.column}"]
     for option, value in [
@@ -305,6 +306,7 @@ def _in_words(rules: InteractionRules) -> str:
         ("weight", rules.weight),
         ("keep-negatives", rules.keep_negatives and f"{rules.keep_negatives:g}"),
         ("event-cols", ",".join(field.name for field in rules.event_columns)),
+        ("bucket", ",".join(f"{name}={count}" for name, count in classes.items())),
     ]:
         if value:
             options.append(f"--{option} {shlex.quote(value)}")

@@ -144,7 +144,7 @@ def build_dataset(
         tables.take_items(writer)
         unknown_items, of_items = keep_known(tables, options.unknown_items, unknown)
         of_requests = form_requests(tables)
-        rules = number_values(tables)
+        of_values = number_values(tables)
         if texts := source.rules.user_text_columns:
             writer.write_profiles(profile_batches(duck), texts)
             tables.take_profiles(writer)
@@ -171,13 +171,13 @@ def build_dataset(
             interactions_left_out=users.interactions_left_out,
             context_limit=options.context_limit,
             split=rule,
-            rules=rules,
+            rules=tables.rules,
             item_text_columns=source.text_columns,
             unknown_items=unknown_items,
             source=source.description | ceilings,
             statistics=read_statistics(duck, users.per_user, days, found.requests()),
         )
-    notes = [*source.notes, *of_texts, *of_items, *of_users, *of_requests]
+    notes = [*source.notes, *of_texts, *of_items, *of_users, *of_requests, *of_values]
     if manifest.label_rate in (0, 1):
         notes.append(
             f"WARNING: all labels are {manifest.label_rate:g}, so there is nothing to learn. Check "

@@ -6,8 +6,8 @@ Engines read, check, join and keep the columns of a Source by these declarations
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dti_dist.data.dataset import (
@@ -117,13 +117,37 @@ def kept_values(columns: Iterable[EventColumn], rules: InteractionRules) -> dict
     return values
 
 
+def with_codes(
+    columns: Iterable[EventColumn], fields: Iterable[EventField]
+) -> tuple[EventColumn, ...]:
+    """The columns, those of ``fields`` with the codes that these have now."""
+    codes = {field.stored: _code(field) for field in fields}
+    return tuple(replace(column, kept=codes.get(column.name, column.kept)) for column in columns)
+
+
 def _code(field: EventField) -> str:
     """SQL for the code of a field's value in ``interactions``; see `number_values`."""
+    if field.classes:
+        value = f"interactions.{field.stored}"
+        code = _class(value, field.borders, 1)
+        return f"CAST(CASE WHEN {value} IS NULL THEN 0 ELSE {code} END AS INTEGER)"
     found = (
         f"SELECT max(code) FROM event_values WHERE field = {literal(field.name)} "
         f"AND value = interactions.{field.stored}"
     )
     return f"CAST(coalesce(({found}), 0) AS INTEGER)"
+
+
+def _class(value: str, borders: Sequence[float], first: int) -> str:
+    """SQL for the class of a number, where they count from ``first``: by halves, since an engine
+    tries one WHEN after another."""
+    if not borders:
+        return str(first)
+    middle = len(borders) // 2
+    below = _class(value, borders[:middle], first)
+    above = _class(value, borders[middle + 1 :], first + middle + 1)
+    border = f"CAST({literal(repr(borders[middle]))} AS DOUBLE)"
+    return f"CASE WHEN {value} < {border} THEN {below} ELSE {above} END"
 
 
 def split_place(column: str) -> str:
@@ -177,7 +201,12 @@ def event_columns(
         )
     columns += map(_further_label, rules.tasks[1:])
     columns += [
-        EventColumn(field.stored, "text", f"--event-cols {field.name}", kept=_code(field))
+        EventColumn(
+            field.stored,
+            "number" if field.classes else "text",
+            f"--event-cols {field.name}",
+            kept=_code(field),
+        )
         for field in rules.event_columns
     ]
     columns += [EventColumn(name, "number", "", kept=name) for name in probabilities]

@@ -77,6 +77,7 @@ def event_reader(
         weight=how.weight,
         keep_negatives=how.keep_negatives,
         event_cols=how.event_cols,
+        bucket=how.bucket,
         requests=requests,
         name=name,
     )

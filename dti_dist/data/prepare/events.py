@@ -29,7 +29,7 @@ from dti_dist.data.prepare.label import Expression, read_tasks
 from dti_dist.data.prepare.source import Source
 from dti_dist.data.prepare.times import TimeColumn, TimeRule
 from dti_dist.data.template import MOMENTS
-from dti_dist.errors import UserError
+from dti_dist.errors import UserError, nearest
 from dti_dist.options import RequestOptions
 from dti_dist.sql import Workspace, quote
 
@@ -38,6 +38,7 @@ _ANY_TIME, _ANY_REQUESTS = TimeRule(), RequestOptions()
 _USER, _ITEM, _SPLIT, _REQUEST = "\x01user", "\x01item", "\x01split", "\x01request"
 _FIELD = "\x01field"  # and the name of an event column
 _LABEL = "label"
+_MOST_CLASSES = 1_000
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,20 @@ def read_events(
     keep_negatives: float | None = None,
     users: Sequence[str] = (),
     event_cols: Sequence[str] = (),
+    bucket: Sequence[str] = (),
 ) -> Source:
     """Event files and an item table as a Source, and a table of users, where there is one.
 
     ``paths``, ``items`` and ``users`` are files, folders, globs or fsspec URLs, of Parquet, CSV or
     JSON lines. ``label`` is an expression, or several as ``NAME=EXPRESSION``, the main one first.
+    ``bucket`` are columns of numbers among ``event_cols`` as ``NAME=CLASSES``.
     Timestamps without a zone count as UTC. ``survey`` runs aggregates over the files, by default
     with DuckDB; ``default_requests`` counts where ``requests`` does not say. Raises UserError
     naming the option that is at fault.
     """
     connection = workspace.connection
     labels = (label,) if isinstance(label, str) else label
-    fields = _event_fields(event_cols, columns.texts)
+    fields = _event_fields(event_cols, columns.texts, bucket)
     rules = _rules(requests, default_requests, labels, weight, keep_negatives, fields)
     rule = rules.requests
     main = rules.tasks[0].label if rules.tasks else labels[0]
@@ -117,14 +120,18 @@ def read_events(
     for column, option in using.items():
         events.require(column, option)
     time = TimeColumn(events, columns.time, columns.time_rule)
-    typing = Typing(events, [*using, *(ids.values() if events.is_json else ())])
+    classed = {
+        field.name: f"--bucket {field.name}={field.classes}" for field in fields if field.classes
+    }
+    typed_columns = [*using, *classed, *(ids.values() if events.is_json else ())]
+    typing = Typing(events, list(dict.fromkeys(typed_columns)))
     found = events.survey(
         survey or partial(survey_with_duckdb, connection),
         typing.counts | time.counts,
         typing.values | time.values,
     )
     options = {column: option for option, column in ids.items()}
-    typed = typing.types(found, options | using)
+    typed = typing.types(found, options | using | classed)
     types = {c: typed.get(c) or events.one_type(c, option) for c, option in using.items()}
     time_us, unit, notes = time.read(found)
     values: dict[str, Value] = {
@@ -144,7 +151,11 @@ def read_events(
         values[_REQUEST] = _id(events, rule.column, "--request-col", typed)
         select += f", {quote(_REQUEST)} AS request"
     for field in fields:
-        values[_FIELD + field.name] = _text(events, field.name, "--event-cols")
+        values[_FIELD + field.name] = (
+            _number(events, field.name, classed[field.name], typed)
+            if field.classes
+            else _text(events, field.name, "--event-cols")
+        )
         select += f", {quote(_FIELD + field.name)} AS {field.stored}"
     # An expression of a SELECT may name an earlier one; a column of that name comes before it.
     known_types = types if has_label else types | {_LABEL: expression.type(types)}
@@ -218,8 +229,11 @@ def _rules(
     )
 
 
-def _event_fields(names: Sequence[str], texts: Sequence[str]) -> tuple[EventField, ...]:
-    """Raises UserError for a name that is no field of a template or has another meaning there."""
+def _event_fields(
+    names: Sequence[str], texts: Sequence[str], bucket: Sequence[str]
+) -> tuple[EventField, ...]:
+    """Raises UserError for a name that is no field of a template or has another meaning there, and
+    for classes of another column."""
     seen: set[str] = set()
     for name in names:
         problem = None
@@ -234,7 +248,30 @@ def _event_fields(names: Sequence[str], texts: Sequence[str]) -> tuple[EventFiel
         if problem:
             raise UserError(f"--event-cols {name}: expected {problem}. Rename the column.")
         seen.add(name.lower())
-    return tuple(EventField(name=name) for name in names)
+    classes = _classes(bucket, names)
+    return tuple(EventField(name=name, classes=classes.get(name)) for name in names)
+
+
+def _classes(bucket: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """How many classes each column of numbers is put into."""
+    classes: dict[str, int] = {}
+    for one in bucket:
+        name, _, count = one.rpartition("=")
+        if not name or not count.isdecimal() or not 2 <= int(count) <= _MOST_CLASSES:
+            raise UserError(
+                f"--bucket {one}: expected a column and a number of classes from 2 to "
+                f"{_MOST_CLASSES:,}, such as price=10."
+            )
+        if name not in names:
+            raise UserError(
+                f"--bucket {one}: expected a column of --event-cols; found "
+                f"{', '.join(names) or 'none'} there.{nearest(name, names)} Add it, or leave "
+                "--bucket out."
+            )
+        if name in classes:
+            raise UserError(f"--bucket {one}: expected each column once. Leave one out.")
+        classes[name] = int(count)
+    return classes
 
 
 def _expressions(
@@ -365,6 +402,28 @@ def _id(table: InputTable, column: str, option: str, typed: Mapping[str, str]) -
     if len(found) > 1:
         table.refuse_families(column, f"{option} {column}")
     return column, _as_text
+
+
+def _number(table: InputTable, column: str, option: str, typed: Mapping[str, str]) -> Value:
+    """The column as doubles; NaN and infinities are null."""
+    found = {family(typed[column]): ""} if column in typed else table.families(column)
+    for kind, file in found.items():
+        if kind not in ("integer", "number", "null"):
+            raise UserError(
+                f"{option}: expected a column of numbers; found "
+                f"{typed.get(column) or table.type_in(column, file)} in {file or table.what}. "
+                "Convert the column, or leave --bucket out."
+            )
+
+    def as_number(found: Column) -> str:
+        number = found.sql
+        if found.type == "FLOAT" or (found.type or "").startswith("DECIMAL"):
+            # The number that its digits say, as a request gives it: 0.1, not the nearest float32.
+            number = f"CAST({number} AS VARCHAR)"
+        number = f"CAST({number} AS DOUBLE)"
+        return f"CASE WHEN isfinite({number}) THEN {number} END"
+
+    return column, as_number
 
 
 def _as_text(column: Column) -> str:
