@@ -309,6 +309,16 @@ class ModelConfig(Section):
         "yes_no",
         description="yes_no: the label words' logits at [SUM]. linear: a new linear layer on it.",
     )
+    item_embeddings: NonNegative = Field(
+        0,
+        description="Numbers of a trained vector that each item has beside its text, such as 32. "
+        "An item that training has not seen is read by its text alone. 0: no vectors.",
+    )
+    item_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of interactions that are trained on without their item's vector, so "
+        "that the model reads texts too, and knows what to do with new items.",
+    )
     scratch: ScratchConfig = ScratchConfig()
     lora: LoraConfig = LoraConfig()
 
@@ -442,6 +452,16 @@ class TrainingConfig(Section):
     )
     micro_batch_packs: Positive = Field(1, description="Packs per rank and forward pass.")
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    new_rate_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="The learning rate of what a pretrained model lacks, over learning_rate: scale "
+        "and biases of the head, vectors of items. Default: 30 with a pretrained model, else 1.",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="The learning rate of each decoder layer is that of the one above it times "
+        "this; the embeddings' is the lowest.",
+    )
     min_learning_rate_fraction: Fraction = Field(
         0.1, description="Where the cosine schedule ends, as a share of learning_rate."
     )

@@ -22,6 +22,8 @@ from dti_dist.data.dataset import BadShard, Dataset
 from dti_dist.data.epochs import Order, plan_epochs
 from dti_dist.data.index import SINGLE_PROCESS, ProcessGroup
 from dti_dist.data.item_tokens import ItemTokens
+from dti_dist.data.item_vocabulary import FILE as ITEMS
+from dti_dist.data.item_vocabulary import Hashes
 from dti_dist.data.layout import PackShape
 from dti_dist.data.packing import pack_shape, with_shared_body
 from dti_dist.data.samples import SampleSettings
@@ -32,8 +34,9 @@ from dti_dist.errors import UserError, nearest
 from dti_dist.files import replacing
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
+from dti_dist.model.item_vectors import item_vectors
 from dti_dist.model.lora import add_adapters, base_fingerprint, require_packages
-from dti_dist.model.tokenizer import SUM_TOKEN
+from dti_dist.model.tokenizer import SUM_TOKEN, item_vocabulary, vocabulary_of
 from dti_dist.model.weights import BaseWeights, Placement, fill
 
 
@@ -94,9 +97,15 @@ class Inputs:
             sum_id = int(tokenizer.convert_tokens_to_ids(SUM_TOKEN))
         else:
             tokenizer, sum_id = sources.load_tokenizer(model, dataset, template)
-            _keep(tokenizer, tokenizer_dir)
+            items = sources.load_items(model, dataset) if model.item_embeddings else None
+            _keep(tokenizer, items, tokenizer_dir)
         cache_dir = cache_dir_of(dataset, config.data.cache_dir)
-        tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache_dir)
+        vocabulary = None
+        if model.item_embeddings:
+            vocabulary = item_vocabulary(tokenizer, np.load(tokenizer_dir / ITEMS))
+        tokens = item_tokens.load_or_build(
+            dataset, template, tokenizer, sum_id, cache_dir, vocabulary
+        )
         dataset = dataset.with_cache(cache_dir)
         return Inputs(config, dataset, tokenizer, tokens, cache_dir, model)
 
@@ -126,7 +135,7 @@ class Inputs:
     @property
     def vocabulary(self) -> int:
         """Embedding rows that the tokenizer needs."""
-        return max(self.tokenizer.get_vocab().values()) + 1
+        return vocabulary_of(self.tokenizer)
 
     def stream_plan(
         self,
@@ -264,7 +273,16 @@ class Inputs:
             longest_span=longest,
             keep_negatives=self.dataset.manifest.keep_negatives,
             further_tasks=self.dataset.tasks[1:],
+            items=item_vectors(
+                tokens.vocabulary,
+                config.model.item_embeddings,
+                causal_lm.config.hidden_size,
+                config.model.item_dropout,
+                config.seed,
+            ),
         )
+        rates = self.dataset.label_rates(config.data.train_on)
+        model.begin_at(rates, pretrained=config.model.name != "scratch")
         if config.model.lora.rank:
             add_adapters(model, config.model.lora, self.tokens.sum_id, config.seed)
         return model
@@ -281,10 +299,12 @@ def _check_task_weights(config: RunConfig, dataset: Dataset) -> None:
             )
 
 
-def _keep(tokenizer: Any, folder: Path) -> None:
+def _keep(tokenizer: Any, items: Hashes | None, folder: Path) -> None:
     """Save it whole or not at all: the first ranks of several nodes may do so at once."""
     with replacing(folder, keep=lambda: (folder / "tokenizer.json").exists()) as staging:
         tokenizer.save_pretrained(str(staging))
+        if items is not None:
+            np.save(staging / ITEMS, items)
 
 
 def cache_dir_of(dataset: Dataset, given: str | None = None) -> Path:

@@ -105,9 +105,10 @@ def read_prompts(
                 shape = PackShape(int(lengths[number]), int(one.targets[0]))
                 pack = build_pack(one, block, tokens, shape)
                 body = pack.tokens[: shape.length].numpy()
+                words = body if tokens.vocabulary is None else tokens.vocabulary.in_words(body)
                 sum_at = pack.layout.readout_end.numpy()
                 yield Prompt(
-                    text=inputs.tokenizer.decode(np.insert(body, sum_at, tokens.sum_id)),
+                    text=inputs.tokenizer.decode(np.insert(words, sum_at, tokens.sum_id)),
                     tokens=body,
                     sum_at=sum_at.astype(np.int64),
                     labels=pack.labels.numpy().astype(np.int8),

@@ -12,6 +12,7 @@ import torch
 from dti_dist.attention.layout import Record
 from dti_dist.config import AttentionConfig
 from dti_dist.data.item_tokens import ItemTokens, Words
+from dti_dist.data.item_vocabulary import ItemVocabulary
 from dti_dist.data.layout import PackShape, build_pack
 from dti_dist.data.packing import assign_packs, with_shared_body
 from dti_dist.data.profiles import ProfileTokens
@@ -21,9 +22,11 @@ from dti_dist.data.stream import Batch
 from dti_dist.data.template import GAP, MOMENTS, TIME_GAPS
 from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.families import SUPPORTED
+from dti_dist.model.item_vectors import item_vectors
 
 VOCABULARY = 60
 NO, YES, SUM = 57, 58, 59
+ITEM = 56  # texts have it too
 FAMILIES = SUPPORTED
 # What sets a family apart: layers without positions, partly rotated heads, factors.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,6 +62,32 @@ def with_profiles(
     profiles = profile_tokens(rng)
     of_rows = rng.integers(0, len(profiles), len(block.rows))
     return replace(tokens, profiles=profiles), replace(block, profile=of_rows)
+
+
+def with_item_tokens(tokens: ItemTokens) -> ItemTokens:
+    """The same items with a token of their own behind each text; every fifth item is unknown."""
+    J, items = tokens.item_pieces, len(tokens.lengths)
+    vocabulary = ItemVocabulary(ITEM, VOCABULARY, np.arange(items, dtype=np.uint64))
+    texts = np.split(tokens.tokens, tokens.offsets[1:-1])
+    for item in range(items):
+        last = item * J + J - 1
+        texts[last] = np.append(texts[last], ITEM if item % 5 == 4 else VOCABULARY + item)
+    return replace(
+        tokens,
+        tokens=np.concatenate(texts).astype(np.int32),
+        offsets=np.cumsum([0, *map(len, texts)]),
+        vocabulary=vocabulary,
+    )
+
+
+def add_item_vectors(model: CTRModel, tokens: ItemTokens, size: int = 3) -> None:
+    """Random vectors of the items that have tokens of their own, in float64."""
+    vectors = item_vectors(tokens.vocabulary, size, model.config.hidden_size)
+    assert vectors is not None, "items with tokens of their own"
+    torch.manual_seed(1)
+    for parameter in vectors.parameters():
+        torch.nn.init.normal_(parameter)
+    model.items = vectors.double()
 
 
 def item_tokens(

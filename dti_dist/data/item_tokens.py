@@ -17,6 +17,7 @@ import numpy.typing as npt
 from dti_dist.console import progress, say
 from dti_dist.data import array_folder
 from dti_dist.data.dataset import Dataset
+from dti_dist.data.item_vocabulary import ItemVocabulary
 from dti_dist.data.profiles import ProfileTokens, load_profiles
 from dti_dist.data.template import GAP, MOMENTS, Template
 from dti_dist.data.text_encoder import TextEncoder
@@ -62,6 +63,7 @@ class ItemTokens:
         fingerprint: changes with items, profiles, template or tokenizer.
         time_zone: in which hours and weekdays are told.
         profiles: of users; None where the template has no profile.
+        vocabulary: of items whose token is the last of their text; None where none has one.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -74,6 +76,7 @@ class ItemTokens:
     fingerprint: str
     time_zone: str = "UTC"
     profiles: ProfileTokens | None = None
+    vocabulary: ItemVocabulary | None = None
 
     @cached_property
     def item_pieces(self) -> int:
@@ -205,19 +208,32 @@ def fingerprint(dataset: Dataset, template: Template, tokenizer: Any, sum_id: in
 
 
 def load_or_build(
-    dataset: Dataset, template: Template, tokenizer: Any, sum_id: int, cache_dir: Path
+    dataset: Dataset,
+    template: Template,
+    tokenizer: Any,
+    sum_id: int,
+    cache_dir: Path,
+    vocabulary: ItemVocabulary | None = None,
 ) -> ItemTokens:
     """Open the cached item tokens, or tokenise the items and cache them.
 
     Safe when several processes build at once: each writes a folder of its own and the first
     rename wins.
+
+    Args:
+        vocabulary: of items, whose tokens follow their texts.
     """
     mark = fingerprint(dataset, template, tokenizer, sum_id)
+    if vocabulary is not None:
+        mark += f"-{vocabulary.fingerprint}"
     folder = cache_dir / f"item-tokens-{mark}"
     label_ids = label_token_ids(tokenizer, template.config.label_words)
     if array_folder.load(folder) is None:
         encoder = TextEncoder(tokenizer, template, sum_id)
         arrays = _tokenise(dataset, template, encoder)
+        if vocabulary is not None:
+            ids = dataset.items_table()["source_id"].to_pylist()
+            arrays = _with_items(arrays, vocabulary.tokens_of(ids))
         if template.event_pieces:
             arrays |= _flat(event_words(template, encoder))
         array_folder.save(folder, arrays)
@@ -236,7 +252,21 @@ def load_or_build(
         fingerprint=mark if profiles is None else f"{mark}-{profiles.fingerprint}",
         time_zone=template.config.time_zone,
         profiles=profiles,
+        vocabulary=vocabulary,
     )
+
+
+def _with_items(
+    arrays: dict[str, np.ndarray], of_items: npt.NDArray[np.int32]
+) -> dict[str, np.ndarray]:
+    """A token more behind the last piece of each item."""
+    tokens, offsets = arrays["tokens"], arrays["offsets"]
+    pieces = (len(offsets) - 1) // len(of_items)
+    more = (np.arange(len(offsets)) // pieces).clip(max=len(of_items))
+    return {
+        "tokens": np.insert(tokens, offsets[pieces::pieces], of_items),
+        "offsets": offsets + more,
+    }
 
 
 def order_of_pieces(template: Template) -> tuple[bool, ...]:

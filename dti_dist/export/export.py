@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 import dti_dist
 from dti_dist.config import RunConfig, StorageConfig
 from dti_dist.console import progress, say
 from dti_dist.data import storage
+from dti_dist.data.item_vocabulary import FILE as ITEMS
 from dti_dist.data.template import LONGEST_TIME_GAP, TIME_GAPS
 from dti_dist.errors import UserError
 from dti_dist.evaluation.calibrating import calibrate
@@ -23,19 +25,19 @@ from dti_dist.export.model_card import Exported, model_card
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.heads import task_parameter
 from dti_dist.model.lora import SumEmbedding, is_adapted, merged
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.model.weights import Placement, Reader, as_kept, fill, hollow
 from dti_dist.redaction import redact
 from dti_dist.runs.commits import refuse_altered
-from dti_dist.runs.exported import TASKS_FILE
+from dti_dist.runs.exported import EXTRA_FILE
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder
 from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import TrainedWeights, choose_checkpoint
 
 MODEL_CARD = "README.md"
 _SHARD = 5 * 10**9  # bytes
+_READING = (("scale", "head.scale"), ("bias", "head.bias"))  # of logits, by their name in settings
 
 
 def export(
@@ -51,8 +53,8 @@ def export(
 
     With the head yes_no the folder holds a causal LM; with linear, a sequence classifier with one
     label (its `score` is the head). Both load with transformers' Auto classes. Adapters are merged
-    into the weights, or with `adapter_only` they are all that is written, for peft. Further tasks
-    are in TASKS_FILE.
+    into the weights, or with `adapter_only` they are all that is written, for peft. What neither
+    has room for is in EXTRA_FILE.
 
     Args:
         out: a folder or any fsspec URL. It appears whole; in an object store dti_config.json comes
@@ -96,9 +98,12 @@ def export(
             save_adapter(model, chosen, sources.public_name(config.model.name), folder)
         else:
             save_model(model, as_kept(weights), inputs.tokenizer, chosen, folder)
-        _save_tasks(model, weights, folder)
+        extra = save_extra(model, weights, folder)
+        settings |= {key: float(extra[name]) for key, name in _READING if name in extra}
         weights.check_base()
         inputs.tokenizer.save_pretrained(folder)
+        if inputs.tokens.vocabulary is not None:
+            np.save(folder / ITEMS, inputs.tokens.vocabulary.hashes)
         card = model_card(
             run,
             inputs,
@@ -216,16 +221,16 @@ def save_adapter(model: CTRModel, dtype: torch.dtype, base_model: str, folder: P
     )
 
 
-def _save_tasks(model: CTRModel, read: Reader, folder: Path) -> None:
-    """The vectors of further tasks, which no class of transformers has room for."""
+def save_extra(model: CTRModel, read: Reader, folder: Path) -> dict[str, torch.Tensor]:
+    """What no class of transformers has room for, by its name in the model."""
     from safetensors.torch import save_file
 
-    vectors = {
-        task: read(f"head.{task_parameter(task)}", vector).detach().float().contiguous()
-        for task, vector in model.head.task_vectors.items()
+    tensors = {
+        name: read(name, parameter).detach().float().contiguous()
+        for name, parameter in model.extra.items()
     }
-    if vectors:
-        save_file(vectors, folder / TASKS_FILE)
+    save_file(tensors, folder / EXTRA_FILE)
+    return tensors
 
 
 def hollow_hugging_face_model(model: CTRModel) -> Any:
@@ -257,6 +262,7 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
     """What a program needs beside the weights to build prompts and read predictions."""
     config = inputs.config
     requests, borders = inputs.dataset.manifest.requests, inputs.template.borders
+    vocabulary = inputs.tokens.vocabulary
     why_not = why_not_plain(
         model,
         config.sample.context,
@@ -282,6 +288,9 @@ def dti_settings(inputs: Inputs, model: CTRModel, step: int) -> dict[str, Any]:
         "sum_token": SUM_TOKEN,
         "sum_token_id": inputs.tokens.sum_id,
         "label_token_ids": list(inputs.tokens.label_ids),
+        "item_embeddings": config.model.item_embeddings,
+        "item_token_id": vocabulary and vocabulary.unknown,
+        "first_item_id": vocabulary and vocabulary.first,
         "step": step,
         "plain_transformers": why_not is None,
         "plain_transformers_why": why_not or _WHY_PLAIN.format(n=config.sample.context),
@@ -319,6 +328,11 @@ def why_not_plain(
         return (
             "[SUM] alone reads the profile (template.profile), at the same distance from every "
             "target, and in a plain causal forward pass all tokens do, at their own."
+        )
+    if model.items is not None:
+        return (
+            "Items have vectors (model.item_embeddings), which an embedding of [ITEM] has to be "
+            "added to, and transformers has no place for them."
         )
     body, readout = scheme.windows.body, scheme.windows.readout
     if not scheme.positions.rotated:

@@ -29,7 +29,7 @@ from dti_dist.model import sources
 from dti_dist.model.heads import HEADS
 from dti_dist.model.tokenizer import SUM_TOKEN
 from dti_dist.runs.commits import Commit
-from dti_dist.runs.exported import TASKS_FILE
+from dti_dist.runs.exported import EXTRA_FILE
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.metrics_log import logged_until, read_lines
 from dti_dist.runs.origin import published_origin
@@ -85,7 +85,7 @@ def model_card(run: RunFolder, inputs: Inputs, made: Exported, licence: dict[str
         began_with=published_origin(run.origin),
         head=HEADS[config.model.head],
         tasks=inputs.dataset.tasks,
-        tasks_file=TASKS_FILE,
+        extra_file=EXTRA_FILE,
         licence=licence,
         evaluations=evaluations,
         beside=[

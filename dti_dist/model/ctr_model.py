@@ -24,6 +24,7 @@ from dti_dist.model.families import (
     rotary_layers,
 )
 from dti_dist.model.heads import HEADS
+from dti_dist.model.item_vectors import ItemVectors
 
 
 class CTRModel(nn.Module):
@@ -40,6 +41,7 @@ class CTRModel(nn.Module):
         keep_negatives: the share of label 0 that is trained on. In evaluation mode logits of the
             main task are of all: the odds of label 1 are by so much lower.
         further_tasks: names of what is predicted beside the main task.
+        items: vectors of items, if they have any.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class CTRModel(nn.Module):
         longest_span: int | None = None,
         keep_negatives: float | None = None,
         further_tasks: Sequence[str] = (),
+        items: ItemVectors | None = None,
     ):
         super().__init__()
         check_family(causal_lm.config, longest_span)
@@ -65,6 +68,8 @@ class CTRModel(nn.Module):
         self.head = HEADS[head].of(causal_lm, label_ids)
         self.correction = math.log(keep_negatives) if keep_negatives else 0.0
         self.head.add_tasks(further_tasks)
+        self.items = items
+        self.is_pretrained = False
         self.scheme = self._scheme(n, attention, prefix_length, longest_span)
         _feed_forward_slots_alone(self.backbone.layers[-1])
         if self.scheme.policy.forgets:
@@ -93,6 +98,30 @@ class CTRModel(nn.Module):
             longest_span=longest_span,
             backend=attention.backend,
         )
+
+    def begin_at(self, label_rates: Sequence[float], pretrained: bool) -> None:
+        """Have training begin with each task's label rate as its predictions.
+
+        Args:
+            pretrained: whether the backbone is.
+        """
+        self.is_pretrained = pretrained
+        self.head.begin_at(label_rates, pretrained)
+
+    @property
+    def extra(self) -> dict[str, nn.Parameter]:
+        """By name what no class of transformers has room for: of the head all but its weight, and
+        the vectors of items."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith(("head.", "items.")) and name != "head.weight"
+        }
+
+    @property
+    def new(self) -> list[nn.Parameter]:
+        """What a pretrained model lacks; adapters and [SUM]'s embedding aside."""
+        return [*self.extra.values(), *([self.head.weight] if self.head.is_new else [])]
 
     @property
     def attention_graphs(self) -> int:
@@ -142,8 +171,11 @@ class CTRModel(nn.Module):
         return self.backbone.rotary_emb.inv_freq
 
     def _hidden(self, tokens: torch.Tensor, plans: AttentionPlans) -> torch.Tensor:
+        read = {"input_ids": tokens}
+        if self.items is not None:
+            read = {"inputs_embeds": self.items(tokens, self.backbone.get_input_embeddings())}
         return self.backbone(
-            input_ids=tokens, position_ids=plans.positions, attention_plans=plans, use_cache=False
+            **read, position_ids=plans.positions, attention_plans=plans, use_cache=False
         ).last_hidden_state
 
 

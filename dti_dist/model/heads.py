@@ -5,6 +5,7 @@ A head is a class here and a name in `ModelConfig.head`. What others ask of it, 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -20,12 +21,15 @@ from dti_dist.errors import UserError
 from dti_dist.model.families import logits_divisor
 from dti_dist.model.weights import Reader, Stored, mark_stored, stored
 
+_RAREST = 1e-6  # a label rate is at least so far from 0 and 1
+_GENTLE = 0.05  # logits of up to 8 raise the first loss by less than 0.02; at 0, nothing is learned
+
 
 class Head(nn.Module, ABC):
     """[SUM]'s last hidden state → a logit of label 1, one for each task.
 
     The main task's is the head's own. Each further task has a vector, which starts at zero: its
-    product with the hidden state is the logit.
+    product with the hidden state is the logit. Each task has a bias.
 
     Attributes:
         is_new: it has weights that the pretrained model lacks.
@@ -44,12 +48,33 @@ class Head(nn.Module, ABC):
     weight: nn.Parameter
     tasks: tuple[str, ...] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
     def add_tasks(self, tasks: Sequence[str]) -> None:
-        """Add the vectors of further tasks; once."""
+        """Add the vectors and biases of further tasks; once."""
         self.tasks = tuple(tasks)
         for task in tasks:
             shape = 1, self.weight.shape[1]
             self.register_parameter(task_parameter(task), nn.Parameter(torch.zeros(shape)))
+            self.register_parameter(bias_parameter(task), nn.Parameter(torch.zeros(1)))
+
+    def begin_at(self, rates: Sequence[float], pretrained: bool) -> None:
+        """Have training begin with the label rate as every prediction, of each task.
+
+        Args:
+            rates: of label 1, of the main task first.
+            pretrained: whether the backbone is; random weights have nothing to begin gently for.
+        """
+        for bias, rate in zip(self.biases, rates, strict=True):
+            # A rate of 0 or 1 is that of a sample; no target's logit is infinite.
+            nn.init.constant_(bias, math.log(max(rate, _RAREST) / max(1 - rate, _RAREST)))
+
+    @property
+    def biases(self) -> list[nn.Parameter]:
+        """[1] of each task, the main one first."""
+        return [self.bias, *(getattr(self, bias_parameter(task)) for task in self.tasks)]
 
     @property
     def task_vectors(self) -> dict[str, nn.Parameter]:
@@ -86,11 +111,12 @@ class Head(nn.Module, ABC):
         """[B, S, hidden] → [B, S] float32 logits; with further tasks [B, S, tasks], the main one
         first."""
         hidden = _at_least_float32(hidden)
-        main = self.main_logits(hidden)
+        main = self.main_logits(hidden) + _at_least_float32(self.bias)
         if not self.tasks:
             return main
         rows = _at_least_float32(torch.cat(list(self.task_vectors.values())))
-        return torch.cat([main[..., None], hidden @ rows.T], dim=-1)
+        biases = _at_least_float32(torch.cat(list(self.biases[1:])))
+        return torch.cat([main[..., None], hidden @ rows.T + biases], dim=-1)
 
     @staticmethod
     def loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -135,8 +161,8 @@ class LabelWordHead(Head):
     exported_weight = "lm_head.weight"
     pipeline_tag = "text-generation"
     reading = (
-        "the sigmoid of the difference of the two label words' logits at [SUM], label 1 minus "
-        "label 0"
+        "the sigmoid of `scale` times the difference of the two label words' logits at [SUM], "
+        "label 1 minus label 0, plus `bias`"
     )
 
     def __init__(
@@ -150,6 +176,12 @@ class LabelWordHead(Head):
         self.weight = table if tied else nn.Parameter(table.detach()[list(label_ids)])
         if not tied and (where := stored(table)) is not None:
             mark_stored(self.weight, Stored(where.name, rows=label_ids))
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def begin_at(self, rates: Sequence[float], pretrained: bool) -> None:
+        super().begin_at(rates, pretrained)
+        if pretrained:  # its opinion of the label words is no estimate of a click
+            nn.init.constant_(self.scale, _GENTLE)
 
     @classmethod
     def of(cls, causal_lm: Any, label_ids: tuple[int, int]) -> LabelWordHead:
@@ -174,7 +206,7 @@ class LabelWordHead(Head):
         tied = self.table is None
         rows = F.embedding(self.label_ids, self.weight) if tied else self.weight
         no, yes = _at_least_float32(rows)
-        return hidden @ (yes - no) / self.divisor
+        return hidden @ (yes - no) / self.divisor * _at_least_float32(self.scale)
 
 
 class LinearHead(Head):
@@ -185,7 +217,7 @@ class LinearHead(Head):
     peft_task = "SEQ_CLS"
     exported_weight = "score.weight"
     pipeline_tag = "text-classification"
-    reading = "the sigmoid of the classifier's one logit at [SUM]"
+    reading = "the sigmoid of the classifier's one logit at [SUM] plus `bias`"
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -223,6 +255,11 @@ HEADS: dict[str, type[Head]] = {"yes_no": LabelWordHead, "linear": LinearHead}
 def task_parameter(task: str) -> str:
     """The name in the head of a further task's vector."""
     return f"task_{task}"
+
+
+def bias_parameter(task: str) -> str:
+    """The name in the head of a further task's bias."""
+    return f"bias_{task}"
 
 
 def of_main_task(logits: Tensor, pack: Pack) -> Tensor:

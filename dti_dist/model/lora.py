@@ -52,8 +52,8 @@ class SumEmbedding(nn.Module):
 
 
 def add_adapters(model: CTRModel, config: LoraConfig, sum_id: int, seed: int) -> None:
-    """Freeze the model; add what trains: adapters, [SUM]'s embedding, the head if `linear`,
-    and the vectors of further tasks.
+    """Freeze the model; add what trains: adapters, [SUM]'s embedding, and what is new in the
+    head and beside it.
 
     With `load_in_4bit` the decoder's frozen linear layers are quantized when the model is filled.
 
@@ -79,9 +79,8 @@ def add_adapters(model: CTRModel, config: LoraConfig, sum_id: int, seed: int) ->
     if config.load_in_4bit:
         _keep_in_4_bits(backbone.layers, NF4(config.double_quant))
     backbone.set_input_embeddings(SumEmbedding(backbone.get_input_embeddings(), sum_id))
-    model.head.requires_grad_(model.head.is_new)
-    for vector in model.head.task_vectors.values():
-        vector.requires_grad_(True)
+    for parameter in model.new:
+        parameter.requires_grad_(True)
 
 
 def _target_modules(backbone: Any, wanted: list[str] | None) -> list[str]:

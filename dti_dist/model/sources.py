@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -25,10 +26,12 @@ from dti_dist.console import without_library_chatter
 from dti_dist.data import storage
 from dti_dist.data.dataset import Dataset
 from dti_dist.data.index import ProcessGroup
+from dti_dist.data.item_vocabulary import FILE as ITEMS
+from dti_dist.data.item_vocabulary import Hashes, extended
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.model.families import SUPPORTED, check_family
-from dti_dist.model.tokenizer import add_sum_token, train_tokenizer
+from dti_dist.model.tokenizer import add_item_token, add_sum_token, train_tokenizer
 from dti_dist.model.weights import (
     BaseWeights,
     Placement,
@@ -43,6 +46,7 @@ from dti_dist.redaction import redact
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # by the package's own README
 
+_BESIDE = "dti_"  # files that an export has beside a model's
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _READ = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # weights, config, tokenizer
 _NOT_READ = ("*/*", "consolidated*")  # the same weights in other programs' forms
@@ -186,7 +190,8 @@ def check_folder(folder: Path) -> None:
         if name.endswith(".safetensors.index.json"):
             _check_shards(folder / name)
     pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles and not any(name.endswith((".safetensors", ".gguf")) for name in names):
+    weights = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    if pickles and all(name.startswith(_BESIDE) for name in weights):
         raise UserError(
             f"{folder} holds its weights as a pickle, {pickles[0]}, and none as safetensors. A "
             "pickle can run code when it is read, so dti-dist does not read it. If you trust its "
@@ -271,14 +276,44 @@ def load_tokenizer(config: ModelConfig, dataset: Dataset, template: Template) ->
                 f"The tokenizer of {source.name} has no fast version, which dti-dist needs. "
                 "Convert it with transformers' convert_slow_tokenizer, or choose another model."
             )
+    if config.item_embeddings:
+        add_item_token(tokenizer)
     return tokenizer, add_sum_token(tokenizer)
+
+
+def load_items(config: ModelConfig, dataset: Dataset) -> Hashes:
+    """The items that get a vector: the data set's, behind those that init_from has one of.
+
+    Raises:
+        UserError: init_from has no vectors of items.
+    """
+    known = np.empty(0, dtype=np.uint64)
+    if config.init_from is not None:
+        with _vocabulary_of(config.init_from, dataset) as folder:
+            if not (folder / ITEMS).exists():
+                raise UserError(
+                    f"model.init_from {redact(config.init_from)}: expected vectors of items, as "
+                    f"model.item_embeddings {config.item_embeddings} has them; found none there. "
+                    "Set model.item_embeddings=0, or begin with model.name."
+                )
+            known = np.load(folder / ITEMS)
+    return extended(known, dataset.items_table()["source_id"].to_pylist())
 
 
 def _kept_tokenizer(place: str, dataset: Dataset) -> Any:
     """That of a run, or of an exported folder."""
     from transformers import AutoTokenizer
 
-    with storage.on_this_machine(place, dataset.storage, (".json", ".jinja")) as folder:
+    with _vocabulary_of(place, dataset) as source:
+        return AutoTokenizer.from_pretrained(
+            str(source), local_files_only=True, trust_remote_code=False
+        )
+
+
+@contextmanager
+def _vocabulary_of(place: str, dataset: Dataset) -> Iterator[Path]:
+    """The folder with the tokenizer of a run or of an export, on this machine."""
+    with storage.on_this_machine(place, dataset.storage, (".json", ".jinja", ".npy")) as folder:
         of_run = folder / "tokenizer"
         source = of_run if of_run.is_dir() else folder
         if not (source / "tokenizer.json").exists():
@@ -287,9 +322,7 @@ def _kept_tokenizer(place: str, dataset: Dataset) -> Any:
                 "folder, found no tokenizer.json. Give a run's run_dir, or what dti-dist export "
                 "wrote."
             )
-        return AutoTokenizer.from_pretrained(
-            str(source), local_files_only=True, trust_remote_code=False
-        )
+        yield source
 
 
 def hollow_causal_lm(config: ModelConfig, vocabulary: int) -> Any:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dti_dist.data.dataset import Dataset
+from dti_dist.data.item_vocabulary import Hashes, ItemVocabulary
 from dti_dist.data.template import Template
 
 SUM_TOKEN = "[SUM]"
+ITEM_TOKEN = "[ITEM]"  # an item whose vector is not known
 
 
 def train_tokenizer(dataset: Dataset, template: Template, vocab_size: int) -> Any:
@@ -41,6 +43,22 @@ def add_sum_token(tokenizer: Any) -> int:
     if SUM_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [SUM_TOKEN]})
     return int(tokenizer.convert_tokens_to_ids(SUM_TOKEN))
+
+
+def add_item_token(tokenizer: Any) -> None:
+    """Add [ITEM] where it is missing."""
+    tokenizer.add_tokens([ITEM_TOKEN], special_tokens=True)
+
+
+def vocabulary_of(tokenizer: Any) -> int:
+    """Embedding rows that a tokenizer needs."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def item_vocabulary(tokenizer: Any, hashes: Hashes) -> ItemVocabulary:
+    """That of a tokenizer with [ITEM]: ids of items follow those of its tokens."""
+    unknown = int(tokenizer.convert_tokens_to_ids(ITEM_TOKEN))
+    return ItemVocabulary(unknown, vocabulary_of(tokenizer), hashes)
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], behind: int) -> tuple[str, ...]:

@@ -316,6 +316,8 @@ class _OpenedPack:
             body = tokens[layout.shared.source[0]]
             tokens = torch.cat([body, tokens[layout.body_length :]])
         self.tokens, self.unit = tokens.numpy(), unit.numpy()
+        if inputs.tokens.vocabulary is not None:
+            self.tokens = inputs.tokens.vocabulary.in_words(self.tokens)
         self.unit_start = layout.unit_start[0].long().numpy()
         self.units = int(unit[: layout.length].max()) + 1
         self.first = layout.unit_first[0, : self.units].long().numpy().copy()

@@ -12,16 +12,19 @@ from dti_dist.runs.folder import DTI_CONFIG
 if TYPE_CHECKING:
     from torch import Tensor
 
-TASKS_FILE = "dti_tasks.safetensors"
-"""The vectors of further tasks in an exported folder, float32 [1, hidden] each by name."""
+EXTRA_FILE = "dti_extra.safetensors"
+"""CTRModel.extra in an exported folder: float32, by name."""
 
 
-def read_task_vectors(folder: Path) -> dict[str, Tensor]:
-    """The content of TASKS_FILE; nothing where there is none. Raises UserError for a broken one."""
+def read_extra(folder: Path) -> dict[str, Tensor]:
+    """The content of EXTRA_FILE; nothing where there is none, as before dti-dist wrote it.
+
+    Raises UserError for a broken one.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / TASKS_FILE
+    path = folder / EXTRA_FILE
     try:
         return load_file(path) if path.exists() else {}
     except (OSError, SafetensorError) as error:

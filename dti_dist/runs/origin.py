@@ -14,35 +14,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dti_dist.config import AUTO, RunConfig, by_key
 from dti_dist.data import storage
 from dti_dist.data.dataset import ONLY_TASK
+from dti_dist.data.item_vocabulary import FILE as ITEMS
 from dti_dist.errors import UserError
 from dti_dist.files import write_atomically
 from dti_dist.inputs import Inputs
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.heads import task_parameter
+from dti_dist.model.item_vectors import with_new_items
 from dti_dist.model.weights import Reader, Stored, mark_stored
 from dti_dist.redaction import redact
 from dti_dist.runs.commits import Commit
-from dti_dist.runs.exported import is_run, read_settings, read_task_vectors
+from dti_dist.runs.exported import is_run, read_extra, read_settings
 from dti_dist.runs.folder import DTI_CONFIG, RunFolder, read_json_object
 from dti_dist.runs.places import DEEPSPEED, INIT, MODEL, same_place
 from dti_dist.runs.trained import TrainedWeights, choose_checkpoint
 
-_READ = (".safetensors", ".json", ".jinja")
+_READ = (".safetensors", ".json", ".jinja", ".npy")
 
 # Settings, or sections of them that end with a point.
-_OF_MODEL = (MODEL, "model.head", "template.label_words")
+_OF_MODEL = (MODEL, "model.head", "model.item_embeddings", "template.label_words")
 _OF_SCRATCH = "model.scratch."
 _OF_ADAPTERS = (
     *("model.lora.rank", "model.lora.alpha", "model.lora.target_modules"),
     *("model.lora.load_in_4bit", "model.lora.double_quant"),
 )
 _TASKS = "labels of the data set"
+_ITEMS = "items with vectors"
 _OF_OPTIMIZER = (DEEPSPEED, "training.precision")
 _MAY_DIFFER = (
     *("sample.context", "template.", "requests", _TASKS),
@@ -87,8 +90,9 @@ class Origin:
             _refuse(
                 self.place,
                 "a run whose optimizer can be kept",
-                _differences(self.settings, _now(inputs), [_TASKS]),
-                "Prepare the data set with the same labels, or set model.init_optimizer=fresh.",
+                _differences(self.settings, _now(inputs), [_TASKS, _ITEMS]),
+                "Take a data set with the same labels, and with model.item_embeddings the same "
+                "items, or set model.init_optimizer=fresh.",
             )
         if self.commit is not None:
             return TrainedWeights(inputs, self.commit, model, torch.float32, to_begin=True)
@@ -106,11 +110,10 @@ class Origin:
         if model.head.is_new:
             mark_stored(model.head.weight, Stored(model.head.exported_weight))
         weights = replace(inputs, model=exported).open_weights(model)
-        of_tasks = {
-            f"head.{task_parameter(task)}": vector
-            for task, vector in read_task_vectors(self.folder).items()
-        }
-        return lambda name, own: of_tasks[name] if name in of_tasks else weights(name, own)
+        extra = read_extra(self.folder)
+        return lambda name, own: (
+            with_new_items(extra[name], own) if name in extra else weights(name, own)
+        )
 
     def check(self, weights: Reader) -> str | None:
         """`TrainedWeights.check_base` of weights that were read; exported ones have no base."""
@@ -135,7 +138,10 @@ def _now(inputs: Inputs) -> dict[str, Any]:
     """Settings by key of the run that begins, and what its data set says."""
     rule = inputs.dataset.manifest.requests
     requests = rule and rule.model_dump(mode="json")
-    return inputs.config.flat() | {"requests": requests, _TASKS: list(inputs.dataset.tasks)}
+    now: dict[str, Any] = {"requests": requests, _TASKS: list(inputs.dataset.tasks)}
+    if inputs.tokens.vocabulary is not None:
+        now[_ITEMS] = len(inputs.tokens.vocabulary)
+    return inputs.config.flat() | now
 
 
 def published_origin(file: Path) -> str | None:
@@ -184,6 +190,8 @@ def _of_run(place: str, folder: Path, config: RunConfig) -> Origin:
     if dataset := read_json_object(run.dataset):
         theirs["requests"] = dataset.get("requests")
         theirs[_TASKS] = [task["name"] for task in dataset.get("tasks", [])] or [ONLY_TASK]
+    if (items := run.tokenizer / ITEMS).exists():
+        theirs[_ITEMS] = len(np.load(items))
     commit = choose_checkpoint(run, config.model.init_checkpoint, option="model.init_checkpoint")
     now = config.flat()
     _refuse(
@@ -231,7 +239,11 @@ def _of_export(place: str, folder: Path, config: RunConfig) -> Origin:
         )
     found = read_settings(folder)
     sections = {name: found.get(name) or {} for name in ("sample", "template", "attention")}
-    theirs = by_key(sections) | {"model.head": found.get("head"), MODEL: found.get("base_model")}
+    theirs = by_key(sections) | {
+        "model.head": found.get("head"),
+        "model.item_embeddings": found.get("item_embeddings", 0),
+        MODEL: found.get("base_model"),
+    }
     if "requests" in found:
         theirs["requests"] = found["requests"]
     theirs[_TASKS] = found.get("tasks") or [ONLY_TASK]

@@ -12,7 +12,8 @@ from dti_dist.console import say, without_library_chatter
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs
 from dti_dist.model.ctr_model import CTRModel
-from dti_dist.model.heads import task_parameter
+from dti_dist.model.heads import bias_parameter, task_parameter
+from dti_dist.model.item_vectors import VECTORS, with_new_items
 from dti_dist.model.lora import base_fingerprint
 from dti_dist.model.weights import Placement, StateDict, Tensors, fill
 from dti_dist.runs import commits
@@ -119,7 +120,7 @@ class TrainedWeights:
 
     def __call__(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
         if self._trained.shape(name) is not None:
-            return self._trained.read(name)
+            return with_new_items(self._trained.read(name), parameter)
         return parameter if self._base is None else self._base(name, parameter)
 
     def check_base(self) -> str | None:
@@ -138,7 +139,7 @@ def trained_tensors(model: CTRModel, commit: Commit, to_begin: bool = False) -> 
     of tasks that the model does not have are left out.
 
     Args:
-        to_begin: tasks of the model that the checkpoint lacks are no fault.
+        to_begin: tasks and items of the model that the checkpoint lacks are no fault.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed warns where it has to find out
@@ -150,13 +151,11 @@ def trained_tensors(model: CTRModel, commit: Commit, to_begin: bool = False) -> 
         )
     named = model.named_parameters(remove_duplicate=False)
     own = {name: parameter.shape for name, parameter in named if parameter.requires_grad}
-    tasks = {f"head.{task_parameter(task)}": task for task in model.head.tasks}
-    state = {
-        name: value
-        for name, value in state.items()
-        if name in own or not name.startswith(f"head.{task_parameter('')}")
-    }
-    unknown = [task for name, task in tasks.items() if name not in state]
+    of_task = task_parameter, bias_parameter
+    tasks = {f"head.{name(task)}": task for task in model.head.tasks for name in of_task}
+    of_others = tuple(f"head.{name('')}" for name in of_task)
+    state = {n: value for n, value in state.items() if n in own or not n.startswith(of_others)}
+    unknown = dict.fromkeys(task for name, task in tasks.items() if name not in state)
     if unknown and not to_begin:
         raise UserError(
             f"Checkpoint {commit.folder} was not trained on the tasks {', '.join(unknown)}, which "
@@ -165,7 +164,12 @@ def trained_tensors(model: CTRModel, commit: Commit, to_begin: bool = False) -> 
         )
     missing = sorted(set(own) - set(state) - set(tasks))
     unexpected = sorted(set(state) - set(own))
-    shapes = [name for name in own if name in state and own[name] != state[name].shape]
+    grows = {VECTORS} if to_begin else set()
+    shapes = [
+        name
+        for name in own
+        if name in state and own[name][name in grows :] != tuple(state[name].shape)[name in grows :]
+    ]
     if missing or unexpected or shapes:
         raise UserError(
             f"Checkpoint {commit.folder} does not fit the run's model: missing {missing[:3]}, "

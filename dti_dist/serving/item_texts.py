@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from dti_dist.data.item_tokens import (
     label_token_ids,
     order_of_pieces,
 )
+from dti_dist.data.item_vocabulary import ItemVocabulary
 from dti_dist.data.samples import IntArray
 from dti_dist.data.template import MOMENTS, Template
 from dti_dist.data.text_encoder import TextEncoder
@@ -28,6 +29,16 @@ from dti_dist.serving.profile_texts import ProfileTexts
 from dti_dist.serving.texts import as_number, as_text
 
 Item = str | Mapping[str, str]
+
+ITEM_ID = "item_id"
+"""Of an item given as a mapping: by what its vector is known, where items have vectors."""
+
+
+class _Known(NamedTuple):
+    """What tells items apart: the texts of its pieces, and the token of its vector."""
+
+    texts: tuple[str, ...]
+    token: int | None = None
 
 
 class ItemTexts:
@@ -45,7 +56,7 @@ class ItemTexts:
         self.template = template
         self._base, self._tokenizer, self._remembered = base, tokenizer, remembered
         self._new: list[list[int]] = []
-        self._row_of: dict[tuple[str, ...], int] = {}
+        self._row_of: dict[_Known, int] = {}
         self._tokens: ItemTokens | None = base
         self.generation = 0
         self.profiles: ProfileTexts | None = None
@@ -53,8 +64,13 @@ class ItemTexts:
             self.profiles = ProfileTexts(base.profiles, template, tokenizer, base.sum_id)
 
     @staticmethod
-    def none_yet(template: Template, tokenizer: Any, sum_id: int) -> ItemTexts:
+    def none_yet(
+        template: Template, tokenizer: Any, sum_id: int, vocabulary: ItemVocabulary | None = None
+    ) -> ItemTexts:
         """Without a data set's items.
+
+        Args:
+            vocabulary: of items that have vectors.
 
         Raises:
             UserError: a label word is not one token of the tokenizer.
@@ -71,6 +87,7 @@ class ItemTexts:
             sum_id=sum_id,
             fingerprint="",
             time_zone=config.time_zone,
+            vocabulary=vocabulary,
         )
         items = ItemTexts(base, template, tokenizer)
         items.__dict__["encoder"] = encoder
@@ -100,19 +117,21 @@ class ItemTexts:
 
     @property
     def longest_interaction(self) -> int:
-        """Most tokens that an interaction can have: words, cut texts of an item, a label."""
-        limit = self.template.config.max_item_tokens
-        return self._base.longest_words + self._base.item_pieces * limit + 1
+        """Most tokens that an interaction can have: words, cut texts of an item, its own token, a
+        label."""
+        limit, own = self.template.config.max_item_tokens, self._base.vocabulary is not None
+        return self._base.longest_words + self._base.item_pieces * limit + own + 1
 
     def rows_of(self, items: Sequence[Item]) -> IntArray:
-        """[items] the row of each, by its text; -1 where it has no text or no tokens.
+        """[items] the row of each, by its text, and by its id (ITEM_ID) where items have vectors;
+        -1 where it has no text or no tokens.
 
         `generation` changes when rows of before no longer hold.
 
         Raises:
             UserError: an item lacks a column of the template, or is not text.
         """
-        texts = [self._texts(item, number) for number, item in enumerate(items)]
+        texts = self._known(items)
         new = [text for text in dict.fromkeys(texts) if text and text not in self._row_of]
         if len(self._row_of) + len(new) > self._remembered and self._row_of:
             self._row_of.clear()
@@ -121,7 +140,8 @@ class ItemTexts:
             new = [text for text in dict.fromkeys(texts) if text]
         for text, row in zip(new, self._add(new), strict=True):
             self._row_of[text] = int(row)
-        return np.array([self._row_of.get(text, -1) for text in texts], dtype=np.int64)
+        rows = [self._row_of.get(text, -1) if text else -1 for text in texts]
+        return np.array(rows, dtype=np.int64)
 
     def event_codes(self, items: Sequence[Item]) -> tuple[dict[str, IntArray], int]:
         """[items] by event column, the code of each one's value; 0 where it has none, or one that
@@ -168,23 +188,38 @@ class ItemTexts:
         Raises:
             UserError: as of `rows_of`.
         """
-        texts = [self._texts(item, number) for number, item in enumerate(items)]
-        rows = self._add(texts)
+        rows = self._add(self._known(items))
         self._base, self._new = self.tokens, []
         return rows
 
-    def _add(self, texts: Sequence[tuple[str, ...]]) -> IntArray:
-        if not texts:
+    def _add(self, items: Sequence[_Known | None]) -> IntArray:
+        if not items:
             return np.empty(0, dtype=np.int64)
         pieces, limit = self._base.item_pieces, self.template.config.max_item_tokens
-        encoded = iter(self.encoder.encode([*chain.from_iterable(texts)]))
-        of_items = [[*islice(encoded, pieces)] if text else [] for text in texts]
+        texts = chain.from_iterable(item.texts for item in items if item)
+        encoded = iter(self.encoder.encode([*texts]))
+        of_items = [[*islice(encoded, pieces)] if item else [] for item in items]
         has_tokens = np.array([any(item) for item in of_items])
         first = len(self._base.lengths) + len(self._new) // pieces
         rows = np.where(has_tokens, first + np.cumsum(has_tokens) - 1, -1)
-        self._new += [ids[:limit] for item in of_items if any(item) for ids in item]
+        for item, found in zip(of_items, items, strict=True):
+            if any(item):
+                self._new += [ids[:limit] for ids in item]
+                if found and found.token is not None:
+                    self._new[-1] = [*self._new[-1], found.token]
         self._tokens = None
         return rows
+
+    def _known(self, items: Sequence[Item]) -> list[_Known | None]:
+        """What tells items apart; None for one without text."""
+        texts = [self._texts(item, number) for number, item in enumerate(items)]
+        vocabulary = self._base.vocabulary
+        if vocabulary is None:
+            return [_Known(text) if text else None for text in texts]
+        ids = [item.get(ITEM_ID, "") if isinstance(item, Mapping) else "" for item in items]
+        named = [as_text(name, f"Item {number}, {ITEM_ID}") for number, name in enumerate(ids)]
+        tokens = vocabulary.tokens_of(named).tolist()
+        return [_Known(text, n) if text else None for text, n in zip(texts, tokens, strict=True)]
 
     def _texts(self, item: Item, number: int) -> tuple[str, ...]:
         """The template's texts of an item; none where all of its columns are empty."""

@@ -8,21 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dti_dist.config import AttentionConfig, SampleConfig, StorageConfig, TemplateConfig
 from dti_dist.console import without_library_chatter
 from dti_dist.data import item_tokens
 from dti_dist.data.dataset import ONLY_TASK, TASK_NAME, Dataset
+from dti_dist.data.item_vocabulary import FILE as ITEMS
+from dti_dist.data.item_vocabulary import ItemVocabulary
 from dti_dist.data.template import Template
 from dti_dist.errors import UserError
 from dti_dist.inputs import Inputs, cache_dir_of, template_of
 from dti_dist.model import sources
 from dti_dist.model.ctr_model import CTRModel, cast_parameters
 from dti_dist.model.heads import HEADS
+from dti_dist.model.item_vectors import item_vectors
 from dti_dist.model.weights import Placement
 from dti_dist.runs.calibration import Isotonic, Platt, calibrations
-from dti_dist.runs.exported import TASKS_FILE, read_settings, read_task_vectors
+from dti_dist.runs.exported import EXTRA_FILE, read_extra, read_settings
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import choose_checkpoint, trained_model
@@ -136,6 +140,14 @@ def load_exported(
         for name, between in borders.items():
             if len(of_events[name]) != len(between) + 2:
                 raise ValueError(f"{len(between)} borders between the classes of {name!r}")
+        item_size = int(settings.get("item_embeddings") or 0)
+        vocabulary = None
+        if item_size:
+            vocabulary = ItemVocabulary(
+                unknown=int(settings["item_token_id"]),
+                first=int(settings["first_item_id"]),
+                hashes=np.load(folder / ITEMS, allow_pickle=False),
+            )
         tasks = tuple(map(str, settings.get("tasks") or (ONLY_TASK,)))
         if not all(re.fullmatch(TASK_NAME, task) for task in tasks):
             raise ValueError(f"tasks {tasks}, whose names are none")
@@ -146,7 +158,8 @@ def load_exported(
         ) from error
     dataset = None
     if data is None:
-        items = ItemTexts.none_yet(Template.alone(config, of_events, borders), tokenizer, sum_id)
+        template = Template.alone(config, of_events, borders)
+        items = ItemTexts.none_yet(template, tokenizer, sum_id, vocabulary)
     else:
         dataset = Dataset.open(data, storage=storage)
         template = template_of(config, dataset)
@@ -164,7 +177,7 @@ def load_exported(
                 "trained on; found others. Give that data set, or one that was appended to it."
             )
         cache = cache_dir_of(dataset)
-        tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache)
+        tokens = item_tokens.load_or_build(dataset, template, tokenizer, sum_id, cache, vocabulary)
         items = ItemTexts(tokens, template, tokenizer)
     causal_lm = _read_model(folder, head, dtype)
     prefix = len(items.tokens.prefix)
@@ -181,23 +194,26 @@ def load_exported(
         longest_span=longest,
         keep_negatives=settings.get("keep_negatives"),
         further_tasks=tasks[1:],
+        items=item_vectors(vocabulary, item_size, causal_lm.config.hidden_size),
     )
-    _read_tasks(folder, model)
+    _read_extra(folder, model)
     cast_parameters(model, dtype)
     by_request = settings.get("requests") is not None
     return Pretrained(model.eval(), items, sample.context, dataset, by_request, tasks, calibration)
 
 
-def _read_tasks(folder: Path, model: CTRModel) -> None:
-    found = read_task_vectors(folder)
-    for task, vector in model.head.task_vectors.items():
-        if task not in found or found[task].shape != vector.shape:
+def _read_extra(folder: Path, model: CTRModel) -> None:
+    found = read_extra(folder)
+    if not found and not model.head.tasks:
+        return  # an export of before: logits are as the backbone has them
+    for name, parameter in model.extra.items():
+        if name not in found or found[name].shape != parameter.shape:
             raise UserError(
-                f"{folder}: expected the task {task} in {TASKS_FILE}, of shape "
-                f"{tuple(vector.shape)}; found "
-                f"{tuple(found[task].shape) if task in found else 'none'}. Export the run again."
+                f"{folder}: expected {name} in {EXTRA_FILE}, of shape {tuple(parameter.shape)}; "
+                f"found {tuple(found[name].shape) if name in found else 'none'}. Export the run "
+                "again."
             )
-        vector.data = found[task].to(vector.dtype)
+        parameter.data = found[name].to(parameter.dtype)
 
 
 def _read_model(folder: Path, head: str, dtype: torch.dtype) -> Any:

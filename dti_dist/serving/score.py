@@ -40,7 +40,7 @@ from dti_dist.runs.places import DATA, MODEL
 from dti_dist.runs.trained import choose_checkpoint
 from dti_dist.serving.given import MOST_SECONDS
 from dti_dist.serving.histories import Histories
-from dti_dist.serving.item_texts import ItemTexts
+from dti_dist.serving.item_texts import ITEM_ID, ItemTexts
 from dti_dist.serving.request_files import RequestFiles, RequestRows
 from dti_dist.serving.requests import CutRequests, RawRequests, Whose
 from dti_dist.serving.scorer import Scorer
@@ -251,7 +251,8 @@ class _Catalogue:
         with open_workspace() as workspace:
             table = read_item_table(workspace.connection, options.items, options.item_key, columns)
         given = table["source_id"].combine_chunks()
-        new_rows = items.keep(table.select(list(columns)).to_pylist())
+        named = table.select(list(columns)).append_column(ITEM_ID, given)
+        new_rows = items.keep(named.to_pylist())
         replaced = pc.index_in(known, value_set=given)
         row_of_dense = rows.copy()
         found = replaced.is_valid().to_numpy(zero_copy_only=False)

@@ -19,6 +19,7 @@ from dti_dist.model.ctr_model import CTRModel
 from dti_dist.model.weights import Reader
 from dti_dist.ranks import Ranks
 from dti_dist.runs.unpickling import without_code
+from dti_dist.training.groups import Group, groups_of
 from dti_dist.zero.configuration import deepspeed_config, import_deepspeed
 
 
@@ -35,11 +36,12 @@ class Engine:
         Args:
             model: as `Partitioned` filled it; not to be used directly after.
         """
+        self._groups = groups_of(model, training)
         deepspeed = import_deepspeed()
         with _one_form_of_checkpoints():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=_optimizer(model, training),
+                optimizer=_optimizer(self._groups, training),
                 config=deepspeed_config(training, ranks.world),
                 dist_init_required=False,
             )
@@ -72,16 +74,19 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        return self._engine.optimizer.param_groups[0]["lr"]
+        """Of the groups with rate 1."""
+        return self._engine.optimizer.param_groups[0]["lr"] / self._groups[0].rate
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = value
+        for group, own in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = value * own.rate
 
     def decay_weights(self, value: float) -> None:
         """Set the weight decay, which a checkpoint brings with it, of all but vectors."""
-        self._engine.optimizer.param_groups[0]["weight_decay"] = value
+        for group, own in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            if own.decays:
+                group["weight_decay"] = value
 
     def gradient_norm(self) -> float:
         """Of the last step, before clipping; NaN before there is one."""
@@ -176,7 +181,8 @@ class Engine:
     def load_universal(self, folder: Path, whole: bool) -> None:
         """`load` from a checkpoint converted for any number of ranks."""
         self._engine._config.load_universal_checkpoint = True
-        with self._own_hyperparameters():  # DeepSpeed gives all groups the first one's
+        # DeepSpeed gives all groups the first one's.
+        with self._own_hyperparameters(), _groups_without_a_part(self._engine.optimizer):
             self._load(folder, whole)
         self._engine._config.load_universal_checkpoint = False
         # There is one counter of steps, which each group would then advance. Fused AdamW wants it
@@ -198,6 +204,49 @@ class Engine:
             group.update(own)
 
 
+class _NoPart:
+    """Stands in for the parameters of a group of which this rank holds no part."""
+
+    _hp_mapping: _NoPart
+
+    def __init__(self) -> None:
+        self._hp_mapping = self
+
+    def load_hp_checkpoint_state(self, *_: Any, **__: Any) -> None:
+        """No step was counted."""
+
+    def get_optim_state_keys(self) -> list[str]:
+        return []
+
+
+@contextmanager
+def _groups_without_a_part(optimizer: Any) -> Iterator[None]:
+    """Have ZeRO-1 and 2 of DeepSpeed load a group of fewer numbers than ranks.
+
+    It takes the step from the first parameter that a rank holds a part of, and expects one.
+    """
+    name = "load_hp_checkpoint_state_from_checkpoint_dir"
+    own = getattr(optimizer, name)
+
+    def load(groups_name: str, folder: str) -> None:
+        groups = getattr(optimizer, groups_name)
+        without = [group for group in groups if all(p._hp_mapping is None for p in group)]
+        for group in without:
+            group.append(_NoPart())
+            optimizer.param_names[group[-1]] = ""
+        try:
+            own(groups_name, folder)
+        finally:
+            for group in without:
+                del optimizer.param_names[group.pop()]
+
+    setattr(optimizer, name, load)
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
+
+
 @contextmanager
 def _one_form_of_checkpoints() -> Iterator[None]:
     """DeepSpeed's ZeRO optimizer for all stages.
@@ -215,14 +264,15 @@ def _one_form_of_checkpoints() -> Iterator[None]:
         DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
-def _optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tables = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+def _optimizer(groups: list[Group], training: TrainingConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [
-            {"params": tables, "weight_decay": training.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {
+                "params": group.parameters,
+                "weight_decay": training.weight_decay if group.decays else 0.0,
+                "lr": training.learning_rate * group.rate,
+            }
+            for group in groups
         ],
         lr=training.learning_rate,
         betas=training.betas,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dti_dist.config import RunConfig, TrainingConfig
+from dti_dist.config import RunConfig
 from dti_dist.console import say
 from dti_dist.costs.flops import flops_of_token
 from dti_dist.costs.shape import ModelShape
@@ -20,6 +19,7 @@ from dti_dist.inputs import Inputs
 from dti_dist.ranks import Ranks
 from dti_dist.runs.trained_on import keep_manifest
 from dti_dist.training.automatic import with_decided
+from dti_dist.training.bad_start import of_bad_start
 from dti_dist.training.checkpoint import newest
 from dti_dist.training.copying import CheckpointCopies
 from dti_dist.training.engine import Engine
@@ -37,8 +37,6 @@ from dti_dist.training.step import take_step
 from dti_dist.training.trackers import check_packages
 from dti_dist.training.validation import Validation
 from dti_dist.zero.partition import Partitioned
-
-_BAD_START = 0.5  # nats above the labels' entropy
 
 
 def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> int:
@@ -148,11 +146,13 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                 if progress.step % settings.log_every == 0 or progress.step == total_steps:
                     figures = _figures(job, engine, step.epoch, interval, share_of_token)
                     journal.log(figures)
-                    if progress.step == settings.log_every:
-                        rates = inputs.dataset.label_rates(config.data.train_on)
-                        of_tasks = list(zip(plan.task_weights, rates, strict=True))
-                        if bad_start := of_bad_start(figures["loss"], of_tasks, settings):
-                            journal.say(bad_start)
+                    rates = inputs.dataset.label_rates(config.data.train_on)
+                    of_tasks = list(zip(plan.task_weights, rates, strict=True))
+                    warmup = schedule.stretches[0].warmup_steps
+                    if bad_start := of_bad_start(
+                        figures["loss"], of_tasks, settings, progress.step, warmup
+                    ):
+                        journal.say(bad_start)
                     interval = Interval()
                 stop = step.stop
                 if not stop:
@@ -249,30 +249,6 @@ def _peak_share_of_a_token(model: ModelShape, pack: PackShape, ranks: Ranks) -> 
     if gpu is None or gpu.bf16 is None:
         return None
     return flops_of_token(model, pack) / (gpu.bf16 * ranks.world)
-
-
-def of_bad_start(
-    loss: float, rates: Sequence[tuple[float, float]], settings: TrainingConfig
-) -> str | None:
-    """What to say where the first logged steps are far worse than the label rate as prediction.
-
-    Args:
-        loss: their mean, in nats.
-        rates: of each task the weight of its loss, and the share of label 1 among what is trained
-            on.
-    """
-    entropy = -sum(
-        weight * p * math.log(p) for weight, rate in rates for p in (rate, 1 - rate) if p > 0
-    )
-    if not loss > entropy + _BAD_START:  # NaN is reported as what it is, elsewhere
-        return None
-    return (
-        f"The loss of the first {settings.log_every} steps is {loss:.3g}; always predicting the "
-        f"label rate, {', '.join(f'{rate:.3g}' for _, rate in rates)}, has {entropy:.3g}. From "
-        "such a start gradients spike. What helps: a longer training.warmup_fraction (now "
-        f"{settings.warmup_fraction:g}) or a lower training.learning_rate (now "
-        f"{settings.learning_rate:g})."
-    )
 
 
 def _figures(

@@ -38,14 +38,17 @@ class Stretch:
     def of(training: TrainingConfig, begin: int, end: int) -> Stretch:
         return Stretch(begin, end, **{name: getattr(training, name) for name in _SETTINGS})
 
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup_fraction * (self.end - self.begin))
+
     def rate(self, step: int) -> float:
         """The learning rate: linear warm-up from 0, then cosine to the minimum.
 
         Args:
             step: the optimizer step about to be taken, from 0, counted over the whole run.
         """
-        at, steps = step - self.begin, self.end - self.begin
-        warmup = round(self.warmup_fraction * steps)
+        at, steps, warmup = step - self.begin, self.end - self.begin, self.warmup_steps
         if at < warmup:
             return self.learning_rate * (at + 1) / warmup
         progress = (at - warmup) / max(steps - warmup, 1)

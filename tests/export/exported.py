@@ -16,6 +16,7 @@ from dti_dist.export.export import (
     dti_settings,
     hollow_hugging_face_model,
     hugging_face_value,
+    save_extra,
     save_model,
 )
 from dti_dist.inputs import Inputs
@@ -34,6 +35,7 @@ def export_random_weights(folder: Path, data: Path, **sections: Any) -> tuple[Pa
     model = random_weights(inputs)
     exported = folder / "exported"
     save_model(model, own_value, inputs.tokenizer, torch.float32, exported)
+    save_extra(model, own_value, exported)
     inputs.tokenizer.save_pretrained(exported)
     (exported / DTI_CONFIG).write_text(json.dumps(dti_settings(inputs, model, step=0)))
     return exported, inputs

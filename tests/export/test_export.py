@@ -30,6 +30,7 @@ from dti_dist.model.weights import own_value
 from dti_dist.ranks import Ranks
 from dti_dist.runs.calibration import calibrations
 from dti_dist.runs.commits import Commit
+from dti_dist.runs.exported import read_extra
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint, trained_model
 from tests.base_models import save_tokenizer_and_model
@@ -168,6 +169,7 @@ def test_export_loads_in_transformers_and_predicts_the_same(trained, tmp_path):
     model = inputs.untrained_model()
     model.backbone.load_state_dict(loaded.base_model.state_dict())
     model.head = type(model.head).of(loaded, inputs.tokens.label_ids)
+    model.load_state_dict(read_extra(out), strict=False)
     np.testing.assert_array_equal(
         predictions(trained, model.eval()).probability, predictions(trained).probability
     )
@@ -369,7 +371,8 @@ def plain_and_own(
         add_adapters(model, lora, SUM, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if name == "head.weight" or (lora is not None and parameter.requires_grad):
+        adapted = lora is not None and parameter.requires_grad and name not in model.extra
+        if name == "head.weight" or adapted:
             parameter.data = torch.randn(parameter.shape, generator=generator) / 3
     model.double()
     own = logits_by_target(model, batch_of(block, tokens, n, 1, SHAPE))
@@ -528,7 +531,7 @@ def card_of(folder: Path, data: Path, evaluations=(), licence=None, **sections) 
     run.evaluations.mkdir(parents=True)
     for number, evaluation in enumerate(evaluations):
         (run.evaluations / f"{number}.json").write_text(json.dumps(evaluation))
-    settings = {"plain_transformers": True, "plain_transformers_why": "No reason."}
+    settings = {"plain_transformers": True, "plain_transformers_why": "No reason.", "bias": 0.5}
     commit = Commit(run.checkpoints / "step-00000009", 9, 1, {}, {}, 0)
     made = Exported(commit, settings, "fp32", False, 1000)
     return model_card(run, Inputs.open(config, run.tokenizer), made, licence or {})

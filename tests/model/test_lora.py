@@ -81,7 +81,8 @@ def test_adapters_the_sum_row_and_the_linear_head_get_gradients_and_nothing_else
     assert with_gradient == {
         "backbone.embed_tokens.row",
         *(f"{name}.lora_{side}.default.weight" for name in linear for side in "AB"),
-        *(["head.weight"] if head == "linear" else []),
+        "head.bias",
+        "head.weight" if head == "linear" else "head.scale",
     }
 
 
@@ -105,7 +106,8 @@ def test_merged_model_is_of_the_base_models_form_and_computes_the_same(family, p
         assert torch.equal(weights[name][:SUM], others[name][:SUM])
     assert not torch.equal(weights[table][SUM], others[table][SUM])
     changed = {name for name in weights if not torch.equal(weights[name], others[name])}
-    assert table in changed
+    assert {table, *model.extra} <= changed
+    changed -= {*model.extra}
     assert all(name.endswith("proj.weight") for name in changed - {table, head})
 
 

@@ -96,7 +96,7 @@ def filled(family="llama", policy="budget", lora=None, four_bits=True, state=Non
     model.backbone.rotary_emb = Float64Rotary(model.backbone.rotary_emb.inv_freq)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.backbone.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter += 0.2 * noise
@@ -258,7 +258,7 @@ def test_the_decoders_frozen_linear_layers_alone_are_quantized():
     others = [p for name, p in model.named_parameters() if name not in quantized]
     assert {p.dtype for p in others} == {torch.float64}
     assert not any(is_quantized(p) for p in others)
-    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    biases = [n for n, _ in model.backbone.named_parameters() if n.endswith(".bias")]
     assert len(biases) == 3 * 3
 
 

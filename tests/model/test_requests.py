@@ -22,11 +22,13 @@ from tests.model.test_isolation import (
 )
 from tests.tiny import (
     FAMILIES,
+    add_item_vectors,
     batch_of,
     ctr_model,
     item_tokens,
     logits_by_target,
     users,
+    with_item_tokens,
     with_profiles,
 )
 
@@ -36,12 +38,22 @@ SHAPE = PackShape(length=512, slots=128)
 
 
 PIECES = (("item",), ("weekday", "item", "hour", "item"))
-EVERYTHING = {"profiles": True, "pieces": PIECES[1], "time_gaps": True, "prefix": 3}
+EVERYTHING = {
+    "profiles": True,
+    "pieces": PIECES[1],
+    "time_gaps": True,
+    "prefix": 3,
+    "vectors": True,
+}
 
 
-def world(seed=0, prefix=0, time_gaps=False, items=30, pieces=("item",), profiles=False):
+def world(
+    seed=0, prefix=0, time_gaps=False, items=30, pieces=("item",), profiles=False, vectors=False
+):
     rng = np.random.default_rng(seed)
     tokens = item_tokens(rng, items=items, prefix=prefix, time_gaps=time_gaps, pieces=pieces)
+    if vectors:
+        tokens = with_item_tokens(tokens)
     block = users(rng, [40, 9, 2, 33], items=items, requests=True)
     return with_profiles(tokens, block, seed) if profiles else (tokens, block)
 
@@ -90,6 +102,8 @@ def test_streaming_equals_sliding_window_and_scorer_under_exact_policies(
 ):
     tokens, block = world(**more)
     model = exact_model(family, policy, positions)
+    if tokens.vocabulary is not None:
+        add_item_vectors(model, tokens)
     streaming, sliding = (
         logits_and_gradients(model, batch_of(block, tokens, N, k, SHAPE)) for k in (K, 1)
     )
@@ -111,15 +125,26 @@ def test_streaming_equals_sliding_window_and_scorer_under_exact_policies(
     positions=st.sampled_from(["rope", "alibi"]),
     pieces=st.sampled_from(PIECES),
     profiles=st.booleans(),
+    vectors=st.booleans(),
 )
-def test_that_holds_for_any_requests_and_sizes(seed, n, k, policy, positions, pieces, profiles):
+def test_that_holds_for_any_requests_and_sizes(
+    seed, n, k, policy, positions, pieces, profiles, vectors
+):
     policy, _, shared = policy.partition(", ")
     prefix = 3 if policy == "isolated" else 0
     tokens, block = world(
-        seed, prefix=prefix, time_gaps=True, items=8, pieces=pieces, profiles=profiles
+        seed,
+        prefix=prefix,
+        time_gaps=True,
+        items=8,
+        pieces=pieces,
+        profiles=profiles,
+        vectors=vectors,
     )
     attention = {"budget": "even"} if policy == "budget" else {}
     model = ctr_model("llama", policy, n, positions=positions, prefix=prefix, **attention)
+    if vectors:
+        add_item_vectors(model, tokens)
     shape = PackShape(1024, 128)
     streaming, sliding = (
         logits_by_target(model, batch_of(block, tokens, n, size, shape, share=share))
@@ -203,6 +228,7 @@ def test_the_order_and_number_of_a_request_reach_none_of_its_targets(policy, k):
 def test_an_hour_later_predictions_are_others(policy):
     tokens, block = world(**EVERYTHING)
     model = exact_model("llama", policy)
+    add_item_vectors(model, tokens)
     moved = replace(block, timestamps=block.timestamps + 3600)
     now, later = (
         logits_by_target(model, batch_of(at, tokens, N, K, SHAPE)) for at in (block, moved)

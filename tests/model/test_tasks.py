@@ -41,8 +41,8 @@ def world(requests=True, seed=0):
 
 def model_of(policy="budget", head="yes_no"):
     model = ctr_model("llama", policy, N, head, further_tasks=TASKS[1:])
-    for vector in model.head.task_vectors.values():
-        torch.nn.init.normal_(vector)
+    for parameter in [*model.head.task_vectors.values(), *model.head.biases]:
+        torch.nn.init.normal_(parameter)
     return model
 
 
@@ -148,7 +148,7 @@ def test_further_tasks_leave_the_main_one_as_it_is_to_the_bit(head):
     assert logits.shape == batch.labels.shape
     assert torch.equal(several(batch)[..., 0], logits)
     more = several.state_dict().keys() - one.state_dict().keys()
-    assert more == {"head.task_like", "head.task_buy"}
+    assert more == {f"head.{kind}_{task}" for kind in ("task", "bias") for task in TASKS[1:]}
 
 
 @pytest.mark.parametrize("tasks", [(), TASKS])
@@ -171,10 +171,8 @@ def test_vectors_of_further_tasks_train_beside_adapters():
     model = ctr_model("llama", "budget", N, further_tasks=TASKS[1:])
     add_adapters(model, LoraConfig(rank=2), SUM, seed=0)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert {name for name in trained if name.startswith("head.")} == {
-        "head.task_like",
-        "head.task_buy",
-    }
+    assert {name for name in trained if name.startswith("head.")} == {*model.extra}
+    assert {"head.task_like", "head.task_buy", "head.bias_buy"} < {*model.extra}
 
 
 @pytest.mark.parametrize("requests", [False, True])

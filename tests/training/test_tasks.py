@@ -169,9 +169,10 @@ def test_every_task_is_evaluated_compared_exported_and_scored(trained, folder, d
     exported = folder / "exported"
     assert main(["export", run, "--out", str(exported), "--dtype", "fp32"]) == 0
     card = (exported / "README.md").read_text()
-    assert "`dti_tasks.safetensors`" in card
+    assert "`dti_extra.safetensors`" in card
     assert "| test, buy |" in card
-    assert load_file(exported / "dti_tasks.safetensors").keys() == set(TASKS[1:])
+    extra = load_file(exported / "dti_extra.safetensors").keys()
+    assert {f"head.{kind}_{task}" for kind in ("task", "bias") for task in TASKS[1:]} < extra
 
     history = [{"item": {"title": f"thing {n}"}, "label": n % 2, "timestamp": n} for n in range(5)]
     history = [dti_dist.Interaction(**past) for past in history]

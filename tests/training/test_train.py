@@ -12,7 +12,7 @@ import pytest
 from dti_dist.config import TrainingConfig
 from dti_dist.data.prepare.build import BuildOptions, build_dataset
 from dti_dist.data.prepare.synthetic import read_synthetic
-from dti_dist.training.loop import of_bad_start
+from dti_dist.training.bad_start import of_bad_start
 from tests.launching import (
     SECONDS,
     assert_same_losses,
@@ -158,20 +158,32 @@ def test_gradients_of_micro_steps_are_summed_in_float32_under_bf16(tmp_path, sta
 
 def test_a_start_far_above_the_labels_entropy_is_said_with_what_helps():
     settings = TrainingConfig(global_batch_packs=1, warmup_fraction=0.03, learning_rate=0.0002)
-    told = of_bad_start(1.38, [(1.0, 0.575)], settings)
+    told = of_bad_start(1.38, [(1.0, 0.575)], settings, 10, 6)
     assert told.startswith(
         "The loss of the first 10 steps is 1.38; always predicting the label rate"
     )
     assert "0.575, has 0.682" in told
     assert "warmup_fraction (now 0.03)" in told
-    assert of_bad_start(0.7, [(1.0, 0.575)], settings) is None
-    assert of_bad_start(0.1, [(1.0, 0.0)], settings) is None
-    assert of_bad_start(0.7, [(1.0, 0.01)], settings), (
+    assert of_bad_start(0.7, [(1.0, 0.575)], settings, 10, 6) is None
+    assert of_bad_start(0.1, [(1.0, 0.0)], settings, 10, 6) is None
+    assert of_bad_start(0.7, [(1.0, 0.01)], settings, 10, 6), (
         "an even guess, where one label in a hundred is 1"
     )
     of_two = [(1.0, 0.575), (0.5, 0.1)]
-    assert of_bad_start(1.34, of_two, settings) is None
-    assert "label rate, 0.575, 0.1, has 0.844" in of_bad_start(1.35, of_two, settings)
+    assert of_bad_start(1.34, of_two, settings, 10, 6) is None
+    assert "label rate, 0.575, 0.1, has 0.844" in of_bad_start(1.35, of_two, settings, 10, 6)
+
+
+@pytest.mark.parametrize(("warmup", "behind"), [(0, 10), (6, 20), (10, 20), (11, 30)])
+def test_a_loss_above_the_labels_entropy_behind_the_warm_up_is_said_once(warmup, behind):
+    settings = TrainingConfig()
+    told = {
+        step: of_bad_start(0.72, [(1.0, 0.575)], settings, step, warmup)
+        for step in range(10, 100, 10)
+    }
+    assert [step for step, said in told.items() if said] == [behind]
+    assert f"in steps {behind - 9} to {behind}, the loss is 0.72" in told[behind]
+    assert of_bad_start(0.69, [(1.0, 0.575)], settings, behind, warmup) is None
 
 
 def test_a_start_far_above_the_labels_entropy_is_printed(synthetic, tmp_path):
