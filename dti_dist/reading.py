@@ -29,6 +29,8 @@ class User:
         labels: [interactions] 0 or 1.
         timestamps: [interactions] seconds since 1970-01-01 UTC.
         target_start: interactions before it are context only.
+        profile: the user's texts by column, empty where nothing is known; None: the data set has
+            none of users.
     """
 
     user_id: str
@@ -36,6 +38,7 @@ class User:
     labels: npt.NDArray[np.int8]
     timestamps: npt.NDArray[np.int64]
     target_start: int
+    profile: dict[str, str] | None = None
 
 
 def read_users(
@@ -48,6 +51,9 @@ def read_users(
     """
     dataset = Dataset.open(str(path), storage=storage)
     items = dataset.items_table().drop_columns(["item_id"])
+    profiles: list[dict[str, str]] = []
+    if dataset.manifest.user_text_columns:
+        profiles = dataset.profiles_table().drop_columns(["profile_id"]).to_pylist()
     for batch in iter_sequences(dataset, split):
         for row in batch.rows.to_pylist():
             yield User(
@@ -56,6 +62,7 @@ def read_users(
                 labels=np.array(row["labels"], dtype=np.int8),
                 timestamps=np.array(row["timestamps"], dtype=np.int64),
                 target_start=row["target_start"],
+                profile=profiles[row["profile"]] if profiles else None,
             )
 
 

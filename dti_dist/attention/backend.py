@@ -216,7 +216,7 @@ class AttentionPlans:
         if not self._has_slots:
             return torch.zeros_like(q_body) if body is None else body
         keys, values = self._memory(layer, k, v)
-        if self._profile is not None and self._rotates(layer):
+        if self._profile is not None and self.scheme.rotates(layer):
             q_slots, keys = self._profile(q_slots, keys)
         readout_plan = self._readout[windows.readout[layer]]
         readout = attention(q_slots, keys, values, readout_plan, scale).transpose(1, 2)
@@ -225,13 +225,10 @@ class AttentionPlans:
             return F.pad(readout, (0, 0, 0, 0, length, 0)).transpose(1, 2)
         return torch.cat([body.transpose(1, 2), readout], dim=1).transpose(1, 2)
 
-    def _rotates(self, layer: int) -> bool:
-        return self.scheme.rotary_layers[layer] if self.scheme.rotary_layers else True
-
     def _memory(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[B, Hkv, Tk, D] each: what [SUM] reads. The samples, the slots, initial embeddings."""
         scheme, length = self.scheme, self.body_length
-        rotary = self._rotates(layer)
+        rotary = self.scheme.rotates(layer)
         turn = self._turn if rotary else None
         if self._rows is not None and self._kept is None:
             return read_shared(k, v, length, self._rows, turn)

@@ -104,6 +104,15 @@ class AttentionScheme:
         """[SUM] reads keys and values of its own making, not those of the body."""
         return self.turns_keys or self.policy.forgets
 
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer rotates queries and keys."""
+        return self.rotary_layers[layer] if self.rotary_layers else True
+
+    def doubles_scores(self, layer: int) -> bool:
+        """Whether [SUM]'s scores in a layer are made of twice the head's dimensions, where samples
+        have profiles; see ProfileReading."""
+        return self.positions.rotated and self.rotates(layer)
+
     def body(self, layout: PackLayout, window: Windows) -> VisibleIntervals:
         """What body tokens see in a layer with this window, or these."""
         if layout.shared is not None:

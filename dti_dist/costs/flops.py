@@ -11,8 +11,9 @@ FLOPS_FORMULA = (
     "forward: 2 x (weights of the linear layers) x tokens, the last layer's feed-forward part on "
     "slots alone; attention 4 x heads x head_dim x (visible query-key pairs, summed over layers); "
     "head 2 x hidden x slots. Backward: as much again for what a weight reads and, unless it is "
-    "frozen, for the weight; of attention 2.5 x. Activation checkpointing: the layers' forward "
-    "once more, without each layer's last product. Padding is counted, it is computed too."
+    "frozen, for the weight; of attention 2.5 x. Scores of [SUM] count twice where it reads "
+    "profiles under rope. Activation checkpointing: the layers' forward once more, without each "
+    "layer's last product. Padding is counted, it is computed too."
 )
 
 
@@ -38,12 +39,15 @@ class Flops:
         return {**asdict(self), "total": self.total}
 
 
-def flops_of_pack(shape: ModelShape, pack: PackShape, pairs: float, checkpointing: bool) -> Flops:
+def flops_of_pack(
+    shape: ModelShape, pack: PackShape, pairs: float, checkpointing: bool, doubled: float = 0.0
+) -> Flops:
     """FLOPs of one pack's forward and backward pass.
 
     Args:
         pairs: visible query-key pairs of a pack, summed over the layers.
         checkpointing: activations are recomputed in the backward pass.
+        doubled: pairs of these whose scores are made of twice the head's dimensions.
     """
     body, slots = pack.computed_body, pack.slots
     tokens = body + slots
@@ -54,14 +58,21 @@ def flops_of_pack(shape: ModelShape, pack: PackShape, pairs: float, checkpointin
     ]
     linear = 2.0 * sum(part.weights * count for part, count in times)
     weight_gradients = 2.0 * sum(part.trained * count for part, count in times)
-    attention = 4.0 * shape.heads * shape.head_dim * pairs
+    scores = 2.0 * shape.heads * shape.head_dim * (pairs + doubled)
+    outputs = 2.0 * shape.heads * shape.head_dim * pairs
+    attention = scores + outputs
     head = 2.0 * shape.hidden * slots
     last_products = 2.0 * shape.last_product.weights * ((shape.layers - 1) * tokens + slots)
     return Flops(
         forward_linear=linear,
         forward_attention=attention,
         forward_head=head,
-        backward=linear + weight_gradients + 2.5 * attention + head * (1 + bool(shape.head_table)),
+        # Of scores: made again, and the gradients of queries and of keys.
+        backward=linear
+        + weight_gradients
+        + 3.0 * scores
+        + 2.0 * outputs
+        + head * (1 + bool(shape.head_table)),
         recomputation=linear + attention - last_products if checkpointing else 0.0,
     )
 

@@ -265,6 +265,9 @@ def activation_bytes(shape: ModelShape, pack: PackShape, width: int) -> tuple[fl
     readout = 0.0
     if shape.copies_states:
         readout += width * states * (pack.length + pack.slots)
+    if shape.doubles_scores:  # beside what is counted of both already
+        keys = states / 2 * (1 if shape.copies_states else 2)
+        readout += width * (2 * queries * pack.slots + keys * (pack.length + pack.slots))
     if shape.initial.weights:
         initial = width * (1 + shape.norms_trained) + (4 if width == 2 else 0)
         readout += pack.computed_body * (width * states + initial * shape.hidden)

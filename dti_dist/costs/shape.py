@@ -66,8 +66,11 @@ class ModelShape:
         adapter_width: sum of the ranks of a layer's adapters.
         norms: widths of a layer's norms, summed.
         norms_trained: whether the norms' weights train.
-        head_row_gradient: weights of the head's table where it trains: its gradient is a whole
+        head_table: weights of the head's table where it trains: its gradient is a whole
             table, though the head reads two rows of it.
+        copies_states: [SUM] reads keys and values of its own making.
+        doubles_scores: queries of [SUM] and its keys have twice the head's dimensions, in layers
+            that rotate: taken for all.
     """
 
     parameters: int
@@ -88,10 +91,15 @@ class ModelShape:
     norms_trained: bool
     head_table: int
     copies_states: bool
+    doubles_scores: bool
 
     @staticmethod
-    def of(model: CTRModel) -> ModelShape:
-        """Of a model that may be hollow, and must be where weights are quantized."""
+    def of(model: CTRModel, has_profiles: bool = False) -> ModelShape:
+        """Of a model that may be hollow, and must be where weights are quantized.
+
+        Args:
+            has_profiles: samples have profiles.
+        """
         config, layer = model.config, model.backbone.layers[0]
         attention = layer.self_attn
         head_dim = int(attention.head_dim)
@@ -130,4 +138,6 @@ class ModelShape:
             norms_trained=any(weight.requires_grad for weight in norms.values()),
             head_table=table.numel() if table.requires_grad else 0,
             copies_states=model.scheme.copies_states,
+            doubles_scores=has_profiles
+            and any(map(model.scheme.doubles_scores, range(len(model.backbone.layers)))),
         )

@@ -191,11 +191,13 @@ class Pairs:
 
     Attributes:
         visible: that the masks let see each other.
+        doubled: those of them whose scores are made of twice the head's dimensions.
         chunked, flex: that each backend computes, whose chunks and blocks hold more.
         plan_bytes: of the chunked backend's masks.
     """
 
     visible: float
+    doubled: float
     chunked: float
     flex: float
     plan_bytes: float
@@ -216,13 +218,18 @@ def count_pairs(model: CTRModel, batches: list[Batch]) -> Pairs:
     return Pairs(*found.mean(axis=0).tolist())
 
 
-def _calls(model: CTRModel, batch: Batch) -> list[tuple[VisibleIntervals, int]]:
-    """The attention of a forward pass: of body tokens and of slots, by window, and in how many
-    layers. Nobody reads the last layer's body."""
+def _calls(model: CTRModel, batch: Batch) -> list[tuple[VisibleIntervals, int, int]]:
+    """The attention of a forward pass: of body tokens and of slots, by window, in how many layers,
+    and in how many of them scores are doubled. Nobody reads the last layer's body."""
     scheme, layout = model.scheme, batch.layout
     body, readout = Counter(scheme.windows.body[:-1]), Counter(scheme.windows.readout)
-    return [(scheme.body(layout, window), layers) for window, layers in body.items()] + [
-        (scheme.readout(layout, window), layers) for window, layers in readout.items()
+    doubled: Counter[int] = Counter()
+    if layout.profile_end is not None:
+        layers_of = enumerate(scheme.windows.readout)
+        doubled.update(window for layer, window in layers_of if scheme.doubles_scores(layer))
+    return [(scheme.body(layout, window), layers, 0) for window, layers in body.items()] + [
+        (scheme.readout(layout, window), layers, doubled[window])
+        for window, layers in readout.items()
     ]
 
 
@@ -231,10 +238,10 @@ def _visible(intervals: VisibleIntervals) -> int:
     return int((intervals.end - intervals.start).clamp(min=0).sum(dtype=torch.int64))
 
 
-def _pairs(model: CTRModel, batch: Batch) -> tuple[float, float, float, float]:
+def _pairs(model: CTRModel, batch: Batch) -> tuple[float, ...]:
     packs = len(batch.tokens)
-    visible = chunked = flex = plan_bytes = 0
-    for intervals, layers in _calls(model, batch):  # which share a plan
+    visible = doubled = chunked = flex = plan_bytes = 0
+    for intervals, layers, of_doubled in _calls(model, batch):  # which share a plan
         readout = intervals.start.shape[2] != intervals.key_length
         (plan,) = ChunkedPlan.build(intervals.for_windows(1), chunk=32 if readout else 128)
         cells = sum(chunk.visible.numel() for chunk in plan.chunks)
@@ -243,7 +250,9 @@ def _pairs(model: CTRModel, batch: Batch) -> tuple[float, float, float, float]:
         computed = int(blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum())
         # A bool, and for slots an int32 distance beside it.
         plan_bytes += cells * (5 if readout else 1)
-        visible += layers * _visible(intervals)
+        seen = _visible(intervals)
+        visible += layers * seen
+        doubled += of_doubled * seen
         chunked += layers * cells
         flex += layers * computed * 128**2
-    return visible / packs, chunked / packs, flex / packs, plan_bytes / packs
+    return tuple(found / packs for found in (visible, doubled, chunked, flex, plan_bytes))

@@ -203,7 +203,9 @@ class RequestFiles:
                 or pa.types.is_null(kind)
             ):
                 raise fail(
-                    0, f"{name}: expected numbers, of which prepare made classes; found {kind}."
+                    0,
+                    f"{name}: expected numbers, since its classes were made of numbers; found "
+                    f"{kind}. Give the number itself, not the text of its class.",
                 )
             if pa.types.is_float32(kind) or pa.types.is_decimal(kind):  # by their digits
                 values = pc.cast(values, pa.string())

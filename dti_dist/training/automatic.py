@@ -61,7 +61,8 @@ def _demand(config: RunConfig, model: CTRModel, plan: StreamPlan, ranks: Ranks) 
     # Only the chunked backend, on a CPU, has masks that take much.
     masks = count_pairs(model, packs).plan_bytes if ranks.device.type == CPU else 0.0
     batch_bytes = sum(batch.nbytes for batch in packs) / len(packs)
-    return Demand(config, ModelShape.of(model), plan.shape, batch_bytes, masks)
+    shape = ModelShape.of(model, plan.tokens.profiles is not None)
+    return Demand(config, shape, plan.shape, batch_bytes, masks)
 
 
 def _words(config: RunConfig, option: Option, room: Room) -> str:

@@ -390,7 +390,10 @@ def test_a_file_with_texts_of_classes_is_refused(exported, prepared, tmp_path, c
     arguments = ["--requests", str(tmp_path / "requests.parquet"), "--data", str(prepared[0])]
     assert main(["score", str(exported[0]), *arguments, "--out", str(tmp_path / "out")]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "row 1: price: expected numbers, of which prepare made classes; found string" in said
+    assert (
+        "row 1: price: expected numbers, since its classes were made of numbers; found string"
+        in said
+    )
 
 
 def test_a_data_set_of_other_classes_is_refused(exported, prepared, tmp_path):

@@ -1,6 +1,8 @@
 """What `dti-dist plan` says beforehand is what runs, models and engines then really do."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dti_dist import gpus as gpu_table
+from dti_dist.attention import backend
 from dti_dist.attention.backend import AttentionPlans
 from dti_dist.cli import main
 from dti_dist.config import LoraConfig, load_config
@@ -177,10 +180,12 @@ def test_of_a_cut_run_sliding_window_takes_the_steps_for_as_many_targets(config_
 # FLOPs
 
 
-def a_batch(share=False, prefix=0, packs_of=600):
+def a_batch(share=False, prefix=0, profiles=False):
     rng = np.random.default_rng(3)
     tokens = tiny.item_tokens(rng, prefix=prefix)
     block = tiny.users(rng, [25, 9, 14, 30], items=12)
+    if profiles:
+        tokens, block = tiny.with_profiles(tokens, block)
     return tiny.batch_of(block, tokens, 4, 6, PackShape(256, 128), share=share)
 
 
@@ -260,6 +265,46 @@ def test_attention_pairs_are_those_of_the_dense_masks(policy, prefix):
     assert found.visible < found.flex
     # A square of all tokens in all layers would be several times that.
     assert visible < 0.35 * model.config.num_hidden_layers * batch.tokens.shape[1] ** 2 * packs
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_doubled_pairs_are_those_of_attention_on_twice_the_dimensions(
+    policy, positions, monkeypatch
+):
+    pairs = Counter()
+
+    def attention(q, k, v, plan, scale):
+        pairs[q.shape[-1] // v.shape[-1]] += int(plan.mask.sum())
+        return dense.attention(q, k, v, plan, scale)
+
+    dense = backend._BACKENDS["dense"]
+    monkeypatch.setitem(backend._BACKENDS, "dense", replace(dense, attention=attention))
+    model = tiny.ctr_model("llama", policy, positions=positions, backend="dense")
+    for profiles in (True, False):
+        batch = a_batch(share=policy == "isolated", profiles=profiles)
+        pairs.clear()
+        model(batch)
+        found, packs = count_pairs(model, [batch]), len(batch.tokens)
+        assert found.visible * packs == pairs[1] + pairs[2]
+        assert found.doubled * packs == pairs[2]
+        assert bool(pairs[2]) == (profiles and positions == "rope")
+
+
+def test_attention_on_twice_the_dimensions_has_torchs_flops():
+    """The products of a forward and a backward pass, which makes the scores once more."""
+    heads, queries, keys, width = 4, 32, 48, 8
+    q, k = (torch.randn(1, heads, n, 2 * width, requires_grad=True) for n in (queries, keys))
+    v = torch.randn(1, heads, keys, width, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        ((q @ k.mT).softmax(-1) @ v).sum().backward()
+        _ = q @ k.mT
+    shape = ModelShape.of(tiny.ctr_model("llama"))
+    shape = replace(shape, heads=heads, head_dim=width)
+    pairs, pack = queries * keys, PackShape(8, 4)
+    found = flops_of_pack(shape, pack, pairs, False, pairs)
+    without = flops_of_pack(shape, pack, 0.0, False)
+    assert found.total - without.total == counter.get_total_flops()
 
 
 def test_attention_flops_are_torchs_for_as_many_pairs():
