@@ -19,7 +19,7 @@ SMALL = [
     *("model.scratch.hidden_size=16", "model.scratch.intermediate_size=16"),
     *("model.scratch.layers=1", "model.scratch.heads=2", "model.scratch.key_value_heads=1"),
     *("model.scratch.vocab_size=300", "training.device=cpu", "training.cpu_threads=1"),
-    *("training.epochs=1", "training.log_every=1", "pack.length=512"),
+    *("training.epochs=1", "training.log_every=1", "pack.length=1024"),
 ]
 
 
@@ -103,7 +103,7 @@ def test_other_settings_are_refused_where_runs_have_begun(movielens, here, tmp_p
     assert yaml.safe_load(before)["sample"]["min_context"] == 0
     capsys.readouterr()
     assert main([*command, "training.learning_rate=0.5"]) == 2
-    assert "training.learning_rate: 0.003 there, 0.5 now" in capsys.readouterr().err
+    assert "training.learning_rate: 0.002 there, 0.5 now" in capsys.readouterr().err
     assert (out / "config.yaml").read_text() == before
     assert main(["benchmark", "quality", "rella-ml1m", "--out", str(out)]) == 2
     assert "expected the split rella-ml1m, found collm-ml1m" in capsys.readouterr().err

@@ -43,26 +43,30 @@ from dti_dist.words import NONE, duration, short
 METRICS = ("auc", "uauc", "log_loss")
 
 # Chosen by the AUC of valid of collm-ml1m; docs/scoreboard.md says what was tried.
-_CONTEXT: dict[PublishedSplit, int] = {"collm-ml1m": 40, "rella-ml1m": 30}  # ReLLa's own: 30
+_CONTEXT: dict[PublishedSplit, int] = {"collm-ml1m": 100, "rella-ml1m": 30}  # ReLLa's own: 30
 _MODEL: dict[str, Any] = {
     "template": {"item": "{title}", "max_item_tokens": 24},
-    "pack": {"length": 4096},
+    "pack": {"length": 2176},
     "model": {
         "name": "scratch",
         "scratch": {
-            "vocab_size": 2048,
+            "vocab_size": 8192,
             "hidden_size": 64,
             "intermediate_size": 192,
-            "layers": 4,
+            "layers": 2,
             "heads": 4,
             "key_value_heads": 2,
         },
+        "item_embeddings": 32,
     },
     "attention": {"policy": "isolated", "positions": "alibi"},
     "training": {
         "epochs": 2,
         "global_batch_packs": 1,
-        "learning_rate": 3e-3,
+        "learning_rate": 2e-3,
+        "new_rate_factor": 5,
+        "min_learning_rate_fraction": 0.0,
+        "weight_decay": 1.0,
         "precision": "fp32",
     },
     "validation": {"max_targets": None},
@@ -144,7 +148,7 @@ def _settings(
             raise UserError(f"{override}: expected a setting of the model; {of} says it.")
     with tempfile.TemporaryDirectory() as folder:
         default = Path(folder) / "default.yaml"
-        sample = {"context": _CONTEXT[protocol], "targets": 40}
+        sample = {"context": _CONTEXT[protocol], "targets": 100}
         default.write_text(yaml.safe_dump(_MODEL | {"sample": sample}))
         own = {
             "run_dir": str(out / "run"),

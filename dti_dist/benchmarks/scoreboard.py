@@ -52,6 +52,6 @@ BOARDS: dict[PublishedSplit, Board] = {
             ("SIM", (0.7992, 0.5387), _RELLA),
             ("ReLLa, Vicuna-13B, trained on < 10 % of train", (0.8033, 0.5362), _RELLA),
         ),
-        "The published models also read ids and the user's profile (gender, age, occupation, zip).",
+        "The published models also read the user's id and profile (gender, age, occupation, zip).",
     ),
 }
