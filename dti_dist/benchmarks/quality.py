@@ -65,7 +65,6 @@ _MODEL: dict[str, Any] = {
         "global_batch_packs": 1,
         "learning_rate": 2e-3,
         "new_rate_factor": 5,
-        "min_learning_rate_fraction": 0.0,
         "weight_decay": 1.0,
         "precision": "fp32",
     },
