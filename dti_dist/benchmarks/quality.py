@@ -29,7 +29,7 @@ from dti_dist.data.prepare.build import build_dataset
 from dti_dist.data.prepare.published import BUILD, PUBLISHED, read_published
 from dti_dist.errors import UserError
 from dti_dist.evaluation.bootstrap import Groups, draw, intervals_of_mean, read_groups
-from dti_dist.evaluation.labels import LABELS, floor_rows
+from dti_dist.evaluation.labels import FLOORS, LABELS
 from dti_dist.evaluation.metrics import measure
 from dti_dist.evaluation.predictions_file import load_targets, predictions_path
 from dti_dist.evaluation.summary import as_json
@@ -37,7 +37,7 @@ from dti_dist.files import write_atomically
 from dti_dist.options import RESAMPLES, PublishedSplit, Split
 from dti_dist.runs.folder import RunFolder, read_json_object
 from dti_dist.runs.metrics_log import last_step, logged_until, read_lines
-from dti_dist.sql import open_workspace
+from dti_dist.sql import open_workspace, parquet
 from dti_dist.words import NONE, duration, short
 
 METRICS = ("auc", "uauc", "log_loss")
@@ -241,9 +241,7 @@ def _result(
             }
             for seed, run, figures in zip(seeds, runs, evaluated, strict=True)
         ],
-        "floors": {
-            name: {metric: of.get(metric) for metric in METRICS} for name, of in floor_rows(first)
-        },
+        "floors": _floors(runs[0], split, prompt),
         "config": settings.model_dump(mode="json"),
     }
 
@@ -267,6 +265,27 @@ def _intervals_of_mean(
             figures = measure(connection, "targets")
             measured.append((figures, read_groups(connection, "targets", figures["users"])))
     return intervals_of_mean(measured, draw(len(measured[0][1]), RESAMPLES))
+
+
+def _floors(run: RunFolder, split: Split, prompt: str) -> dict[str, dict[str, float | None]]:
+    """METRICS by name of the floor; empty where there are none. A row of a split is a user here."""
+    file = run.evaluations / f"{split}.floors.parquet"
+    if not file.exists():
+        return {}
+    predictions, floors = (parquet([str(p)]) for p in (predictions_path(run, split, prompt), file))
+    found = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="dti-dist-quality-") as scratch,
+        open_workspace(scratch) as workspace,
+    ):
+        for name, text in FLOORS.items():
+            figures = measure(
+                workspace.connection,
+                f"(SELECT row AS user, label, {name} AS probability FROM {predictions} "
+                f"AS predicted JOIN {floors} AS floors USING (row, position))",
+            )
+            found[text] = {metric: figures[metric] for metric in METRICS}
+    return found
 
 
 def _training(run: RunFolder) -> dict[str, Any]:
