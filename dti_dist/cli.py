@@ -880,6 +880,7 @@ def quality(
         Parameter(converter=_seeds, n_tokens=1, metavar="N,N", show_default="0,1,2"),
     ] = options.QUALITY_SEEDS,
     split: Literal["valid", "test"] = "test",
+    requests: Literal["time", "none"] = options.MOVIELENS_REQUESTS,
     launch: Launch = None,
     out: Work,
     json: Json = False,
@@ -895,12 +896,22 @@ def quality(
         config: YAML of the model and its training (default: a small model from scratch).
         seeds: Of the runs.
         split: What is measured: choose settings by valid, and measure test at the end.
+        requests: time: a target sees nothing that its user rated in the same second.
         out: Folder of the data, the runs and the result, test.json or valid.json.
     """
     from dti_dist.benchmarks.quality import benchmark_quality, quality_table
 
     found = benchmark_quality(
-        protocol, Path(out), ml1m, download, config, overrides, seeds, split, _starter(launch)
+        protocol,
+        Path(out),
+        ml1m,
+        download,
+        config,
+        overrides,
+        seeds,
+        split,
+        _starter(launch),
+        requests,
     )
     if isinstance(found, int):
         return found

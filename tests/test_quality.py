@@ -12,6 +12,7 @@ from dti_dist import daily
 from dti_dist.benchmarks.quality import quality_table
 from dti_dist.benchmarks.scoreboard import BOARDS
 from dti_dist.cli import main
+from dti_dist.data.dataset import Dataset
 from tests.launching import metrics
 from tests.movielens import made_up_ratings, write_movielens
 
@@ -109,7 +110,22 @@ def test_other_settings_are_refused_where_runs_have_begun(movielens, here, tmp_p
     assert "training.learning_rate: 0.002 there, 0.5 now" in capsys.readouterr().err
     assert (out / "config.yaml").read_text() == before
     assert main(["benchmark", "quality", "rella-ml1m", "--out", str(out)]) == 2
-    assert "expected the split rella-ml1m, found collm-ml1m" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "expected the split rella-ml1m with --requests none, found collm-ml1m with none" in said
+
+
+@pytest.mark.slow
+def test_by_request_a_target_sees_nothing_of_its_own_second(movielens, here, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["benchmark", "quality", "collm-ml1m", *SMALL, "--seeds", "0", "--out", str(out)]
+    command += ["--ml1m", str(movielens), "--requests", "time"]
+    assert main(command) == 0
+    assert "Ours see nothing of a target's own second" in capsys.readouterr().out
+    assert Dataset.open(str(out / "data")).has_requests
+    command[2], command[-4:] = "rella-ml1m", ["--ml1m", str(movielens), "--requests", "time"]
+    command[command.index(str(out))] = str(tmp_path / "other")
+    assert main(command) == 2
+    assert "expected a split that never parts ratings" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("protocol", BOARDS)
@@ -132,6 +148,7 @@ def test_the_row_stands_beside_the_published_ones_with_their_sources(protocol):
         "protocol": protocol,
         "is_exact": True,
         "split": "test",
+        "requests": "none",
         "targets": 10,
         "users": 2,
         "users_with_both_labels": 1,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -34,7 +34,7 @@ from dti_dist.evaluation.metrics import measure
 from dti_dist.evaluation.predictions_file import load_targets, predictions_path
 from dti_dist.evaluation.summary import as_json
 from dti_dist.files import write_atomically
-from dti_dist.options import RESAMPLES, PublishedSplit, Split
+from dti_dist.options import MOVIELENS_REQUESTS, RESAMPLES, PublishedSplit, Split
 from dti_dist.runs.folder import RunFolder, read_json_object
 from dti_dist.runs.metrics_log import last_step, logged_until, read_lines
 from dti_dist.sql import open_workspace, parquet
@@ -93,6 +93,7 @@ def benchmark_quality(
     seeds: Sequence[int],
     split: Split,
     start: Start,
+    requests: Literal["time", "none"] = MOVIELENS_REQUESTS,
 ) -> dict[str, Any] | int:
     """Do what is not done yet, and give the result, which also lies in `out`.
 
@@ -101,6 +102,7 @@ def benchmark_quality(
             the split was prepared before.
         config: a YAML file instead of the default model; overrides: ``key=value``.
         split: what is measured. Tuning is for valid, and test for the end.
+        requests: time: a target sees nothing of its own second.
 
     Returns:
         the result, or the exit code of a training or evaluation that did not end well.
@@ -109,7 +111,7 @@ def benchmark_quality(
         UserError: where the split can't be prepared, or `out` holds runs of other settings.
     """
     data = out / "data"
-    _prepare(protocol, data, ml1m, download)
+    _prepare(protocol, data, ml1m, download, requests)
     settings = _settings(protocol, out, data, config, overrides)
     _keep(settings, out)
     for seed in seeds:
@@ -121,12 +123,20 @@ def benchmark_quality(
     return result
 
 
-def _prepare(protocol: PublishedSplit, data: Path, ml1m: str | None, download: bool) -> None:
+def _prepare(
+    protocol: PublishedSplit,
+    data: Path,
+    ml1m: str | None,
+    download: bool,
+    requests: Literal["time", "none"],
+) -> None:
     if (data / "dataset.json").exists():
-        found = Dataset.open(str(data)).manifest.name
-        if found != protocol:
+        there = Dataset.open(str(data))
+        found = (there.manifest.name, "time" if there.has_requests else "none")
+        if found != (protocol, requests):
             raise UserError(
-                f"{data}: expected the split {protocol}, found {found}. Choose another --out."
+                f"{data}: expected the split {protocol} with --requests {requests}, found "
+                f"{found[0]} with {found[1]}. Choose another --out."
             )
         return
     if download == (ml1m is not None):
@@ -135,7 +145,8 @@ def _prepare(protocol: PublishedSplit, data: Path, ml1m: str | None, download: b
             f"{'both' if download else 'neither'}."
         )
     path = ml1m or str(movielens.download("1m", movielens.default_cache()))
-    say(str(build_dataset(partial(read_published, path=path, split=protocol), str(data), BUILD)))
+    read = partial(read_published, path=path, split=protocol, requests=requests)
+    say(str(build_dataset(read, str(data), BUILD)))
 
 
 def _settings(
@@ -220,6 +231,7 @@ def _result(
         "protocol": protocol,
         "is_exact": is_exact,
         "split": split,
+        "requests": "time" if dataset.has_requests else "none",
         "targets": first["targets"],
         "users": first["users"],
         "users_with_both_labels": first["users"] - first["users_of_one_class"],
@@ -347,6 +359,8 @@ def quality_table(result: dict[str, Any]) -> str:
         f"{devices}; {versions}; {result['date']}",
         result["command"],
     ]
+    if result["requests"] == "time":
+        lines.insert(1, "Ours see nothing of a target's own second (--requests time).")
     if not result["is_exact"]:
         lines.insert(
             1, "These are not the rows of the published split, so its results are left out."

@@ -1,17 +1,19 @@
 """Splits of MovieLens-1M as published protocols make them, to the row.
 
-Both order interactions of one second, so each is a request of its own and a target sees the labels
-of those before it, as the models of these papers do.
+Both order interactions of one second. So each is a request of its own, and a target sees the labels
+of those before it, unless requests are asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from dti_dist.data.prepare.movielens import read_movielens
 from dti_dist.data.prepare.source import Source
-from dti_dist.options import BuildOptions, PublishedSplit
+from dti_dist.errors import UserError
+from dti_dist.options import MOVIELENS_REQUESTS, BuildOptions, PublishedSplit
 from dti_dist.sql import Workspace
 
 _FIRST_MONTH = (2000, 4)  # CoLLM's month 0
@@ -29,12 +31,14 @@ class Published:
             ratings.dat; it adds ``split``.
         min_context: what a run's sample.min_context has to be, for the protocol's targets.
         interactions: of each split; in valid and test all are targets.
+        cuts_seconds: whether a user's ratings of one second may lie in two splits.
     """
 
     label: str
     events: Callable[[str], str]
     min_context: int
     interactions: dict[str, int]
+    cuts_seconds: bool
 
 
 def _collm(events: str) -> str:
@@ -71,13 +75,14 @@ def _rella(events: str) -> str:
 
 PUBLISHED: dict[PublishedSplit, Published] = {
     "collm-ml1m": Published(
-        "rating >= 4", _collm, 0, {"train": 33_891, "valid": 10_401, "test": 7_331}
+        "rating >= 4", _collm, 0, {"train": 33_891, "valid": 10_401, "test": 7_331}, False
     ),
     "rella-ml1m": Published(
         "rating > 3",
         _rella,
         _RELLA_HISTORY,
         {"train": 776_007 + _RELLA_HISTORY * 6_040, "valid": 97_000, "test": 97_002},
+        True,
     ),
 }
 
@@ -85,13 +90,26 @@ BUILD = BuildOptions(min_interactions=1)
 """A user with one interaction has a target too."""
 
 
-def read_published(workspace: Workspace, path: str, split: PublishedSplit) -> Source:
+def read_published(
+    workspace: Workspace,
+    path: str,
+    split: PublishedSplit,
+    requests: Literal["time", "none"] = MOVIELENS_REQUESTS,
+) -> Source:
     """MovieLens-1M, a folder or zip, as a Source whose splits are those of a protocol.
 
-    Raises UserError as `read_movielens` does.
+    Args:
+        requests: as of `read_movielens`.
+
+    Raises UserError as `read_movielens` does, and for requests in a split that cuts through them.
     """
     protocol = PUBLISHED[split]
-    source = read_movielens(workspace, path, protocol.label)
+    if requests == "time" and protocol.cuts_seconds:
+        raise UserError(
+            f"--requests time: expected a split that never parts ratings of one second; {split} "
+            "orders them by movie. Leave it out."
+        )
+    source = read_movielens(workspace, path, protocol.label, requests)
     return replace(
         source,
         name=split,
