@@ -58,7 +58,15 @@ class Partitioned(Placement):
             )
         else:
             self._first.convert_to_zero_parameters(param_list=[parameter])
+        if self._partitions:
+            self._clear_padding(parameter)
         return parameter
+
+    def _clear_padding(self, parameter: Any) -> None:
+        """DeepSpeed fills the last part up with whatever is in memory, and checkpoints have it."""
+        part = parameter.ds_tensor
+        own = parameter.ds_numel - self._ranks.rank * part.numel()
+        part.data[max(own, 0) :].zero_()
 
     def predictor(self, model: nn.Module) -> Callable[[Any], Tensor]:
         """All ranks must call it equally often: each gathers the parts that it needs."""

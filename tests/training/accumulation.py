@@ -7,7 +7,8 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -20,9 +21,17 @@ from dti_dist.training.engine import Engine
 MICRO_STEPS = 64
 
 
+class Plain(nn.Sequential):
+    """What the engine asks of a model beside its parameters."""
+
+    backbone = SimpleNamespace(layers=())
+    extra: ClassVar[dict] = {}
+    is_pretrained = False
+
+
 def gradient(ranks, name: str, precision: str) -> torch.Tensor:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 1))
+    model = Plain(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 1))
     inputs, wanted = torch.randn(MICRO_STEPS, 16, 64), torch.randn(MICRO_STEPS, 16, 1)
     training = TrainingConfig(
         deepspeed=name, precision=precision, global_batch_packs=MICRO_STEPS, gradient_clipping=1e9

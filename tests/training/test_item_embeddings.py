@@ -177,4 +177,4 @@ def test_a_run_that_begins_with_another_keeps_its_vectors_and_adds_new_ones(
         without = write_config(folder / "plain/config.yaml", data)
         train(without, *stay[:2])
         begun = [f"model.init_from={run_dir(without)}", f"run_dir={folder}/last", *stay]
-        assert "expected vectors of items" in train(without, *begun, expect=2)
+        assert "model.item_embeddings: 0 there, 8 now" in train(without, *begun, expect=2)

@@ -110,7 +110,7 @@ def test_merged_export_predicts_as_the_run_does(quantized, rounded, tmp_path):
     run_dir = str(quantized / "run")
     assert main(["export", run_dir, "--out", str(out), "--dtype", "fp32"]) == 0
     loaded = auto_class("yes_no").from_pretrained(out)
-    of_export = predictions(run_dir, without_adapters(run_dir, loaded))
+    of_export = predictions(run_dir, without_adapters(run_dir, loaded, out))
     of_run = predictions(run_dir)
     np.testing.assert_allclose(logit(of_run.probability), logit(of_export.probability), atol=1e-5)
     card = (out / "README.md").read_text()

@@ -224,4 +224,4 @@ def test_weight_decay_is_that_of_the_stretch_under_every_stage(synthetic, tmp_pa
     run(job(1, config), tmp_path / "first")
     more = ("training.max_steps=4", "training.weight_decay=0.3")
     printed = run(job(1, config, *more, script=script), tmp_path / "log")
-    assert printed.count("decays [0.3, 0.0]") == 2
+    assert printed.count("decays [0.3, 0.0, 0.0]") == 2
