@@ -45,7 +45,7 @@ def groups_of(model: CTRModel, training: TrainingConfig) -> list[Group]:
         if not parameter.requires_grad:
             continue
         height = layers + 2 if parameter in new else _height(name, layers)
-        if training.layer_decay == 1 and height <= layers:
+        if training.layer_decay == 1 and height <= layers + 1:
             height = 0
         decays = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
         found.setdefault((height, decays), []).append(parameter)
