@@ -133,13 +133,14 @@ def test_adapters_alone_keep_the_vectors_of_the_tasks(folder):
     arguments = ["export", str(run.path), "--dtype", "fp32", "--out"]
     assert main([*arguments, str(folder / "adapters"), "--adapter-only"]) == 0
     inputs = Inputs.open(run.read_config(), run.tokenizer)
-    trained = trained_model(inputs, choose_checkpoint(run, None)).head.task_vectors
-    untrained = inputs.untrained_model().head.task_vectors
-    found = load_file(folder / "adapters" / "dti_tasks.safetensors")
-    assert found.keys() == {*TASKS[1:]} == {*trained}
-    for task in TASKS[1:]:
-        torch.testing.assert_close(found[task], trained[task].detach(), rtol=0, atol=0)
-        assert not torch.equal(found[task], untrained[task])
+    trained = trained_model(inputs, choose_checkpoint(run, None)).extra
+    untrained = inputs.untrained_model().extra
+    found = load_file(folder / "adapters" / "dti_extra.safetensors")
+    assert found.keys() == {*trained}
+    assert {f"head.{kind}_{task}" for kind in ("task", "bias") for task in TASKS[1:]} < {*trained}
+    for name, value in found.items():
+        torch.testing.assert_close(value, trained[name].detach(), rtol=0, atol=0)
+        assert not torch.equal(value, untrained[name])
 
 
 def test_users_are_read_with_their_texts(prepared):

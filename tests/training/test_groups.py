@@ -1,14 +1,21 @@
-"""Learning rates by group, as a real engine uses them."""
+"""Where a run starts, and how fast what moves."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from dti_dist.config import LoraConfig, TrainingConfig
+from dti_dist.config import LoraConfig, TrainingConfig, load_config
+from dti_dist.data.stream import PackStream, Share
+from dti_dist.inputs import Inputs
+from dti_dist.model.heads import Head
 from dti_dist.model.lora import add_adapters
 from dti_dist.training.groups import groups_of
+from tests.base_models import save_base_model
+from tests.launching import write_config
 from tests.tiny import SUM, add_item_vectors, ctr_model, item_tokens, with_item_tokens
 
 
@@ -82,3 +89,36 @@ def test_the_first_predictions_are_the_label_rates():
     never = model_of("linear").head
     never.begin_at([0.0, 1.0], pretrained=True)
     assert all(bool(bias.isfinite()) for bias in never.biases)
+
+
+@pytest.mark.parametrize("head", ["yes_no", "linear"])
+def test_a_pretrained_model_begins_at_the_label_entropy(synthetic, tmp_path, head):
+    base = save_base_model(tmp_path / "base", tied=True)
+    config = load_config(
+        write_config(
+            tmp_path / "config.yaml",
+            synthetic,
+            model={"name": str(base), "head": head},
+            template={"label_words": ["N", "Y"], "max_item_tokens": 8},
+        )
+    )
+    inputs = Inputs.open(config, tmp_path / "tokenizer")
+    model = inputs.untrained_model().eval()
+
+    def loss():
+        losses, targets = 0.0, 0
+        with torch.no_grad():
+            for batch in PackStream(inputs.stream_plan("train"), Share(1, 1)):
+                losses += float(Head.loss(model(batch), batch))
+                targets += batch.step_targets
+        return losses / targets
+
+    (rate,) = inputs.dataset.label_rates("train")
+    entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate)
+    assert abs(loss() - entropy) < 0.02
+    if head == "yes_no":
+        assert model.head.scale.item() == pytest.approx(0.05)
+        torch.nn.init.constant_(model.head.scale, 5.0)
+        assert loss() > entropy + 0.02
+    torch.nn.init.constant_(model.head.bias, 2.0)
+    assert loss() > entropy + 0.1

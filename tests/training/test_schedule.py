@@ -214,14 +214,18 @@ def test_a_refused_run_stays_as_it_is(ended, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "cpu"])
-def test_weight_decay_is_that_of_the_stretch_under_every_stage(synthetic, tmp_path, stage):
-    """A checkpoint brings the decay that it was saved with."""
+def test_decay_and_rates_of_groups_are_the_configs_under_every_stage(synthetic, tmp_path, stage):
+    """A checkpoint brings those that it was saved with."""
     config = write_config(
         tmp_path / "config.yaml", synthetic, training={"max_steps": 2, "deepspeed": stage}
     )
-    show = "print('decays', [g['weight_decay'] for g in engine._engine.optimizer.param_groups])"
+    show = """
+groups = engine._engine.optimizer.param_groups
+rates = [round(group['lr'] / engine.learning_rate, 6) for group in groups]
+print('decays', [group['weight_decay'] for group in groups], 'rates', rates)
+"""
     script = job_with(show, tmp_path / "job.py")
-    run(job(1, config), tmp_path / "first")
-    more = ("training.max_steps=4", "training.weight_decay=0.3")
+    run(job(1, config, "training.new_rate_factor=7"), tmp_path / "first")
+    more = ("training.max_steps=4", "training.weight_decay=0.3", "training.new_rate_factor=7")
     printed = run(job(1, config, *more, script=script), tmp_path / "log")
-    assert printed.count("decays [0.3, 0.0, 0.0]") == 2
+    assert printed.count("decays [0.3, 0.0, 0.0] rates [1.0, 1.0, 7.0]") == 2
