@@ -41,6 +41,7 @@ from dti_dist.options import (
     PackChoice,
     RequestOptions,
     ScoringOptions,
+    joined,
     split_at_commas,
 )
 from dti_dist.redaction import redact
@@ -191,7 +192,7 @@ def _is_date(_: Any, text: str) -> None:
 
 
 def _seeds(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
-    text = tokens[-1].value
+    text = joined(tokens)
     parts = split_at_commas(text)
     if not parts or not all(part.isdecimal() for part in parts):
         raise ValueError(f"expected seeds such as 0,1,2; found {text!r}")
@@ -199,7 +200,7 @@ def _seeds(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _lengths(_: Any, tokens: Sequence[Any]) -> tuple[int, ...]:
-    text = tokens[-1].value
+    text = joined(tokens)
     try:
         lengths = [int(part) for part in split_at_commas(text)]
     except ValueError:

@@ -113,6 +113,11 @@ _SETTING, _N = Parameter(group=(OUTPUT, DATA_SETTINGS)), Parameter(metavar="N")
 _SPLIT = Parameter(group=(OUTPUT, DATA_SETTINGS, SPLITTING))
 
 
+def joined(tokens: Sequence[Any]) -> str:
+    """What an option of a list was given; an option that stands twice adds to its list."""
+    return ",".join(token.value for token in tokens)
+
+
 def split_at_commas(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
@@ -251,16 +256,12 @@ class AppendOptions(PresplitOptions):
 
 
 def _columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(split_at_commas(tokens[-1].value))
-
-
-def _all_columns(_: Any, tokens: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(split_at_commas(",".join(token.value for token in tokens)))
+    return tuple(split_at_commas(joined(tokens)))
 
 
 _COLUMN = Parameter(metavar="COL")
 _COLUMNS = Parameter(converter=_columns, n_tokens=1, metavar="COL,COL")
-_CLASSES = Parameter(converter=_all_columns, n_tokens=1, metavar="COL=N,COL=N")
+_CLASSES = Parameter(converter=_columns, n_tokens=1, metavar="COL=N,COL=N")
 
 
 @dataclass(frozen=True)

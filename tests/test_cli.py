@@ -154,6 +154,18 @@ def test_a_url_on_a_command_line_stays_as_it_is():
     assert taken.kwargs["out"] == "s3://bucket/~/x"
 
 
+@pytest.mark.parametrize("option", ["text-cols", "event-cols", "user-text-cols", "columns"])
+def test_a_list_that_is_given_twice_is_one(option):
+    line = (
+        "prepare events x --items y --user-col u --item-col i --time-col t --label l --out o "
+        f"--text-cols t1 --{option} a,b --{option} b,c"
+    )
+    _, taken, _ = cli.app.parse_args(line.split(), exit_on_error=False, print_error=False)
+    found = repr((taken.args, taken.kwargs))
+    first = "'t1', " if option == "text-cols" else ""
+    assert f"({first}'a', 'b', 'c')" in found
+
+
 def test_overrides_stand_before_between_and_after_options(monkeypatch):
     seen = []
 
