@@ -15,8 +15,8 @@ VECTORS = "items.vectors"
 class ItemVectors(nn.Module):
     """What the tokens of items add to the embedding of [ITEM].
 
-    A vector starts at zero and stays there until a step has seen its item: an item that training
-    has not seen is as one that is unknown.
+    A vector starts at zero and stays there until a step has seen its item, so an item that training
+    has not seen reads like an unknown one.
 
     Attributes:
         vectors: [items, size]
@@ -37,7 +37,7 @@ class ItemVectors(nn.Module):
         Args:
             unknown: token id of [ITEM].
             first: token id of the first item.
-            dropout: how many tokens of items are as [ITEM] while the model trains.
+            dropout: the share of item tokens that read as [ITEM] while the model trains.
         """
         super().__init__()
         self.unknown, self.first, self.dropout = unknown, first, dropout
@@ -67,7 +67,6 @@ def item_vectors(
     return ItemVectors(len(vocabulary), size, hidden, unknown, first, dropout, seed)
 
 
-def with_new_items(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Values that were trained for fewer items, with zeros for those that are new."""
-    missing = len(parameter) - len(value) if value.dim() else 0
-    return F.pad(value, (0, 0, 0, missing)) if missing > 0 else value
+def with_new_items(name: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A trained value by its name: of VECTORS with zeros for items that are new."""
+    return F.pad(value, (0, 0, 0, len(parameter) - len(value))) if name == VECTORS else value

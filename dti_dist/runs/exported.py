@@ -17,16 +17,18 @@ EXTRA_FILE = "dti_extra.safetensors"
 
 
 def read_extra(folder: Path) -> dict[str, Tensor]:
-    """The content of EXTRA_FILE; nothing where there is none, as before dti-dist wrote it.
+    """The content of EXTRA_FILE; nothing for a folder that was exported before there was one.
 
-    Raises UserError for a broken one.
+    Raises UserError where it is broken or missing.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / EXTRA_FILE
+    if not path.exists() and "bias" not in read_settings(folder):
+        return {}
     try:
-        return load_file(path) if path.exists() else {}
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} can't be read: {error}. Export the run again.") from error
 

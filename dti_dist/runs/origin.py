@@ -112,7 +112,7 @@ class Origin:
         weights = replace(inputs, model=exported).open_weights(model)
         extra = read_extra(self.folder)
         return lambda name, own: (
-            with_new_items(extra[name], own) if name in extra else weights(name, own)
+            with_new_items(name, extra[name], own) if name in extra else weights(name, own)
         )
 
     def check(self, weights: Reader) -> str | None:

@@ -120,7 +120,7 @@ class TrainedWeights:
 
     def __call__(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
         if self._trained.shape(name) is not None:
-            return with_new_items(self._trained.read(name), parameter)
+            return with_new_items(name, self._trained.read(name), parameter)
         return parameter if self._base is None else self._base(name, parameter)
 
     def check_base(self) -> str | None:

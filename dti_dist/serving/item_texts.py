@@ -26,16 +26,16 @@ from dti_dist.data.template import MOMENTS, Template
 from dti_dist.data.text_encoder import TextEncoder
 from dti_dist.errors import UserError, nearest
 from dti_dist.serving.profile_texts import ProfileTexts
-from dti_dist.serving.texts import as_number, as_text
+from dti_dist.serving.texts import as_id, as_number, as_text
 
 Item = str | Mapping[str, str]
 
 ITEM_ID = "item_id"
-"""Of an item given as a mapping: by what its vector is known, where items have vectors."""
+"""The key of an item's id in a mapping; read where items have vectors."""
 
 
 class _Known(NamedTuple):
-    """What tells items apart: the texts of its pieces, and the token of its vector."""
+    """What tells one item from another: the texts of its pieces, and the token of its vector."""
 
     texts: tuple[str, ...]
     token: int | None = None
@@ -211,13 +211,13 @@ class ItemTexts:
         return rows
 
     def _known(self, items: Sequence[Item]) -> list[_Known | None]:
-        """What tells items apart; None for one without text."""
+        """What tells each item from the others; None for one without text."""
         texts = [self._texts(item, number) for number, item in enumerate(items)]
         vocabulary = self._base.vocabulary
         if vocabulary is None:
             return [_Known(text) if text else None for text in texts]
-        ids = [item.get(ITEM_ID, "") if isinstance(item, Mapping) else "" for item in items]
-        named = [as_text(name, f"Item {number}, {ITEM_ID}") for number, name in enumerate(ids)]
+        ids = [item.get(ITEM_ID) if isinstance(item, Mapping) else None for item in items]
+        named = [as_id(name, f"Item {number}, {ITEM_ID}") for number, name in enumerate(ids)]
         tokens = vocabulary.tokens_of(named).tolist()
         return [_Known(text, n) if text else None for text, n in zip(texts, tokens, strict=True)]
 

@@ -205,7 +205,7 @@ def load_exported(
 def _read_extra(folder: Path, model: CTRModel) -> None:
     found = read_extra(folder)
     if not found and not model.head.tasks:
-        return  # an export of before: logits are as the backbone has them
+        return  # the export is from before the head had a bias and a scale
     for name, parameter in model.extra.items():
         if name not in found or found[name].shape != parameter.shape:
             raise UserError(

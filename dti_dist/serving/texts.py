@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,16 @@ def as_text(value: Any, where: str) -> str:
     except UnicodeEncodeError as error:  # half of a surrogate pair
         raise _not_utf8(where, error) from error
     return value
+
+
+def as_id(value: Any, where: str) -> str:
+    """An id as data sets have it: a text, or an integer's digits. Empty for None and NaN.
+
+    Raises:
+        UserError: it is neither.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return str(int(value)) if whole else as_text(value, where)
 
 
 def as_number(value: Any, where: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dti_dist.config import TrainingConfig
 
-# Nats above the labels' entropy: at the start, and behind the warm-up.
+# Nats above the labels' entropy: at the start, and after the warm-up.
 _FAR_ABOVE, _ABOVE = 0.5, 0.02
 
 
@@ -18,7 +18,7 @@ def of_bad_start(
     step: int,
     warmup_steps: int,
 ) -> str | None:
-    """What to say after the first logged steps, and after the first ones behind the warm-up.
+    """What to say after the first logged steps, and after the first ones past the warm-up.
 
     Args:
         loss: the mean of the steps since the last logged one, in nats.
@@ -46,10 +46,10 @@ def of_bad_start(
             f"The loss of the first {every} steps is {loss:.3g}; {constant} From such a start "
             f"gradients spike. {remedy}"
         )
-    first_behind = (-(-warmup_steps // every) + 1) * every
-    if step == first_behind and loss > entropy + _ABOVE:
+    first_after = (-(-warmup_steps // every) + 1) * every
+    if step == first_after and loss > entropy + _ABOVE:
         return (
-            f"Behind the warm-up, in steps {step - every + 1:,} to {step:,}, the loss is "
+            f"After the warm-up, in steps {step - every + 1:,} to {step:,}, the loss is "
             f"{loss:.3g}; {constant} {remedy}"
         )
     return None

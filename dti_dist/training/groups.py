@@ -31,8 +31,8 @@ def groups_of(model: CTRModel, training: TrainingConfig) -> list[Group]:
     """The groups of what trains: by layer with training.layer_decay, and what is new.
 
     Their number and order do not depend on learning rates, so that a run can go on with others.
-    A layer that is as wide as the model (the head `linear`, vectors of tasks) is no part of what is
-    new: with rates that suit a number or a small table it would be far off in a few steps.
+    A layer as wide as the model (the head `linear`, vectors of tasks) does not count as new: at a
+    rate that suits a number or a small table it would be far off within a few steps.
     """
     layers, of_new = len(model.backbone.layers), training.new_rate_factor
     if of_new is None:
@@ -60,7 +60,7 @@ def groups_of(model: CTRModel, training: TrainingConfig) -> list[Group]:
 
 
 def _height(name: str, layers: int) -> int:
-    """0 of input embeddings, from 1 on of decoder layers, and above them of what follows."""
+    """0 for input embeddings, from 1 on for decoder layers, and one more for what follows them."""
     if "embed_tokens" in name:
         return 0
     layer = re.search(r"\.layers\.(\d+)\.", name)

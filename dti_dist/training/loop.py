@@ -119,6 +119,9 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
             if left_out:
                 journal.write(skipped=list(dict.fromkeys(left_out)))
             profiler = job.at_end.enter_context(Profiler(settings.profile, ranks, folder.profile))
+            rates = inputs.dataset.label_rates(config.data.train_on)
+            of_tasks = list(zip(plan.task_weights, rates, strict=True))
+            warmup = schedule.stretches[0].warmup_steps
             interval = Interval()
             stop = False
             job.watchdog.beat()
@@ -146,9 +149,6 @@ def train(config: RunConfig, report: Callable[[Path], object] | None = None) -> 
                 if progress.step % settings.log_every == 0 or progress.step == total_steps:
                     figures = _figures(job, engine, step.epoch, interval, share_of_token)
                     journal.log(figures)
-                    rates = inputs.dataset.label_rates(config.data.train_on)
-                    of_tasks = list(zip(plan.task_weights, rates, strict=True))
-                    warmup = schedule.stretches[0].warmup_steps
                     if bad_start := of_bad_start(
                         figures["loss"], of_tasks, settings, progress.step, warmup
                     ):

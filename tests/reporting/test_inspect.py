@@ -90,6 +90,14 @@ def test_tokens_and_labels_are_those_of_the_data_set(view, rows, synthetic):
         assert line.end - line.start == len(line.pieces) + 1
 
 
+def test_a_token_of_an_item_is_shown_as_item(view, rows, synthetic):
+    shown = view("model.item_embeddings=4")
+    items, _ = (column[shown.position - 1 :] for column in rows[shown.row])
+    title = titles(synthetic)
+    for line in shown.lines:
+        assert "".join(line.pieces) == title[items[line.first - 1]] + "[ITEM]"
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_sum_reads_n_interactions_and_its_own_text(view, policy):
     shown = view(f"attention.policy={policy}", target=4)

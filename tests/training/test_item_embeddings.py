@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +14,9 @@ import torch
 import dti_dist
 from dti_dist.cli import main
 from dti_dist.data.item_vocabulary import hashed
-from dti_dist.inputs import Inputs
-from dti_dist.runs.folder import RunFolder
-from dti_dist.runs.trained import choose_checkpoint, trained_model
-from tests.launching import run_dir, train, write_config
+from dti_dist.errors import UserError
+from tests.launching import losses, run_dir, train, write_config
+from tests.trained import opened
 
 ITEMS, NEW = 24, 6
 SETTINGS = {"epochs": 8, "max_steps": 80, "log_every": 20}
@@ -57,6 +57,12 @@ def data(folder):
 
 
 @pytest.fixture(scope="module")
+def grown(folder):
+    """The data set with more items."""
+    return prepare(folder / "grown", ITEMS + NEW)
+
+
+@pytest.fixture(scope="module")
 def trained(folder, data):
     config = write_config(folder / "with/config.yaml", data, training=SETTINGS)
     train(config, "model.item_embeddings=8", "model.item_dropout=0.1", ranks=2)
@@ -70,32 +76,18 @@ def exported(folder, trained):
     return out
 
 
-def opened(run, data=None):
-    folder = RunFolder(run)
-    config = folder.read_config()
-    if data is not None:
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"path": str(data)})}
-        )
-    inputs = Inputs.open(config, folder.tokenizer)
-    return inputs, trained_model(inputs, choose_checkpoint(folder))
-
-
-def test_auc(run):
+def auc_on_test(run):
     command = ["evaluate", str(run), "--split", "test", "--bootstrap", "20", "--no-floor"]
     assert main(command) == 0
     return json.loads((run / "eval/test.json").read_text())["auc"]
-
-
-test_auc.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
 def test_a_model_learns_what_no_text_says(trained, folder, data):
     without = write_config(folder / "without/config.yaml", data, training=SETTINGS)
     train(without, ranks=2)
-    assert test_auc(trained) > 0.8  # 0.9 is what the chances allow
-    assert test_auc(run_dir(without)) < 0.6
+    assert auc_on_test(trained) > 0.8  # 0.9 is what the chances allow
+    assert auc_on_test(run_dir(without)) < 0.6
 
 
 @pytest.mark.slow
@@ -105,15 +97,18 @@ def test_an_export_scores_items_by_their_ids(trained, exported, data, folder, ca
     ]
     items = [{"title": "a thing", "item_id": name} for name in ("i0", "i1", "i2", "new")]
     request = dti_dist.Request(history, [*items, {"title": "a thing"}], 100)
-    of_run, of_export = (
-        dti_dist.Scorer.from_pretrained(place).score(history, request.candidates, 100)
-        for place in (trained, exported)
-    )
+    scorers = [dti_dist.Scorer.from_pretrained(place) for place in (trained, exported)]
+    of_run, of_export = (s.score(history, request.candidates, 100) for s in scorers)
     assert of_export == pytest.approx(of_run, abs=1e-6)
     unloved, loved, _, new, unnamed = of_export.tolist()
     assert loved > unloved + 0.3
     assert new == unnamed
     assert unloved < new < loved
+    numbers = [{"title": "a thing", "item_id": number} for number in (5, np.int64(5), "5", None)]
+    of_numbers = scorers[1].score(history, numbers, 100)
+    assert of_numbers == pytest.approx([new] * len(numbers), abs=1e-6)  # other batches round else
+    with pytest.raises(UserError, match=r"item_id: expected a text, found 0\.5"):
+        scorers[1].score(history, [{"title": "a thing", "item_id": 0.5}], 100)
 
     wanted = {"history_items": [["i0", "i1", "i2", "i3"]], "history_labels": [[0, 1, 0, 1]]}
     wanted |= {"history_timestamps": [[0, 1, 2, 3]], "timestamp": [100]}
@@ -133,9 +128,8 @@ def test_an_export_scores_items_by_their_ids(trained, exported, data, folder, ca
 
 
 @pytest.mark.slow
-def test_items_that_a_run_has_not_seen_are_unknown_to_it(trained, folder):
-    grown = prepare(folder / "grown", ITEMS + NEW)
-    inputs, _ = opened(trained, grown)
+def test_items_that_a_run_has_not_seen_are_unknown_to_it(trained, grown):
+    inputs, _ = opened(trained, data=grown)
     last = inputs.tokens.tokens[inputs.tokens.offsets[1:] - 1]
     vocabulary = inputs.tokens.vocabulary
     known = [vocabulary.first + n for n in range(ITEMS)]
@@ -149,12 +143,9 @@ def test_items_that_a_run_has_not_seen_are_unknown_to_it(trained, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["run", "export"])
 def test_a_run_that_begins_with_another_keeps_its_vectors_and_adds_new_ones(
-    trained, exported, folder, source
+    trained, exported, grown, folder, source
 ):
-    data = folder / "grown" / "data"
-    if not data.exists():
-        prepare(folder / "grown", ITEMS + NEW)
-    config = write_config(folder / f"of-{source}/config.yaml", data)
+    config = write_config(folder / f"of-{source}/config.yaml", grown)
     origin = trained if source == "run" else exported
     stay = ["training.learning_rate=1e-12", "training.max_steps=1", "model.item_embeddings=8"]
     train(config, f"model.init_from={origin}", *stay)
@@ -167,14 +158,54 @@ def test_a_run_that_begins_with_another_keeps_its_vectors_and_adds_new_ones(
     assert torch.allclose(vectors[:ITEMS], old.items.vectors.detach(), atol=1e-9)
     assert float(vectors[ITEMS:].abs().max()) < 1e-9
     if source == "run":
-        kept = write_config(folder / "kept/config.yaml", data)
+        kept = write_config(folder / "kept/config.yaml", grown)
         begun = [f"model.init_from={origin}", "model.init_optimizer=kept", *stay]
         printed = train(kept, *begun, expect=2)
         assert f"items with vectors: {ITEMS} there, {ITEMS + NEW} now" in printed
-        other = write_config(folder / "other/config.yaml", data)
+        other = write_config(folder / "other/config.yaml", grown)
         printed = train(other, f"model.init_from={origin}", expect=2)
         assert "model.item_embeddings: 8 there, 0 now" in printed
-        without = write_config(folder / "plain/config.yaml", data)
+        without = write_config(folder / "plain/config.yaml", grown)
         train(without, *stay[:2])
         begun = [f"model.init_from={run_dir(without)}", f"run_dir={folder}/last", *stay]
         assert "model.item_embeddings: 0 there, 8 now" in train(without, *begun, expect=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_is_resumed_drops_the_same_vectors(data, tmp_path, precision):
+    settings = {"epochs": 4, "max_steps": 8, "precision": precision}
+    sections = {"training": settings, "checkpoints": {"every_steps": 4, "keep_last": 9}}
+    words = ["model.item_embeddings=8", "model.item_dropout=0.5"]
+    whole = write_config(tmp_path / "whole/config.yaml", data, **sections)
+    train(whole, *words, ranks=2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for folder in (tmp_path / "resumed/run/checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > 4:
+            shutil.rmtree(folder)
+    again = tmp_path / "resumed/config.yaml"
+    printed = train(again, *words, f"run_dir={tmp_path}/resumed/run", ranks=2)
+    assert "resuming from step-00000004" in printed
+    assert losses(tmp_path / "resumed/run") == losses(run_dir(whole))
+    without = write_config(tmp_path / "without/config.yaml", data, **sections)
+    train(without, words[0], ranks=2)
+    assert losses(run_dir(without)) != losses(run_dir(whole))
+
+
+@pytest.mark.slow
+def test_prompts_that_people_read_show_an_item_as_its_token(trained):
+    prompt = next(dti_dist.read_prompts(str(trained / "config.yaml"), "test"))
+    assert prompt.text.count("a thing[ITEM]") == prompt.text.count("a thing") > 1
+
+
+@pytest.mark.slow
+def test_an_export_that_lacks_its_vectors_is_refused(exported, data, tmp_path):
+    for name in ("dti_extra.safetensors", "items.npy"):
+        folder = tmp_path / name
+        shutil.copytree(exported, folder)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=name):
+            dti_dist.Scorer.from_pretrained(folder)
+    config = write_config(tmp_path / "config.yaml", data)
+    begun = [f"model.init_from={tmp_path}/dti_extra.safetensors", "model.item_embeddings=8"]
+    assert "dti_extra.safetensors can't be read" in train(config, *begun, expect=2)

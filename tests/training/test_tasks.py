@@ -16,12 +16,10 @@ import dti_dist
 from dti_dist.cli import main
 from dti_dist.data.stream import PackStream, Share
 from dti_dist.errors import UserError
-from dti_dist.inputs import Inputs
 from dti_dist.model.heads import Head
-from dti_dist.runs.folder import RunFolder
-from dti_dist.runs.trained import choose_checkpoint, trained_model
 from tests.launching import losses, run_dir, train, write_config
 from tests.metrics_oracle import click_metrics
+from tests.trained import opened
 
 TASKS = ("click", "like", "buy")
 WEIGHTS = {"like": 0.5, "buy": 2.0}
@@ -71,17 +69,6 @@ def trained(folder, data):
     config = write_config(folder / "two/config.yaml", data, tasks=WEIGHTS)
     train(config, *SETTINGS, ranks=2)
     return run_dir(config)
-
-
-def opened(run, which=None, data=None):
-    folder = RunFolder(run)
-    config = folder.read_config()
-    if data is not None:
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"path": str(data)})}
-        )
-    inputs = Inputs.open(config, folder.tokenizer)
-    return inputs, trained_model(inputs, choose_checkpoint(folder, which))
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_a_start_far_above_the_labels_entropy_is_said_with_what_helps():
 
 
 @pytest.mark.parametrize(("warmup", "behind"), [(0, 10), (6, 20), (10, 20), (11, 30)])
-def test_a_loss_above_the_labels_entropy_behind_the_warm_up_is_said_once(warmup, behind):
+def test_a_loss_above_the_labels_entropy_after_the_warm_up_is_said_once(warmup, behind):
     settings = TrainingConfig()
     told = {
         step: of_bad_start(0.72, [(1.0, 0.575)], settings, step, warmup)
