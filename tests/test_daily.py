@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from dti_dist.data.dataset import Dataset
 from dti_dist.runs.folder import RunFolder
 from dti_dist.runs.trained import choose_checkpoint
 from tests.launching import SECONDS, job, run, start, train, wait_until, write_config
+from tests.trained import opened
 
 KINDS = ["boots", "lamps", "books", "games", "tents", "chairs"]
 DAY, FIRST_DAY = 86_400, 1_714_521_600  # 2024-05-01
@@ -272,6 +274,28 @@ def test_a_day_goes_on_with_two_ranks_that_a_launcher_starts(world, monkeypatch)
     assert done.stdout.splitlines()[1].split()[:2] == [row["day"], "base"]
     assert "2 rank(s) on cpu, DeepSpeed ZeRO stage 3" in done.stderr
     assert choose_checkpoint(RunFolder(world / "days" / row["day"])).world == 2
+
+
+@pytest.mark.slow
+def test_each_day_adds_vectors_for_its_new_items(world, here):
+    base = world / "with_vectors"
+    train(world / "config.yaml", f"run_dir={base}", "model.item_embeddings=4")
+    overrides = (f"model.init_from={base}", "model.item_embeddings=4")
+    runs = [base]
+    for day in (HISTORY, HISTORY + 1):
+        assert main(words(world, day, *overrides)) == 0
+        runs.append(world / "days" / date_of(day))
+    known = [np.load(run / "tokenizer/items.npy") for run in runs]
+    assert [len(hashes) for hashes in known] == [
+        ITEMS + HISTORY - 1,
+        ITEMS + HISTORY,
+        ITEMS + HISTORY + 1,
+    ]
+    for before, after in itertools.pairwise(known):
+        assert np.array_equal(after[: len(before)], before)
+    last = opened(runs[-1])[1].items.vectors
+    assert len(last) == len(known[-1])
+    assert last[-1].any(), "the day's own item was trained on"
 
 
 def refused(capsys, command):
