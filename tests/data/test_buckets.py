@@ -26,7 +26,7 @@ from dti_dist.data.prepare.columns import event_columns, with_codes
 from dti_dist.data.prepare.spark import build_with_spark
 from dti_dist.errors import UserError
 from dti_dist.serving.pretrained import load_exported
-from tests.data.test_event_columns import events_of, reader
+from tests.data.test_event_columns import events_of, reader, score_request
 from tests.data.test_prepare_spark import spark  # noqa: F401 a fixture
 from tests.export.exported import export_random_weights, target_scores
 from tests.launching import write_config
@@ -357,22 +357,7 @@ def test_scores_of_files_are_those_of_evaluation(exported, prepared, tmp_path, g
         at = key[1]
         items = [names[item] for item in row["item_ids"]]
         keys.append(key)
-        request = {
-            "user_id": row["user_id"],
-            "candidates": [items[at], items[0]],
-            "timestamp": row["timestamps"][at],
-            "device": events[at]["device"],
-            "price": events[at]["price"],
-        }
-        if given:
-            request |= {
-                "history_items": items[:at],
-                "history_labels": row["labels"][:at],
-                "history_timestamps": row["timestamps"][:at],
-                "history_device": [event["device"] for event in events[:at]],
-                "history_price": [event["price"] for event in events[:at]],
-            }
-        rows.append(request)
+        rows.append(score_request(row, items, at, events, ("device", "price"), given))
     table = pa.Table.from_pylist(rows)
     types = {"price": kind, "history_price": pa.list_(kind)}
     table = table.cast(pa.schema([(f.name, types.get(f.name, f.type)) for f in table.schema]))

@@ -274,6 +274,29 @@ def test_values_that_training_did_not_see_are_counted(exported, prepared, tmp_pa
     assert said.count("4 values of event columns are none that training saw") == 1
 
 
+def score_request(row, items, at, events, fields, given):
+    """What a service asks of a target, beside a user's first item: with the history, or without.
+
+    Args:
+        row: the user's sequence; items: their ids; at: which is the target.
+        events: of each interaction its fields.
+    """
+    request = {
+        "user_id": row["user_id"],
+        "candidates": [items[at], items[0]],
+        "timestamp": row["timestamps"][at],
+        **{name: events[at][name] for name in fields},
+    }
+    if given:
+        request |= {
+            "history_items": items[:at],
+            "history_labels": row["labels"][:at],
+            "history_timestamps": row["timestamps"][:at],
+            **{f"history_{name}": [event[name] for event in events[:at]] for name in fields},
+        }
+    return request
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["looked up", "given"])
 def test_scores_of_files_are_those_of_evaluation(exported, prepared, tmp_path, given):
     folder, inputs = exported
@@ -285,22 +308,8 @@ def test_scores_of_files_are_those_of_evaluation(exported, prepared, tmp_path, g
         items = [names[item] for item in row["item_ids"]]
         for at in range(max(row["target_start"], 1), len(items)):
             keys.append((number, at))
-            request = {
-                "user_id": row["user_id"],
-                "candidates": [items[at], items[0]],
-                "timestamp": row["timestamps"][at],
-                "device": events[at]["device"],
-                "page": [events[at]["page"], "home"],
-            }
-            if given:
-                request |= {
-                    "history_items": items[:at],
-                    "history_labels": row["labels"][:at],
-                    "history_timestamps": row["timestamps"][:at],
-                    "history_device": [event["device"] for event in events[:at]],
-                    "history_page": [event["page"] for event in events[:at]],
-                }
-            rows.append(request)
+            request = score_request(row, items, at, events, ("device", "page"), given)
+            rows.append(request | {"page": [request["page"], "home"]})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "requests.parquet")
     arguments = ["--requests", str(tmp_path / "requests.parquet"), "--data", data]
     assert main(["score", str(folder), *arguments, "--out", str(tmp_path / "out")]) == 0
